@@ -1,0 +1,63 @@
+# weightregions. `make help` lists what can be made; every target installs what it needs into .venv by itself.
+
+# As in `make study SCALE=tiny OUT=first-look`:
+#   SCALE   tiny | laptop | full | paper
+#   DATA    builtin | hub | a folder of datasets
+#   OUT     where a study leaves its models, rows and reports
+#   TESTS   what `make test` runs; JOBS in how many processes
+#   FLAGS   flagged notebook cells to run as well, such as "slow cuda"
+#   PYTHON  the interpreter that makes .venv
+SCALE  ?= laptop
+DATA   ?= builtin
+OUT    ?= out
+TESTS  ?= tests
+JOBS   ?= 2
+FLAGS  ?=
+PYTHON ?= python3
+
+BIN   := .venv/bin
+QUIET := OMP_NUM_THREADS=1 TQDM_DISABLE=1 HF_HUB_OFFLINE=1
+say    = @printf '\n== %s\n' "$(1)"
+
+.DEFAULT_GOAL := help
+.PHONY: help study test lab prepare book clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[.a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@printf '\n  as they stand: SCALE=$(SCALE) DATA=$(DATA) OUT=$(OUT) TESTS=$(TESTS) JOBS=$(JOBS) FLAGS="$(FLAGS)" PYTHON=$(PYTHON)\n'
+
+study: .venv ## measure all claims of the paper: SCALE, DATA, OUT
+	$(call say,studying at scale $(SCALE) on $(DATA) data; everything goes to $(OUT))
+	$(BIN)/weightregions study --scale "$(SCALE)" --data "$(DATA)" --out "$(OUT)"
+
+test: .venv ## run every notebook and every test: TESTS, JOBS, FLAGS
+	$(call say,testing $(TESTS) in $(JOBS) processes: each notebook is one test)
+	$(QUIET) $(BIN)/python -m pytest $(TESTS) -v -n $(JOBS) --dist loadgroup --durations 10 $(if $(FLAGS),--flags "$(FLAGS)")
+
+lab: .venv ## open the notebooks in JupyterLab; saved notebooks are clean
+	cd nbs && ../$(BIN)/jupyter lab --config ../.ci/lab.py
+
+prepare: .venv ## after an edit: clean, export, execute all notebooks, render README.md
+	$(call say,cleaning and exporting the notebooks)
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+	$(call say,executing the notebooks)
+	$(QUIET) $(BIN)/python .ci/execute.py $(if $(FLAGS),--flags "$(FLAGS)")
+	$(call say,rendering README.md)
+	$(BIN)/python .ci/readme.py
+
+book: .venv ## build the browsable book: _book/index.html
+	$(call say,building the book)
+	$(BIN)/python .ci/book.py _book
+
+clean: ## remove what can be made again, except .venv and results in OUT
+	rm -rf _book build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -print -o -name .ipynb_checkpoints -print | xargs rm -rf
+
+.venv: .venv/installed ## the virtual environment with everything in it
+
+.venv/installed: settings.ini setup.py constraints.txt
+	$(call say,installing into .venv (some minutes the first time))
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --use-pep517 --progress-bar off -c constraints.txt -e '.[dev,study,offline,docs]'
+	@touch $@

@@ -1,0 +1,72 @@
+"How the tests are run: offline, seeded, one thread each; flagged notebook cells and GPU tests are left out, and counted."
+import os
+import random
+from collections import Counter
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: more threads only wait for each other
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MINUTES = 10  # the longest that a test may take
+
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("same")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--flags", default="", help="run notebook cells with these flags too, such as 'slow cuda'")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a GPU")
+    config.addinivalue_line("markers", "slow: takes minutes; run with --flags slow")
+
+
+def has_gpu():
+    "Whether this machine has a GPU; torch is imported where it is needed, so that pytest itself starts fast."
+    import torch
+    return torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: (not item.get_closest_marker("xdist_group"), item.path.name != "test_notebooks.py"))  # the longest first
+    flags = config.getoption("--flags").split()
+    for item in items:
+        if not item.get_closest_marker("timeout"): item.add_marker(pytest.mark.timeout(60 * MINUTES * (6 if flags else 1)))
+        if item.get_closest_marker("cuda") and not has_gpu(): item.add_marker(pytest.mark.skip(reason="no GPU"))
+        if item.get_closest_marker("slow") and "slow" not in flags: item.add_marker(pytest.mark.skip(reason="slow: --flags slow"))
+
+
+@pytest.fixture(autouse=True)
+def same_start(monkeypatch):
+    "Every test, and every notebook, starts from the same state, whatever ran before it in this process."
+    import matplotlib.pyplot as plt
+    import numpy as np
+    import torch
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("IN_TEST", raising=False)  # set by nbdev's runner for good; nbdev_export does nothing where it is set
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(True), torch.set_default_dtype(torch.float32), torch.use_deterministic_algorithms(False)
+    with plt.rc_context(): yield
+    plt.close("all")
+
+
+def pytest_terminal_summary(terminalreporter):
+    "Say how many notebook cells ran, and how many were left out for which flag."
+    cells = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            cells.update(dict(value for key, value in getattr(report, "user_properties", ()) if key == "cells"))
+    if not cells: return
+    ran = cells.pop("ran")
+    left = ", ".join(f"{n} {flag}" for flag, n in sorted(cells.items())) or "none"
+    terminalreporter.write_sep("-", f"notebook cells: {ran} ran, left out: {left}")

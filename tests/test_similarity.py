@@ -1,0 +1,181 @@
+"""Attacks on weightregions.similarity: float64 parity, additivity, determinism, bounded memory, faults."""
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pandas.testing import assert_frame_equal
+
+from weightregions.checkpoints import open_checkpoint
+from weightregions.similarity import Gram, cosine_similarity, euclidean_distance, gram, load_gram
+
+SHAPES = {"embeddings.weight": (7, 5), "layer.0.attention.weight": (5, 5), "layer.0.dense.bias": (5,), "layer.1.attention.weight": (5, 5), "scale": ()}
+
+
+def state(rng, scale=1.0, dtype=torch.float32):
+    return {n: torch.from_numpy(np.asarray(scale * rng.normal(size=s))).to(dtype) for n, s in SHAPES.items()}
+
+
+def flat(checkpoint):
+    return np.concatenate([checkpoint[n].double().numpy().ravel() for n in checkpoint.layout.names])
+
+
+def zoo(n=4, seed=0, scale=0.1, dtype=torch.float32):
+    rng = np.random.default_rng(seed)
+    start = state(rng)
+    base = open_checkpoint({k: t.to(dtype) for k, t in start.items()}, name="base")
+    models = [open_checkpoint({k: (start[k] + d).to(dtype) for k, d in state(rng, scale).items()}, name=f"m{i}") for i in range(n)]
+    return models, base
+
+
+def reference(models, base):
+    tau = np.stack([flat(m) - flat(base) for m in models])
+    raw = np.stack([flat(m) for m in models])
+    cos = lambda x: (x @ x.T) / np.outer(*[np.linalg.norm(x, axis=1)] * 2)
+    return cos(tau), cos(raw), np.linalg.norm(tau[:, None] - tau[None], axis=-1), np.linalg.norm(raw[:, None] - raw[None], axis=-1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 6), st.integers(0, 1000), st.sampled_from([1e-18, 1e-4, 1.0, 1e6]), st.integers(1, 60), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+def test_parity_with_float64(n, seed, scale, block, dtype):
+    models, base = zoo(n, seed, max(scale, 1e-2) if dtype == torch.bfloat16 else scale, dtype)
+    if any((flat(m) == flat(base)).all() for m in models):
+        return  # a step too small for the type leaves the base where it was
+    g = gram(models, base, block=block, progress=False)
+    cos, raw, tau_distance, raw_distance = reference(models, base)
+    np.testing.assert_allclose(g.cosine(), cos, atol=1e-9)
+    np.testing.assert_allclose(g.cosine_raw(), raw, atol=1e-9)
+    np.testing.assert_allclose(tau_distance, raw_distance, rtol=1e-6, atol=1e-12 * np.abs(flat(base)).max())
+    np.testing.assert_allclose(g.euclidean(), tau_distance, rtol=1e-6, atol=1e-8 * g.norms().max())
+    assert list(g.cosine().index) == [m.name for m in models] == list(g.euclidean().columns)
+
+
+def test_groups_add_up_to_the_whole():
+    models, base = zoo()
+    g = gram(models, base, by=lambda n: n, progress=False)
+    np.testing.assert_allclose(sum(g.products(x) for x in g.groups), g.products(), rtol=1e-12)
+    np.testing.assert_allclose(gram(models, base, progress=False).products(), g.products(), rtol=1e-12)
+    for name in SHAPES:  # each group is the similarity of a model that has only that tensor
+        part = [open_checkpoint({name: m[name]}, name=m.name) for m in [*models, base]]
+        np.testing.assert_allclose(g.products(name), gram(part[:-1], part[-1], progress=False).products(), rtol=1e-12)
+    squares = sum(g.euclidean(x).to_numpy() ** 2 for x in g.groups)
+    np.testing.assert_allclose(squares, g.euclidean().to_numpy() ** 2, rtol=1e-9)
+
+
+def test_permuting_models_permutes_rows():
+    models, base = zoo(5)
+    one, other = (cosine_similarity(m, base, progress=False) for m in (models, models[::-1]))
+    assert_frame_equal(one, other.loc[one.index, one.columns])
+
+
+def test_moving_base_and_models_together_changes_task_vectors_nothing():
+    models, base = zoo(3, scale=1.0)
+    shift = state(np.random.default_rng(9))
+    moved = [open_checkpoint({n: m[n].double() + shift[n].double() for n in SHAPES}, name=m.name) for m in [*models, base]]
+    assert_frame_equal(cosine_similarity(models, base), cosine_similarity(moved[:-1], moved[-1]), atol=1e-7)
+    assert_frame_equal(euclidean_distance(models, base), euclidean_distance(moved[:-1], moved[-1]), atol=1e-6)
+
+
+def test_the_same_bits_for_any_number_of_threads():
+    models, base = zoo(4)
+    results = [gram(models, base, block=3, threads=t, progress=False).products() for t in (1, 2, 7)]
+    assert all((r == results[0]).all() for r in results)
+    np.testing.assert_allclose(gram(models, base, progress=False).products(), results[0], rtol=1e-12)
+
+
+def test_symmetric_with_exact_ones():
+    c = cosine_similarity(*zoo(6), progress=False)
+    assert (np.diag(c) == 1).all() and (c.to_numpy() == c.to_numpy().T).all() and (c.abs() <= 1).all(axis=None)
+
+
+def test_opposite_and_identical_models():
+    models, base = zoo(1)
+    back = open_checkpoint({n: 2 * base[n].double() - models[0][n].double() for n in SHAPES}, name="back")
+    twin = open_checkpoint({n: t for n, t in models[0].items()}, name="twin")
+    g = gram([models[0], back, twin], base, progress=False)
+    assert g.cosine().loc["m0", "back"] == pytest.approx(-1) and g.cosine().loc["m0", "twin"] == pytest.approx(1)
+    assert g.euclidean().loc["m0", "twin"] == 0
+
+
+def test_a_model_that_did_not_move_is_named():
+    models, base = zoo(2)
+    still = open_checkpoint(base.state(), name="still")
+    with pytest.warns(UserWarning, match="task vector of still has length 0"):
+        c = cosine_similarity([*models, still], base, progress=False)
+    assert c.isna().loc["still"].all() and c.iloc[:2, :2].notna().all(axis=None)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["model", "base"])
+def test_weights_that_are_no_numbers_are_named(value, where):
+    models, base = zoo(2)
+    bad = (base if where == "base" else models[1]).state()
+    bad["layer.1.attention.weight"][2, 3] = value
+    bad = open_checkpoint(bad, name="bad")
+    with pytest.raises(ValueError, match=r"bad: layer\.1\.attention\.weight holds NaN or infinite values"):
+        gram(models, bad, progress=False) if where == "base" else gram([models[0], bad], base, progress=False)
+    assert gram(models, base, progress=False)  # threads of the failed run are gone, and the next one works
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda m, b: (m[:1], b), "at least two checkpoints, not 1"),
+    (lambda m, b: ([m[0], m[0]], b), "two checkpoints are called 'm0'"),
+    (lambda m, b: ([m[0], open_checkpoint({k: t for k, t in m[1].items() if k != "scale"}, name="odd")], b), "odd lacks scale"),
+    (lambda m, b: ([m[0], open_checkpoint({**m[1].state(), "extra": torch.ones(2)}, name="odd")], b), "odd has extra too many"),
+    (lambda m, b: ([m[0], open_checkpoint({**m[1].state(), "scale": torch.ones(2)}, name="odd")], b), "odd: scale has shape"),
+])
+def test_faults_are_named_before_anything_is_read(spoil, message, monkeypatch):
+    checkpoints, base = spoil(*zoo(2))
+    monkeypatch.setattr("weightregions.similarity._stretch_products", lambda *a: pytest.fail("weights were read"))
+    with pytest.raises(ValueError, match=message):
+        gram(checkpoints, base, progress=False)
+
+
+def test_kept_products_come_back(tmp_path):
+    models, base = zoo(3)
+    g = gram(models, base, by=lambda n: [("kind", n.split(".")[-1]), n], progress=False)
+    again = load_gram(g.save(tmp_path / "g.npz"))
+    assert again.names == g.names and list(again.cells) == list(g.cells)
+    assert all((again.cells[k] == g.cells[k]).all() for k in g.cells)
+    with pytest.raises(FileNotFoundError):
+        load_gram(tmp_path / "none.npz")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "g.npz").read_bytes()[:200])
+    with pytest.raises(ValueError, match="cut.npz"):
+        load_gram(tmp_path / "cut.npz")
+
+
+def test_merge_and_select_commute():
+    models, base = zoo(4)
+    g = gram(models, base, by=lambda n: n, progress=False)
+    layer = lambda n: n.rsplit(".", 1)[0]
+    one, other = g.merge(layer).select(["m3", "m1"]), g.select(["m3", "m1"]).merge(layer)
+    assert one.groups == other.groups and all((one.cells[k] == other.cells[k]).all() for k in one.cells)
+    assert isinstance(one, Gram) and list(one.cosine().index) == ["m3", "m1"]
+
+
+def test_memory_does_not_grow_with_models_times_weights(tmp_path):
+    "Twelve models of 32 MB on disk: less than two models' worth of memory is added."
+    from transformers import RobertaConfig, RobertaModel
+
+    config = RobertaConfig(vocab_size=250_000, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=20)
+    for i, name in enumerate(("base", "m0")):
+        torch.manual_seed(i)
+        RobertaModel(config).save_pretrained(tmp_path / name)
+    for i in range(1, 12):
+        shutil.copytree(tmp_path / "m0", tmp_path / f"m{i}", copy_function=os.link)
+    code = f"""
+import resource
+from weightregions.checkpoints import open_checkpoint
+from weightregions.similarity import gram
+models, base = [open_checkpoint({str(tmp_path)!r} + f"/m{{i}}") for i in range(12)], open_checkpoint({str(tmp_path / "base")!r})
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak(); gram(models, base, progress=False, threads=2); print((peak() - before) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 64, f"{done.stdout} MB"

@@ -1,0 +1,141 @@
+"A zoo survives kills, damage and company."
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from weightregions.bases import tiny_base
+from weightregions.corpora import load_corpora
+from weightregions.files import file_sha256
+from weightregions.finetuning import Recipe
+from weightregions.zoo import build_zoo, learned, open_zoo
+
+pytestmark = pytest.mark.xdist_group("zoo")  # one process makes what all of these tests look at
+
+RECIPE = Recipe(steps=3, batch_size=8)
+SEEDS = [1, 2]
+fork = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_base(tmp_path_factory.mktemp("base") / "base", steps=2)
+
+
+@pytest.fixture(scope="module")
+def corpora():
+    return load_corpora("builtin", names=["films", "headlines"], n_train=40, n_test=20)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, base, corpora):
+    folder = tmp_path_factory.mktemp("unbroken") / "zoo"
+    build_zoo(folder, base, corpora, RECIPE, SEEDS, workers=1)
+    return folder
+
+
+def contents(zoo):
+    "SHA-256 of every file of a zoo but its log, by relative path; hidden files are there to be seen too."
+    return {str(f.relative_to(zoo)): file_sha256(f) for f in sorted(zoo.rglob("*")) if f.is_file() and f.name != "log.jsonl" and f.suffix != ".lock"}
+
+
+def build(folder, base, corpora):
+    torch.set_num_threads(1)
+    build_zoo(folder, base, corpora, RECIPE, SEEDS, workers=1)
+
+
+def test_killed_at_random_moments_a_zoo_resumes_to_the_same_bytes(tmp_path, base, corpora, unbroken):
+    chance, folder, kills = random.Random(0), tmp_path / "zoo", 0
+    while kills < 20:
+        child = fork.Process(target=build, args=(folder, base, corpora))
+        child.start()
+        child.join(chance.uniform(0.05, 1.5))
+        if child.is_alive():
+            os.kill(child.pid, signal.SIGKILL)
+            kills += 1
+        child.join()
+        for manifest in folder.glob("*/seed-*/manifest.json"):  # what is there is whole, at any moment
+            name = str(manifest.parent.relative_to(folder) / "model.safetensors")
+            assert file_sha256(folder / name) == contents(unbroken)[name]
+        done = sorted(folder.glob("*/seed-*"))
+        if len(done) == len(corpora) * len(SEEDS):
+            shutil.rmtree(chance.choice(done))
+    build(folder, base, corpora)
+    assert contents(folder) == contents(unbroken)
+
+
+def test_two_builders_at_once_do_no_damage(tmp_path, base, corpora, unbroken):
+    folder = tmp_path / "zoo"
+    builders = [fork.Process(target=build, args=(folder, base, corpora)) for _ in range(2)]
+    for b in builders:
+        b.start()
+    for b in builders:
+        b.join()
+    assert [b.exitcode for b in builders] == [0, 0]
+    assert contents(folder) == contents(unbroken)
+    assert len((folder / "log.jsonl").read_text().splitlines()) == len(corpora) * len(SEEDS)  # no model was trained twice
+
+
+def test_processes_give_the_bytes_of_one(tmp_path, base, corpora, unbroken):
+    build_zoo(tmp_path / "zoo", base, corpora, RECIPE, SEEDS, workers=2)
+    assert contents(tmp_path / "zoo") == contents(unbroken)
+
+
+def test_a_zoo_grows_without_touching_what_is_there(tmp_path, base, corpora, unbroken):
+    build_zoo(tmp_path / "zoo", base, dict(list(corpora.items())[:1]), RECIPE, [2], workers=1)
+    first = {f: f.stat().st_mtime_ns for f in (tmp_path / "zoo").rglob("*.safetensors")}
+    build(tmp_path / "zoo", base, corpora)
+    assert contents(tmp_path / "zoo") == contents(unbroken)
+    assert all(f.stat().st_mtime_ns == then for f, then in first.items())
+
+
+@pytest.mark.parametrize("change, problem", [
+    ({"steps": 4}, "steps is 3 there and 4 here"),
+    ({"learning_rate": 1e-3}, "learning_rate is 0.0002 there and 0.001 here"),
+    ({"trains": "bitfit"}, "trains is 'all' there and 'bitfit' here"),
+])
+def test_another_recipe_is_refused(base, corpora, unbroken, change, problem):
+    from dataclasses import replace
+    before = contents(unbroken)
+    with pytest.raises(ValueError, match=problem):
+        build_zoo(unbroken, base, corpora, replace(RECIPE, **change), SEEDS, workers=1)
+    assert contents(unbroken) == before
+
+
+def test_another_base_is_refused(tmp_path, corpora, unbroken):
+    other = tiny_base(tmp_path / "other", seed=1, steps=1)
+    with pytest.raises(ValueError, match="a zoo of another base: sha256"):
+        build_zoo(unbroken, other, corpora, RECIPE, SEEDS, workers=1)
+
+
+def test_models_of_others_open_as_ours_do(tmp_path, unbroken):
+    ours = open_zoo(unbroken)
+    listed = ours.models.assign(model=[str(Path(p).relative_to(unbroken)) for p in ours.models.path])[["model", "dataset", "family"]]
+    shutil.copytree(unbroken, tmp_path / "theirs", ignore=shutil.ignore_patterns("zoo.json", "manifest.json"))
+    listed.to_csv(tmp_path / "theirs" / "models.csv", index=False)
+    theirs = open_zoo(tmp_path / "theirs")
+    assert [c.sha256() for c in theirs.checkpoints()] == [c.sha256() for c in ours.checkpoints()]
+    assert theirs.models.seed.tolist() == ours.models.seed.tolist()
+
+
+def test_a_flipped_weight_changes_the_hash(tmp_path, unbroken):
+    shutil.copytree(unbroken, tmp_path / "zoo")
+    model = open_zoo(tmp_path / "zoo").models.path[0]
+    clean = open_zoo(tmp_path / "zoo").checkpoints()[0].sha256()
+    weights = Path(model) / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    assert open_zoo(tmp_path / "zoo").checkpoints()[0].sha256() != clean
+
+
+def test_learned_needs_more_than_the_majority():
+    import pandas as pd
+    row = dict(dataset="coin", family="f", seed=1, majority=0.5, n_test=1000)
+    assert not learned(pd.DataFrame([row | {"accuracy": 0.51}])).learned[0]
+    assert learned(pd.DataFrame([row | {"accuracy": 0.54}])).learned[0]
