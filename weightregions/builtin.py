@@ -348,7 +348,7 @@ plain word: ordinary; average; acceptable; standard; unremarkable; all right; as
 nice word: pleasant; clean; comfortable; cosy; spacious; peaceful; welcoming; bright; well kept // homely; airy; inviting; restful
 great word: magnificent; flawless; breathtaking; wonderful; spectacular; a dream; fit for a king; the best we ever had
   // exquisite; sublime; palatial; out of this world
-spot: {our|the} {place} {where|}
+spot: {our|the} {place} {{where}|}
 place: room; bed; balcony; breakfast hall; lobby; bathroom; pool; garden; cabin; staircase; kitchen; bunk; courtyard; lounge; corridor
   // suite; terrace; sauna; attic; veranda; chalet
 where: in {town}; near {the beach|the station|{town}}; on the {first|top} floor // {above the bay|outside {town}}

@@ -97,9 +97,9 @@ def body_parameters(
 @dataclass(frozen=True)
 class Stored:
     "A tensor in a safetensors file, of which only the header was read."
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    file: Path  # where it lies
+    shape: tuple[int, ...]  # as the header says
+    dtype: torch.dtype  # in which it is stored
     offset: int  # of its first byte, from the start of the file
     stamp: tuple[int, int]  # size and time of the file when it was opened
 
@@ -137,7 +137,7 @@ def _fill(file: Path, stamp: tuple[int, int], offset: int, view: memoryview) -> 
 @dataclass(frozen=True)
 class Held:
     "A tensor in memory, or in a memory-mapped pickle."
-    tensor: Tensor
+    tensor: Tensor  # of any device
 
     @property
     def shape(self) -> tuple[int, ...]: return tuple(self.tensor.shape)

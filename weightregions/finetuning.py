@@ -20,8 +20,8 @@ from transformers.utils import logging as hf_logging
 @dataclass(frozen=True)
 class Recipe:
     "How to fine-tune: all that matters besides the base, the data and the seed."
-    steps: int = 80              # optimiser steps
-    batch_size: int = 32         # rows in a step
+    steps: int = 200             # optimiser steps
+    batch_size: int = 16         # rows in a step
     learning_rate: float = 2e-4  # peak of AdamW's learning rate for the body
     head_rate: float = 5e-3      # the same for the head
     warmup: float = 0.1          # share of the steps in which the rate rises; then it falls linearly to 0
@@ -30,7 +30,7 @@ class Recipe:
     rows: int | None = None      # training rows, a stratified sub-sample; None: all of them
     trains: str = "all"          # "all", "bitfit" (biases and head) or "head"
     head: str = "zero"           # how the head's last layer starts: at "zero", or "random" as transformers leaves it
-    dtype: str = "auto"          # "float32", "bfloat16" (autocast) or "auto": bfloat16 where the processor computes in it
+    dtype: str = "auto"          # "float32", "bfloat16" (autocast) or "auto": bfloat16 where the processor is fast in it
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "max_length"):
@@ -49,7 +49,7 @@ def fast_bfloat16(
 ) -> bool: # whether the device multiplies bfloat16 matrices natively
     "Whether bfloat16 is worth while on this machine."
     if device == "cuda": return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_amx_tile_supported()
 
 # %% ../nbs/12_finetuning.ipynb #47d0030d
 class Tokenized(torch.utils.data.Dataset):

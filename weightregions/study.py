@@ -9,18 +9,17 @@ __all__ = ['SCALES', 'HOLDS', 'IN_PART', 'NOT_HERE', 'CLAIM_COLUMNS', 'REPORTED'
            'claims_table', 'write_page', 'title_of', 'run_study']
 
 # %% ../nbs/50_study.ipynb #70d85bca
-import html, json, os, re, shutil, sys, time, warnings
-from dataclasses import asdict, dataclass, field, replace
+import html, json, os, re, shutil, time, warnings
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from joblib import Parallel, delayed
 
 from .bases import base_identity, minilm, second_start, tiny_base
 from .checkpoints import open_checkpoint
-from .corpora import Corpus, describe, load_corpora, texts
+from .corpora import describe, load_corpora, texts
 from .files import as_json, write_whole
 from .finetuning import Recipe
 from .similarity import gram
