@@ -16,7 +16,7 @@ import transformers
 from filelock import FileLock
 from joblib import Parallel, delayed
 from scipy.stats import binomtest
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .bases import base_identity
 from .checkpoints import open_checkpoint
