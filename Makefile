@@ -20,7 +20,7 @@ QUIET := OMP_NUM_THREADS=1 TQDM_DISABLE=1 HF_HUB_OFFLINE=1
 say    = @printf '\n== %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
-.PHONY: help study test lab prepare book clean
+.PHONY: help study record test lab prepare book clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[.a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -29,6 +29,11 @@ help: ## list the targets
 study: .venv ## measure all claims of the paper: SCALE, DATA, OUT
 	$(call say,studying at scale $(SCALE) on $(DATA) data; everything goes to $(OUT))
 	$(BIN)/weightregions study --scale "$(SCALE)" --data "$(DATA)" --out "$(OUT)"
+
+record: ## keep the rows of a study as the run that the study notebooks show: OUT
+	test -f "$(OUT)/rows/points.csv"
+	rm -rf nbs/study/recorded/rows nbs/study/recorded/claims
+	cp -r "$(OUT)/rows" "$(OUT)/about.json" nbs/study/recorded/
 
 test: .venv ## run every notebook and every test: TESTS, JOBS, FLAGS
 	$(call say,testing $(TESTS) in $(JOBS) processes: each notebook is one test)

@@ -150,9 +150,9 @@ def test_missing_documentation_is_found():
 LAYERS = {
     "points": {"space", "files", "checkpoints"},
     "text": {"builtin", "corpora", "finetuning", "bases", "zoo"},
-    "regions": {"similarity", "clustering", "probing", "traversal", "comparison", "centering", "original"},
+    "regions": {"similarity", "clustering", "probing", "traversal", "comparison", "centering", "region", "original"},
     "figures": {"plots"},
-    "top": {"study", "cli"},
+    "top": {"walks", "study", "cli"},
 }
 KNOWS = {"points": {"points"}, "text": {"points", "text"}, "regions": {"points", "text", "regions"}, "figures": {"figures", "regions"},
          "top": set(LAYERS)}

@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'HOLDS', 'IN_PART', 'NOT_HERE', 'CLAIM_COLUMNS', 'REPORTED', 'PAGE', 'CAPTIONS', 'Scale', 'choose', 'Study',
-           'square', 'verdict', 'claim_of', 'parts', 'pairs_of', 'write_rows', 'similarity_rows', 'shared_texts',
-           'start', 'other_start', 'say', 'fine_tune_all', 'some_of', 'measure', 'begin', 'notebooks', 'run_notebook',
-           'claims_table', 'write_page', 'title_of', 'run_study']
+           'square', 'verdict', 'claim_of', 'claim_of_pb', 'claim_of_gain', 'parts', 'pairs_of', 'write_rows',
+           'similarity_rows', 'shared_texts', 'start', 'other_start', 'say', 'Clock', 'fine_tune_all', 'some_of',
+           'measure', 'walk', 'begin', 'notebooks', 'run_notebook', 'claims_table', 'write_page', 'title_of',
+           'run_study']
 
 # %% ../nbs/50_study.ipynb #70d85bca
 import html, json, os, re, shutil, time, warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from joblib import Parallel, delayed
 
 from .bases import base_identity, minilm, second_start, tiny_base
@@ -24,7 +27,8 @@ from .files import as_json, write_whole
 from .finetuning import Recipe
 from .similarity import gram
 from .space import kind_of, layer_of, patch
-from .zoo import build_zoo, open_zoo
+from .walks import Reach, plan, take_all
+from .zoo import build_zoo, learned, open_zoo
 
 # %% ../nbs/50_study.ipynb #cfe5a033
 @dataclass(frozen=True)
@@ -42,16 +46,20 @@ class Scale:
     started: int = 3    # datasets fine-tuned from the second start (C6)
     start_seeds: int = 2 # models of each of these
     start_steps: int = 300 # of masked-language modelling that make the second start
+    reach: Reach = Reach() # points of weight space that are visited (C7 to C11)
 
 # %% ../nbs/50_study.ipynb #ae63a48b
 SCALES = {s.name: s for s in (
     Scale("tiny", "tiny", Recipe(steps=60, batch_size=16, learning_rate=2e-3), seeds=3, per_family=2, n_train=300, n_test=100,
-          sizes=(50, 100), sized=2, started=2, start_steps=60),
+          sizes=(50, 100), sized=2, started=2, start_steps=60,
+          reach=Reach(same=1, hull=5, targets=3, lines=3, inside=3, extended=1, line_targets=2, grid=5, n_train=80, n_test=80)),
     Scale("laptop", "minilm", Recipe(steps=30, batch_size=16, learning_rate=3e-4), seeds=3, per_family=3, n_train=1200, n_test=200,
-          sizes=(100, 400), sized=2, started=2, start_steps=40),
-    Scale("full", "minilm", Recipe(), seeds=5, sizes=(200, 400, 800, 1600), sized=6, started=6),
+          sizes=(100, 400), sized=2, started=2, start_steps=40,
+          reach=Reach(same=2, hull=10, targets=4, lines=3, inside=5, extended=1, line_targets=2, grid=5, n_train=200, n_test=200)),
+    Scale("full", "minilm", Recipe(), seeds=5, sizes=(200, 400, 800, 1600), sized=4, started=4),
     Scale("paper", "FacebookAI/roberta-base", Recipe(steps=2000, batch_size=256, learning_rate=5e-5, head_rate=5e-5, warmup=0.06, weight_decay=0.01, max_length=250, head="random"),
-          seeds=5, sizes=(200, 400, 800, 1600, 3000), sized=9, started=9, start_seeds=5, start_steps=2000))}
+          seeds=5, sizes=(200, 400, 800, 1600, 3000), sized=9, started=9, start_seeds=5, start_steps=2000,
+          reach=Reach(same=5, hull=100, targets=36, lines=25, inside=9, extended=10, line_targets=10, grid=21, n_train=2000, n_test=2000)))}
 
 # %% ../nbs/50_study.ipynb #45a3b484
 def choose(
@@ -100,7 +108,12 @@ class Study:
     ) -> pd.DataFrame: # a row a model, indexed by its name
         "The models of one zoo."
         table = self.rows("models")
-        return table[table.zoo == zoo].set_index("model")
+        table = table[table.zoo == zoo].set_index("model")
+        return table.assign(learned=table.dataset.map(learned(table).set_index("dataset").learned))
+
+    def reach(self) -> Reach: # how far the walks went
+        "The sizes of the walks."
+        return Reach(**self.about["reach"])
 
 # %% ../nbs/50_study.ipynb #84201c59
 @patch
@@ -149,6 +162,25 @@ def claim_of(
     "The claim that a clustering is as accurate as the paper's."
     return {"claim": claim, "measure": measure, "paper": paper, "ours": scores.accuracy, "low": scores.low, "high": scores.high, "n": scores.n,
             "verdict": None if paper is None else verdict(paper, scores.accuracy, scores.p)}
+def claim_of_pb(
+    claim: str,   # "C1" to "C13"
+    measure: str, # what was measured
+    paper: float | None, # the paper's figure; None where it gives none
+    pb,           # a PB
+) -> dict: # a row of the table of claims
+    "The claim that one group is better than another as often as in the paper."
+    reached = verdict(1.0 if paper is None else paper, pb.value, pb.p)
+    return {"claim": claim, "measure": measure, "paper": paper, "ours": pb.value, "low": pb.low, "high": pb.high, "n": pb.pairs, "verdict": reached}
+
+def claim_of_gain(
+    claim: str,   # "C1" to "C13"
+    measure: str, # what was measured
+    gain: tuple,  # mean gain, and the ends of its interval
+    n: int,       # how many it is the mean of
+) -> dict: # a row of the table of claims
+    "The claim that nothing is lost: holds if the interval does not reach below zero, in part if only the mean does not."
+    mean, low, high = gain
+    return {"claim": claim, "measure": measure, "ours": mean, "low": low, "high": high, "n": n, "verdict": HOLDS if low >= 0 else IN_PART if mean >= 0 else NOT_HERE}
 
 # %% ../nbs/50_study.ipynb #2a803d41
 CLAIM_COLUMNS = ["claim", "measure", "paper", "ours", "low", "high", "n", "verdict"]
@@ -254,11 +286,27 @@ def other_start(
     if scale.base == "tiny": return str(tiny_base(out, seed=1)), "a tiny base of another seed"
     return str(second_start(base, out, scale.start_steps)), f"the same base after {scale.start_steps} more steps of masked-language modelling on the built-in texts"
 
+# %% ../nbs/50_study.ipynb #12f6a88f
 def say(
     text: str, # what begins now
 ):
     "Tell what the study is doing, with the time of day."
     print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+class Clock(dict):
+    "Seconds that each part of a run took."
+    @contextmanager
+    def part(self,
+        name: str, # of the part
+        text: str = "", # what it does; None: the name says it
+    ):
+        "Announce a part, and count its seconds."
+        say(f"{name}: {text}" if text else name)
+        start = time.time()
+        yield
+        self[name] = self.get(name, 0) + time.time() - start
+
+    def __repr__(self): return ", ".join(f"{name} {seconds / 60:.1f} min" for name, seconds in self.items())
 
 # %% ../nbs/50_study.ipynb #4eb2cf02
 def fine_tune_all(
@@ -315,6 +363,24 @@ def measure(
 
 REPORTED = ["model", "dataset", "family", "seed", "accuracy", "loss", "majority", "n_train", "n_test"]
 
+# %% ../nbs/50_study.ipynb #1f2372f2
+def walk(
+    out: Path,     # the study's folder
+    scale: Scale,  # how much
+    base: str,     # the first start
+    corpora: dict, # the chosen datasets
+    workers: int | None = None, # walks at a time
+):
+    "Measure the points of weight space that claims C7 to C11 ask for."
+    study = Study(out)
+    models = study.models()
+    paths = open_zoo(out/"zoo").models.set_index("model").path.to_dict()
+    walks = plan(models, scale.reach, study.rows("shared_texts"))
+    workers = workers or (1 if torch.cuda.is_available() else os.cpu_count())
+    points, marks = take_all(walks, out/"walks", paths, base, corpora, scale.reach, workers)
+    write_rows(out, "points", points[[c for c in ["kind", "walk", "point", "alpha", "x", "y", "target", "loss", "accuracy", "train_loss", "pooling", "note"] if c in points]])
+    write_rows(out, "plane", marks)
+
 # %% ../nbs/50_study.ipynb #da416457
 def begin(
     out: Path,     # the study's folder
@@ -362,14 +428,14 @@ def run_notebook(
 # %% ../nbs/50_study.ipynb #34163754
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>weightregions: the study</title><style>
 body{{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}} h1{{margin-bottom:.2rem}}
-table{{border-collapse:collapse;width:100%;font-size:14px}} th,td{{text-align:left;padding:.35rem .6rem;border-bottom:1px solid #ddd}} td.number{{text-align:right;white-space:nowrap}}
+table{{border-collapse:collapse;width:100%;font-size:14px}} th,td{{text-align:left;padding:.35rem .6rem;border-bottom:1px solid #ddd}} td.number{{text-align:right}} td.number,td.verdict{{white-space:nowrap}}
 .holds{{color:#11683c}} .in-part{{color:#8a5a00}} .not-here{{color:#9b1c1c}} figure{{margin:1.5rem 0}} img{{max-width:100%}} figcaption{{color:#555}}
 </style></head><body><h1>Knowledge is a region in weight space</h1><p>{about}</p><h2>The claims</h2>{claims}
 <h2>What it looks like</h2>{figures}<h2>The notebooks</h2><ul>{notebooks}</ul><p>{rows}</p></body></html>
 """
 
 CAPTIONS = {"same_dataset": "Cosine of the task vectors of any two fine-tuned models, dataset by dataset.",
-            "same_task": "The same models on a plane: the closer, the more alike their directions."}
+            "edges": "The loss on the line through two models, between them and far beyond: a flat base with steep cliffs, the models near its edge."}
 
 # %% ../nbs/50_study.ipynb #f0be2eaa
 def claims_table(
@@ -380,7 +446,7 @@ def claims_table(
     style = {HOLDS: "holds", IN_PART: "in-part", NOT_HERE: "not-here"}
     body = "".join(
         f"<tr><td>{c.claim}<td>{text(c.measure)}<td class=number>{text(c.paper)}<td class=number>{text(c.ours)}"
-        f"<td class=number>{'' if pd.isna(c.low) else f'{c.low:.3g} to {c.high:.3g}'}<td class=number>{c.n}<td class='{style.get(c.verdict)}'>{text(c.verdict)}</tr>"
+        f"<td class=number>{'' if pd.isna(c.low) else f'{c.low:.3g} to {c.high:.3g}'}<td class=number>{c.n}<td class='verdict {style.get(c.verdict)}'>{text(c.verdict)}</tr>"
         for c in claims.itertuples())
     return f"<table><tr><th>claim<th>measure<th>paper<th>ours<th>95 % interval<th>n<th>verdict</tr>{body}</table>"
 
@@ -430,12 +496,14 @@ def run_study(
     begin(out, scale, data, base, corpora)
     write_rows(out, "datasets", describe(corpora).reset_index())
     write_rows(out, "shared_texts", shared_texts(corpora))
-    what = fine_tune_all(out, scale, base, corpora, workers)
-    write_whole(out/"about.json", as_json(json.loads((out/"about.json").read_text()) | {"second_start": what}))
-    measure(out, scale, base)
+    clock = Clock()
+    with clock.part("fine-tuning"): what = fine_tune_all(out, scale, base, corpora, workers)
+    write_whole(out/"about.json", as_json(json.loads((out/"about.json").read_text()) | {"second_start": what, "reach": asdict(scale.reach)}))
+    with clock.part("similarity"): measure(out, scale, base)
+    with clock.part("walks", "the loss at models, between them and beyond"): walk(out, scale, base, corpora, workers)
     shutil.rmtree(out/"claims", ignore_errors=True)
-    say(f"running {len(notebooks())} notebooks on the rows")
-    Parallel(n_jobs=2, prefer="threads")(delayed(run_notebook)(file, out) for file in notebooks())
+    with clock.part("notebooks", f"{len(notebooks())} of them, on the rows"):
+        Parallel(n_jobs=2, prefer="threads")(delayed(run_notebook)(file, out) for file in notebooks())
     page = write_page(out)
-    say(f"done: open {page}")
+    say(f"done ({clock}): open {page}")
     return page

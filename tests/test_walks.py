@@ -1,0 +1,124 @@
+"Walks visit what the claims ask for, whoever takes them and however often they are stopped."
+import multiprocessing
+import os
+import signal
+
+import pandas as pd
+import pytest
+import torch
+
+from weightregions.bases import tiny_base
+from weightregions.corpora import load_corpora
+from weightregions.finetuning import Recipe
+from weightregions.walks import Reach, along, compared, gain_interval, granularities, inside_gain, leading, lines_of, one_each, pairs, plan, take_all
+from weightregions.zoo import build_zoo, open_zoo
+
+pytestmark = pytest.mark.xdist_group("walks")  # one process makes what all of these tests look at
+
+REACH = Reach(same=1, hull=2, targets=2, lines=1, inside=1, extended=1, line_targets=2, grid=2, n_train=30, n_test=30)
+fork = multiprocessing.get_context("fork")
+
+
+def table(datasets=("mnli", "rte", "sst2", "imdb", "news"), families=("nli", "nli", "sentiment", "sentiment", "topic"), seeds=5):
+    return pd.DataFrame([{"model": f"{d}/seed-{s}", "dataset": d, "family": f, "seed": s, "n_train": 1000 - i}
+                         for i, (d, f) in enumerate(zip(datasets, families)) for s in range(1, seeds + 1)]).set_index("model")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "A tiny zoo, its models, its base and its corpora."
+    here = tmp_path_factory.mktemp("walks")
+    base = str(tiny_base(here / "base", steps=2))
+    corpora = load_corpora("builtin", names=["films", "stays", "headlines"], n_train=40, n_test=30)
+    build_zoo(here / "zoo", base, corpora, Recipe(steps=6, batch_size=8, learning_rate=2e-3), [1, 2, 3], workers=1)
+    return open_zoo(here / "zoo").models.set_index("model"), base, corpora
+
+
+def walked(made, folder, workers=1):
+    models, base, corpora = made
+    torch.set_num_threads(1)
+    return take_all(plan(models, REACH), folder, models.path.to_dict(), base, corpora, REACH, workers)
+
+
+@pytest.fixture(scope="module")
+def unbroken(made, tmp_path_factory):
+    return walked(made, tmp_path_factory.mktemp("unbroken"))
+
+
+def test_a_plan_depends_on_names_alone():
+    models = table()
+    walks = plan(models, Reach())
+    assert walks == plan(models.assign(accuracy=0.5), Reach())
+    assert len({w.name for w in walks}) == len(walks)
+    assert {w.kind for w in walks} == {"models", "hull", "line", "edges", "plane", "perturbations"}
+
+
+def test_in_and_ex_share_no_model_and_every_loss_is_asked_for():
+    models, reach = table(), Reach(targets=3)
+    asked = {w.targets[0]: set(w.members) for w in plan(models, reach) if w.kind == "models"}
+    for g in granularities(models, reach):
+        assert not set(g.In) & set(g.Ex)
+        for t in g.targets: assert {*g.In, *g.Ex} <= asked[t]
+    for ends, targets in lines_of(models, reach).values():
+        for t in targets: assert {m for pair in ends for m in pair} <= asked[t]
+
+
+def test_twins_of_a_target_are_no_strangers():
+    twins = pd.DataFrame([{"a": "sst2", "b": "mnli", "share": 0.5}])
+    mnli = next(g for g in granularities(table(), Reach(same=1), twins) if g.trait == "mnli")
+    assert not any(m.startswith("sst2") for m in mnli.Ex)
+
+
+def test_what_was_not_learned_leads_nothing():
+    models = table()
+    assert leading(models, 2) == ["mnli", "sst2"]
+    assert "mnli" not in leading(models.assign(learned=models.dataset != "mnli"), 9)
+    assert leading(models.assign(learned=False), 1) == ["mnli"]  # where nothing was learned, everything is as good
+
+
+def test_pairs_and_single_models():
+    models = table(seeds=5)
+    assert len(pairs(models, "mnli", "mnli", 99)) == 10  # the paper's ten MNLI-MNLI pairs
+    assert len(set(pairs(models, "mnli", "rte", 99))) == 25
+    assert one_each(models).dataset.tolist() == models.dataset.unique().tolist()
+
+
+def test_all_that_was_planned_was_measured(made, unbroken):
+    models, rows = made[0], unbroken[0]
+    assert rows.loss.notna().all()
+    for g in granularities(models, REACH):
+        found = compared(rows, g)
+        assert set(found.group) == {"In", "In'", "Ex"}
+        assert set(found.point[found.group == "In"]) == set(g.In)
+    for granularity, (ends, targets) in lines_of(models, REACH).items():
+        on = along(rows, models, REACH, granularity)
+        assert set(on.target) == set(targets) and {0, 1} <= set(on.alpha)
+        assert on.alpha.min() == -31 and on.alpha.max() == 32
+        gains = inside_gain(on)
+        mean, low, high = gain_interval(gains)
+        assert low <= mean + 1e-12 and mean <= high + 1e-12 and len(gains) == len(ends) * len(targets)
+
+
+def test_two_at_a_time_find_the_same(made, unbroken, tmp_path):
+    rows, marks = walked(made, tmp_path, workers=2)
+    pd.testing.assert_frame_equal(rows, unbroken[0])
+    pd.testing.assert_frame_equal(marks, unbroken[1])
+
+
+def test_killed_walks_go_on_to_the_same_rows(made, unbroken, tmp_path):
+    for seconds in (0.3, 0.6, 1.2):
+        child = fork.Process(target=walked, args=(made, tmp_path))
+        child.start()
+        child.join(seconds)
+        if child.is_alive(): os.kill(child.pid, signal.SIGKILL)
+        child.join()
+    pd.testing.assert_frame_equal(walked(made, tmp_path)[0], unbroken[0])
+
+
+def test_rows_of_another_reach_are_refused(made, tmp_path):
+    models, base, corpora = made
+    walks = [w for w in plan(models, REACH) if w.kind == "hull"][:1]
+    take = lambda reach: take_all(walks, tmp_path, models.path.to_dict(), base, corpora, reach, 1)
+    take(REACH)
+    with pytest.raises(ValueError, match="probes of 20 rows"):
+        take(Reach(n_train=20, n_test=30))
