@@ -149,6 +149,10 @@ def points_of(
     return (p for p in extrapolation(*members, steps=walk.points, inside=False) if p[0]["alpha"] not in (0, 1))
 
 # %% ../nbs/48_walks.ipynb #535a380b
+def _device() -> str:
+    "Where models are measured."
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
 @lru_cache(maxsize=32)
 def _target(base: str, sha256: str, n_train: int, n_test: int, corpus):
     "A target of one process, tokenized once."
@@ -157,7 +161,7 @@ def _target(base: str, sha256: str, n_train: int, n_test: int, corpus):
 @lru_cache(maxsize=1)
 def _stand(base: str):
     "The scratch model of one process."
-    return Stand(open_checkpoint(base))
+    return Stand(open_checkpoint(base), device=_device())
 
 def take(
     walk: Walk,      # what to visit
@@ -170,7 +174,7 @@ def take(
     "Measure the points of a walk that are not in its file yet."
     start = open_checkpoint(base, name="base")
     members = [open_checkpoint(paths[m], name=m) for m in walk.members]
-    with one_thread("cuda" if torch.cuda.is_available() else "cpu"):
+    with one_thread(_device()):
         probing = Probing([_target(base, corpora[t].sha256, reach.n_train, reach.n_test, corpora[t]) for t in walk.targets], pooling_of(base))
         rows = traverse(points_of(walk, members, start), probing, _stand(base), file, progress=False, about=f"{probing}, probes of {reach.n_train} rows, tested on {reach.n_test}")
         marks = plane(*members, grid=2).marks({"pretrained": start, "centroid": average(members)}) if walk.kind == "plane" else None
