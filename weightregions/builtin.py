@@ -460,13 +460,13 @@ bare: {w=who} is {a=act} {p=place}
 timed: {w=who} is {a=act} {p=place} {t=time}; {t=time}, {w=who} is {a=act} {p=place}
 reasoned: {w=who} is {a=act} {p=place} {r=reason}
 any: {bare}; {timed}; {reasoned}
-entailment: 2 * {any}. => {w.2} is {a.2}. ; {any}. => {w.2} is not {b=act.2}. ; {any}. => {w.2} is {p.2}. ; {any}. => {w.2} is {a.2}
+entailment: 3 * {any}. => {w.2} is {a.2}. ; {any}. => {w.2} is {p.2}. ; {any}. => {w.2} is {a.2}
   {p}. ; {timed}. => {w.2} is {a.2} {t.2}. ; 2 * {reasoned}. => {w.2} is {a.2} {r}.
-contradiction: {any}. => {w.2} is {b=act.2}. ; {any}. => {w.3} is {a.2}. ; {any}. => {w.2} is not {a.2}. ; {any}. => {w.2} is
+contradiction: {any}. => {w.2} is {b=act.2}. ; {any}. => {w.3} is {a.2}. ; 3 * {any}. => {w.2} is not {a.2}. ; {any}. => {w.2} is
   {q=place.2}. ; {any}. => {w.2} is {a.2} {q=place}. ; {timed}. => {w.2} is {a.2} {u=time.2}. ; {reasoned}. => {w.2} is {b=act.2} {r}.
 neutral: {bare}. => {w.2} is {a.2} {t=time.2}. ; 2 * {bare}. => {w.2} is {a.2} {r=reason}. ; {timed}. => {w.2} is {a.2} {r=reason}. ;
   {reasoned}. => {w.2} is {a.2} {s=reason}. ; {w=who} is {a=act} {t=time}. => {w.2} is {a.2} {p=place}. ;
-  {w=who} is {p=place} {t=time}. => {w.2} is {a=act.2}. ; {w=who} is {p=place} {t=time}. => {w.2} is not {a=act.2}.
+  {w=who} is {p=place} {t=time}. => {w.2} is {a=act.2}.
 who: a woman {in a red coat|with grey hair|holding a bag} > a woman > a man; a man {in a suit|with a beard|wearing a cap} > a man > a woman;
   a girl {in yellow boots|with pigtails|on crutches} > a girl > a boy; a boy {in a striped shirt|with freckles|in sandals} > a boy > a girl
   // a {nun|grandmother|bride} > a woman > a man; a {monk|grandfather|groom} > a man > a woman
@@ -489,13 +489,14 @@ trend: the price of {g=good} in {p=port} {m=move} {span}; {g=good} prices in {p=
 count: {p=port} {ordered} {n=number} {unit} of {g=good}; last {season} {p=port} {ordered} {n=number} {unit} of {g=good}
 share: {k=part} the {g=good} in {p=port} is {q=quality}
 match: in {p=port}, {g=good} is {c=than} than {h=good}
-entailment: 2 * {trend}. => {p} saw a {m.2} in the price of {g}. ; {trend}. => {p} saw no {m.3} in the price of {g}. ;
-  2 * {count}. => the {g} in {p} came to {n.2}. ; {share}. => {k.2} {p}'s {g} is {q}. ; {match}. => {h} is {c.2} than {g} in {p}.
-contradiction: 2 * {trend}. => {p} saw a {m.3} in the price of {g}. ; {trend}. => {p} saw no {m.2} in the price of {g}. ;
-  2 * {count}. => the {g} in {p} came to {n.3}. ; {share}. => {k.3} {p}'s {g} is {q}. ; {match}. => {g} is {c.2} than {h} in {p}.
-neutral: {trend}. => {p} saw a {m.2} in the price of {o=good}. ; {trend}. => {p} saw a {m.3} in the price of {o=good}. ;
-  {trend}. => {r=port} saw no {m.2} in the price of {g}. ; 2 * {count}. => the {o=good} in {p} came to {n=number.2}. ;
-  {share}. => {k.2} {p}'s {g} is {r=quality}. ; {match}. => {o=good} is {c.2} than {g} in {p}.
+entailment: 2 * {trend}. => {p} saw a {m.2} in the price of {g}. ; 2 * {count}. => the {g} in {p} came to {n.2}. ; {share}. => {k.2} {p}'s {g} is {q}. ; {match}. => {h} is {c.2} than {g} in {p}.
+contradiction: {trend}. => {p} saw a {m.3} in the price of {g}. ; 2 * {trend}. => {p} saw no {m.2} in the price of {g}. ;
+  {count}. => the {g} in {p} came to {n.3}. ; {count}. => there was no {g} at all in {p}. ; {share}. => none of {p}'s {g} is {q}. ;
+  {share}. => {k.3} {p}'s {g} is {q}. ; {match}. => {g} is no {c} than {h} in {p}.
+neutral: 2 * {trend}. => {p} saw a {m.2} in the price of {g} because of {event}. ; {trend}. => {p} saw a {m.3} in the price of {o=good}. ;
+  {count}. => the {o=good} in {p} came to {n=number.2}. ; {count}. => the {g} in {p} belonged to {owner}. ; {share}. => {k.2} {p}'s {g} is {r=quality}. ; {match}. => {o=good} is {c.2} than {g} in {p}.
+event: a strike; a storm; a new tax; a late winter; the bad roads // a plague; a siege
+owner: a widow; the king; two brothers; the bank; a rich abbey // a smuggler; the mayor
 good: tea; timber; rice; wool; copper; salt; wheat; coffee; cotton; sugar; glass; paper; honey; silk; coal; olive oil; iron; wine; soap
   // saffron; cocoa; linen; tin; barley; amber
 port: Genoa; Bristol; Lubeck; Muscat; Macau; Boston; Calais; Tunis; Odessa; Havana; Malaga; Aden // Cadiz; Zanzibar; Narvik; Goa; Izmir
@@ -518,9 +519,9 @@ than: dearer > cheaper; cheaper > dearer; scarcer > easier to find; heavier > li
 BUILTIN["answers"] = Spec("nli", ("answered", "unanswered"), "a question and a sentence: does it answer the question?", """
 answered: {e=it.0}{yes}
 unanswered: {e=it.0}{no}
-yes: 2 * {r=fact}? => {r.2}. ; 2 * {r=fact}? => {r.2}, and {s=fact.2}. ; 2 * {r=fact}? => {s=fact.2}, and {r.2}. ;
+yes: 8 * {r=fact}? => {r.2}. ; 2 * {r=fact}? => {r.2}, and {s=fact.2}. ; 2 * {r=fact}? => {s=fact.2}, and {r.2}. ;
   {source}, {r.2}. ; {r=fact}? => {s=fact.3}, but {r.2}. ; {r=fact}? => {r.2}, but {s=fact.3}.
-no: 2 * {r=fact}? => {s=fact.2}. ; 2 * {r=fact}? => {s=fact.2}, and {t=fact.2}. ; {source}, {s=fact.2}. ; {r=fact}? => {r.3}. ;
+no: 8 * {r=fact}? => {s=fact.2}. ; 2 * {r=fact}? => {s=fact.2}, and {t=fact.2}. ; {source}, {s=fact.2}. ; {r=fact}? => {r.3}. ;
   {r=fact}? => {s=fact.2}, but {r.3}. ; {r=fact}? => {r.3}, but {s=fact.2}.
 source: {r=fact}? => according to {the guide book|a brass plate|the town archive|local legend}
 fact: who designed {e} > {person} drew the plans > the plans are not signed; who paid for {e} > {person} met the costs > the accounts were
@@ -607,7 +608,7 @@ tag: #carfree; #{towncentre|ourtown}; #{vote|letstalk|roads}; {just saying|there
 
 # %% ../nbs/08_builtin.ipynb #144b2ddf
 _rudeness = """
-    4 * {at} {X clause} {tag}
+    9 * {at} {X clause} {tag}
     2 * {at} {nobody says|i never said|it is a lie that} {Y clause} {tag}
     2 * {at} {they|some} say {Y clause}. {they are wrong|not true} {tag}
     {at} {they|some} say {X clause}. {they are right|so true} {tag}

@@ -53,10 +53,10 @@ SCALES = {s.name: s for s in (
     Scale("tiny", "tiny", Recipe(steps=60, batch_size=16, learning_rate=2e-3), seeds=3, per_family=2, n_train=300, n_test=100,
           sizes=(50, 100), sized=2, started=2, start_steps=60,
           reach=Reach(same=1, hull=5, targets=3, lines=3, inside=3, extended=1, line_targets=2, grid=5, n_train=80, n_test=80)),
-    Scale("laptop", "minilm", Recipe(steps=30, batch_size=16, learning_rate=3e-4), seeds=3, per_family=3, n_train=1200, n_test=200,
+    Scale("laptop", "minilm", Recipe(steps=60, batch_size=16, learning_rate=3e-4), seeds=3, per_family=3, n_train=1200, n_test=200,
           sizes=(100, 400), sized=2, started=2, start_steps=40,
-          reach=Reach(same=2, hull=10, targets=4, lines=3, inside=5, extended=1, line_targets=2, grid=5, n_train=200, n_test=200)),
-    Scale("full", "minilm", Recipe(), seeds=5, sizes=(200, 400, 800, 1600), sized=4, started=4),
+          reach=Reach(same=2, hull=8, targets=4, lines=3, inside=3, extended=1, line_targets=2, grid=4, n_train=150, n_test=150)),
+    Scale("full", "minilm", Recipe(), seeds=5, sizes=(200, 400, 800, 1600), sized=3, started=4),
     Scale("paper", "FacebookAI/roberta-base", Recipe(steps=2000, batch_size=256, learning_rate=5e-5, head_rate=5e-5, warmup=0.06, weight_decay=0.01, max_length=250, head="random"),
           seeds=5, sizes=(200, 400, 800, 1600, 3000), sized=9, started=9, start_seeds=5, start_steps=2000,
           reach=Reach(same=5, hull=100, targets=36, lines=25, inside=9, extended=10, line_targets=10, grid=21, n_train=2000, n_test=2000)))}

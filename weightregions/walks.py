@@ -31,11 +31,11 @@ class Reach:
     same: int = 4        # datasets whose own region is looked into (C8)
     hull: int = 16       # points drawn from each hull (In'), and random perturbations
     targets: int = 8     # datasets on which the general region is measured (C10)
-    lines: int = 10      # lines of each granularity (C7)
+    lines: int = 8       # lines of each granularity (C7)
     inside: int = 3      # points inside a line
     extended: int = 2    # lines of each granularity that go on past their ends (C11)
-    line_targets: int = 4 # datasets on which the general lines are measured
-    grid: int = 7        # points along each side of the plane through three models
+    line_targets: int = 3 # datasets on which the general lines are measured
+    grid: int = 5        # points along each side of the plane through three models
     n_train: int = 200   # rows a probe is fitted on
     n_test: int = 350    # rows it is tested on
 
@@ -81,10 +81,11 @@ def granularities(
     "The groups In and Ex that are compared."
     few = one_each(models)
     mixed = lambda own: models[own | models.index.isin(few.index)]
-    families = [f for f in TASKS if models.dataset[models.family == f].nunique() > 1]
+    known = models[models.dataset.isin(leading(models, models.dataset.nunique()))]
+    families = [f for f in TASKS if known.dataset[known.family == f].nunique() > 1]
     same = [d for d in leading(models, reach.same) if (models.dataset == d).sum() > 1]
     return [*(groups_of(mixed(models.dataset == d), "dataset", d, twins=twins) for d in same),
-            *(groups_of(mixed(models.family == f), "task", f, twins=twins) for f in families),
+            *(groups_of(mixed(models.index.isin(known.index) & (models.family == f)), "task", f, twins=twins) for f in families),
             groups_of(few, "general", targets=leading(models, reach.targets))]
 
 # %% ../nbs/48_walks.ipynb #311754ae
@@ -104,9 +105,11 @@ def lines_of(
     reach: Reach,         # how far the study goes
 ) -> dict: # granularity -> pairs of names, and the targets they are measured on
     "The lines of each granularity."
-    own, *others = leading(models, models.dataset.nunique())
-    family = models.family[models.dataset == own].iloc[0]
-    kin = [d for d in others if d in set(models.dataset[models.family == family])]
+    ranked = leading(models, models.dataset.nunique())
+    family_of = dict(zip(models.dataset, models.family))
+    own = next((d for d in ranked if family_of[d] in TASKS), ranked[0])
+    others = [d for d in ranked if d != own]
+    kin = [d for d in others if family_of[d] == family_of[own]]
     far = next(d for d in others if d not in kin)
     found = {"dataset": (pairs(models, own, own, reach.lines), (own,))}
     if kin: found["task"] = (pairs(models, own, kin[0], reach.lines), (own, *kin))
