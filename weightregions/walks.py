@@ -56,13 +56,15 @@ def leading(
     models: pd.DataFrame, # a row a model: dataset, family, n_train and, where it is known, whether the dataset was learned
     n: int,               # how many datasets
 ) -> list: # their names
-    "The paper's examples, then the largest dataset of each family in turn; only what was learned."
-    sets = models.drop_duplicates("dataset").set_index("dataset")
-    if "learned" in sets and sets.learned.any(): sets = sets[sets.learned]
-    ranked = sets.sort_values("n_train", ascending=False, kind="stable")
-    turn = ranked.groupby("family", sort=False).cumcount()
-    first = [d for d in EXAMPLES if d in sets.index]
-    return [*first, *(d for d in ranked.index[np.argsort(turn, kind="stable")] if d not in first)][:n]
+    "The paper's examples, then the largest dataset of each family in turn; what was not learned comes last."
+    sets = models.drop_duplicates("dataset").set_index("dataset").sort_values("n_train", ascending=False, kind="stable")
+    known = sets.learned if "learned" in sets else pd.Series(True, sets.index)
+    return [*_in_turn(sets[known]), *_in_turn(sets[~known])][:n]
+
+def _in_turn(sets: pd.DataFrame) -> list:
+    "The paper's examples, then one dataset of each family in turn."
+    turn = sets.groupby("family", sort=False).cumcount()
+    return [*(d for d in EXAMPLES if d in sets.index), *(d for d in sets.index[np.argsort(turn, kind="stable")] if d not in EXAMPLES)]
 
 def one_each(
     models: pd.DataFrame, # a row a model, indexed by name
@@ -81,7 +83,7 @@ def granularities(
     "The groups In and Ex that are compared."
     few = one_each(models)
     mixed = lambda own: models[own | models.index.isin(few.index)]
-    known = models[models.dataset.isin(leading(models, models.dataset.nunique()))]
+    known = models[models.learned] if "learned" in models else models
     families = [f for f in TASKS if known.dataset[known.family == f].nunique() > 1]
     same = [d for d in leading(models, reach.same) if (models.dataset == d).sum() > 1]
     return [*(groups_of(mixed(models.dataset == d), "dataset", d, twins=twins) for d in same),
@@ -103,8 +105,8 @@ def pairs(
 def lines_of(
     models: pd.DataFrame, # a row a model, indexed by name
     reach: Reach,         # how far the study goes
-) -> dict: # granularity -> pairs of names, and the targets they are measured on
-    "The lines of each granularity."
+) -> dict: # kind -> pairs of names, and the targets they are measured on
+    "The lines of each granularity; those within a dataset for the two leading ones."
     ranked = leading(models, models.dataset.nunique())
     family_of = dict(zip(models.dataset, models.family))
     own = next((d for d in ranked if family_of[d] in TASKS), ranked[0])
@@ -112,6 +114,7 @@ def lines_of(
     kin = [d for d in others if family_of[d] == family_of[own]]
     far = next(d for d in others if d not in kin)
     found = {"dataset": (pairs(models, own, own, reach.lines), (own,))}
+    if (models.dataset == far).sum() > 1: found[f"dataset {far}"] = (pairs(models, far, far, reach.lines), (far,))
     if kin: found["task"] = (pairs(models, own, kin[0], reach.lines), (own, *kin))
     return found | {"general": (pairs(models, own, far, reach.lines), tuple(dict.fromkeys([own, far, *leading(models, reach.line_targets)]))[:reach.line_targets])}
 
@@ -132,7 +135,9 @@ def plan(
     for granularity, (ends, targets) in lines.items():
         walks += [Walk(f"line {i + 1}, {granularity}", "line", p, targets, reach.inside) for i, p in enumerate(ends)]
         walks += [Walk(f"edges {i + 1}, {granularity}", "edges", p, targets, 10) for i, p in enumerate(ends[:reach.extended])]
-    if len(groups[0].In) > 2: walks.append(Walk("plane", "plane", tuple(groups[0].In[:3]), tuple(groups[0].targets), reach.grid))
+    ends, targets = [of for kind, of in lines.items() if kind.startswith("dataset")][-1]
+    corners = tuple(dict.fromkeys(m for pair in ends for m in pair))[:3]
+    if len(corners) == 3: walks.append(Walk("plane", "plane", corners, targets, reach.grid))
     size = {"models": lambda w: len(w.members), "line": lambda w: w.points, "edges": lambda w: 2 * w.points, "plane": lambda w: w.points ** 2}
     return sorted(walks, key=lambda w: -len(w.targets) * size.get(w.kind, lambda w: w.points)(w))
 
@@ -218,9 +223,9 @@ def along(
     rows: pd.DataFrame,  # of all walks
     models: pd.DataFrame, # a row a model, indexed by name
     reach: Reach,        # how far the study went
-    granularity: str,    # "dataset", "task" or "general"
+    granularity: str,    # a kind of lines, see `lines_of`
 ) -> pd.DataFrame: # rows with columns line, alpha, a, b: the points inside and outside and both ends
-    "The measured rows of the lines of one granularity."
+    "The measured rows of the lines of one kind."
     ends, targets = lines_of(models, reach).get(granularity, ([], ()))
     parts = []
     for i, (a, b) in enumerate(ends):
