@@ -78,7 +78,9 @@ def test_what_was_not_learned_comes_last():
 
 @pytest.mark.parametrize("known", [[], ["mnli"], ["news"], ["mnli", "rte"], ["sst2", "news"]])
 def test_a_plan_can_be_made_however_little_was_learned(known):
-    walks = plan(table(seeds=3).assign(learned=lambda m: m.dataset.isin(known)), Reach(same=1, targets=3))
+    models = table(seeds=3).assign(learned=lambda m: m.dataset.isin(known))
+    walks = plan(models, Reach(same=1, targets=3))
+    assert {"dataset", "task", "general"} == {g.granularity for g in granularities(models, Reach(same=1, targets=3))}
     assert {"models", "hull", "line", "edges", "perturbations"} <= {w.kind for w in walks}
 
 

@@ -83,11 +83,12 @@ def granularities(
     "The groups In and Ex that are compared."
     few = one_each(models)
     mixed = lambda own: models[own | models.index.isin(few.index)]
+    tasks = lambda known: [f for f in TASKS if known.dataset[known.family == f].nunique() > 1]
     known = models[models.learned] if "learned" in models else models
-    families = [f for f in TASKS if known.dataset[known.family == f].nunique() > 1]
+    if not tasks(known): known = models  # nothing was learned that could be compared: show it all the same
     same = [d for d in leading(models, reach.same) if (models.dataset == d).sum() > 1]
     return [*(groups_of(mixed(models.dataset == d), "dataset", d, twins=twins) for d in same),
-            *(groups_of(mixed(models.index.isin(known.index) & (models.family == f)), "task", f, twins=twins) for f in families),
+            *(groups_of(mixed(models.index.isin(known.index) & (models.family == f)), "task", f, twins=twins) for f in tasks(known)),
             groups_of(few, "general", targets=leading(models, reach.targets))]
 
 # %% ../nbs/48_walks.ipynb #311754ae
