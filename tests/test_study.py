@@ -20,7 +20,7 @@ pytestmark = pytest.mark.xdist_group("study")  # one process makes what all of t
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study") / "out"
     environment = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "WEIGHTREGIONS_OUT")}
-    done = subprocess.run([Path(sys.executable).with_name("weightregions"), "study", "--scale", "tiny", "--out", folder],
+    done = subprocess.run([Path(sys.executable).with_name("weightregions"), "study", "--scale", "tiny", "--out", os.path.relpath(folder, ROOT)],
                           cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder

@@ -485,7 +485,7 @@ def run_study(
 ) -> Path: # the page to begin with
     "Run the whole study, going on where an earlier run stopped."
     if scale not in SCALES: raise ValueError(f"no scale {scale!r}: there are {', '.join(SCALES)}")
-    out, scale = Path(out), SCALES[scale]
+    out, scale = Path(out).absolute(), SCALES[scale]  # papermill changes the working folder
     out.mkdir(parents=True, exist_ok=True)
     say(f"study at scale {scale.name} on {data if data in ('builtin', 'hub') else f'the folder {Path(data).name}'}, into {out}")
     with warnings.catch_warnings():
