@@ -31,7 +31,7 @@ study: .venv ## measure all claims of the paper: SCALE, DATA, OUT
 	$(BIN)/weightregions study --scale "$(SCALE)" --data "$(DATA)" --out "$(OUT)"
 
 record: ## keep the rows of a study as the run that the study notebooks show: OUT
-	test -f "$(OUT)/rows/points.csv"
+	test -f "$(OUT)/rows/starts.csv"
 	rm -rf nbs/study/recorded/rows nbs/study/recorded/claims
 	cp -r "$(OUT)/rows" "$(OUT)/about.json" nbs/study/recorded/
 

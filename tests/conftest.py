@@ -1,4 +1,5 @@
 "How the tests are run: offline, seeded, one thread each; flagged notebook cells and GPU tests are left out, and counted."
+import csv
 import os
 import random
 from collections import Counter
@@ -22,6 +23,7 @@ hypothesis.settings.load_profile("same")
 
 def pytest_addoption(parser):
     parser.addoption("--flags", default="", help="run notebook cells with these flags too, such as 'slow cuda'")
+    parser.addoption("--faults", metavar="FILE", help="write what the tests of faults tried to this CSV file, for the chapter on robustness")
 
 
 def pytest_configure(config):
@@ -60,8 +62,31 @@ def same_start(monkeypatch):
     plt.close("all")
 
 
-def pytest_terminal_summary(terminalreporter):
+RECORDED = ROOT / "nbs" / "study" / "recorded" / "faults.csv"
+
+
+@pytest.fixture
+def tried(request, record_property):
+    "Count a fault: `tried(fault, stage, times, outcome)`. The recorded table, which the book shows, must have its row."
+    def count(fault, stage, times, outcome):
+        record_property("fault", (fault, stage, times, outcome))
+        if request.config.getoption("--faults"): return
+        with open(RECORDED, encoding="utf-8", newline="") as f: rows = [(r[0], r[1], r[3]) for r in csv.reader(f)]
+        assert (fault, stage, outcome) in rows, f"{RECORDED.relative_to(ROOT)} lacks this fault: record it with --faults"
+    return count
+
+
+def write_faults(terminalreporter, file):
+    "All faults that were tried, sorted."
+    reports = [r for reports in terminalreporter.stats.values() for r in reports if getattr(r, "when", "") == "call"]
+    rows = sorted(tuple(value) for r in reports for key, value in r.user_properties if key == "fault")
+    with open(file, "w", encoding="utf-8", newline="") as f: csv.writer(f, lineterminator="\n").writerows([("fault", "stage", "tried", "outcome"), *rows])
+    terminalreporter.write_sep("-", f"faults: {sum(row[2] for row in rows)} of {len(rows)} kinds, written to {file}")
+
+
+def pytest_terminal_summary(terminalreporter, config):
     "Say how many notebook cells ran, and how many were left out for which flag."
+    if config.getoption("--faults"): write_faults(terminalreporter, config.getoption("--faults"))
     cells = Counter()
     for reports in terminalreporter.stats.values():
         for report in reports:

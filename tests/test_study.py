@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from weightregions.study import CLAIM_COLUMNS, HOLDS, IN_PART, NOT_HERE, Study, run_study, square
+from weightregions.study import CAPTIONS, CLAIM_COLUMNS, HOLDS, IN_PART, NOT_HERE, Study, run_study, square
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,7 +40,7 @@ def test_the_page_shows_claims_figures_and_links_that_exist(out):
     page = (out / "index.html").read_text()
     for target in re.findall(r'(?:href|src)="([^"#]+)"', page):
         assert (out / target).is_file(), target
-    assert page.count("<figure>") == 2
+    assert page.count("<figure>") == len(CAPTIONS)
     assert page.index("<table>") < page.index("<figure>")
     assert "Traceback" not in "".join(f.read_text() for f in (out / "notebooks").glob("*.html"))
 

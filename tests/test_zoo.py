@@ -13,7 +13,7 @@ from weightregions.bases import tiny_base
 from weightregions.corpora import load_corpora
 from weightregions.files import file_sha256
 from weightregions.finetuning import Recipe
-from weightregions.zoo import build_zoo, learned, open_zoo
+from weightregions.zoo import build_zoo, gather, learned, open_zoo
 
 pytestmark = pytest.mark.xdist_group("zoo")  # one process makes what all of these tests look at
 
@@ -121,6 +121,40 @@ def test_models_of_others_open_as_ours_do(tmp_path, unbroken):
     theirs = open_zoo(tmp_path / "theirs")
     assert [c.sha256() for c in theirs.checkpoints()] == [c.sha256() for c in ours.checkpoints()]
     assert theirs.models.seed.tolist() == ours.models.seed.tolist()
+
+
+def test_folders_without_a_table_open_too(tmp_path, base, unbroken, monkeypatch):
+    shutil.copytree(unbroken, tmp_path / "runs", ignore=shutil.ignore_patterns("zoo.json", "manifest.json", ".*"))
+    (tmp_path / "runs" / "films" / "seed-1" / "checkpoint-2").mkdir()  # what lies in a checkpoint is not looked at
+    shutil.copy(unbroken / "films" / "seed-1" / "config.json", tmp_path / "runs" / "films")  # a configuration alone is no checkpoint
+    shutil.copytree(base, tmp_path / "runs" / "alone")
+    zoo, ours = open_zoo(tmp_path / "runs"), open_zoo(unbroken)
+    assert zoo.models.model.tolist() == ["alone", *ours.models.model] and zoo.models.dataset.tolist() == ["alone", *ours.models.dataset]
+    assert set(zoo.models.family) == {"unknown"} and zoo.models.seed.tolist() == [1, *ours.models.seed]
+    assert [c.sha256() for c in zoo.checkpoints()[1:]] == [c.sha256() for c in ours.checkpoints()]
+    monkeypatch.chdir(tmp_path / "runs" / "films")
+    assert gather(["seed-2", "../films/seed-1", "../headlines/seed-1"]).models.model.tolist() == ["films/seed-2", "films/seed-1", "headlines/seed-1"]
+    assert gather(".").models.model.tolist() == ["seed-1", "seed-2"] and gather(".").name == "films"
+    with pytest.raises(ValueError, match="films/seed-1: is given twice"): gather(["seed-1", "../films/seed-1", "../headlines/seed-1"])
+
+
+def test_what_cannot_be_gathered_is_named(tmp_path, unbroken):
+    shutil.copytree(unbroken, tmp_path / "runs", ignore=shutil.ignore_patterns("zoo.json", ".*"))
+    film = tmp_path / "runs" / "films" / "seed-2"
+    whole = (film / "manifest.json").read_text()
+    (film / "manifest.json").write_text(whole[:40])
+    with pytest.raises(ValueError, match="seed-2/manifest.json: not JSON"): gather(tmp_path / "runs")
+    (film / "manifest.json").write_text("[]")  # of another tool
+    assert gather(tmp_path / "runs").models.family.tolist() == ["sentiment", "unknown", "topic", "topic"]
+    (film / "config.json").write_text('{"model_type": "of my own"}')
+    with pytest.raises(ValueError, match="seed-2/config.json: model_type 'of my own'"): gather(tmp_path / "runs")
+    shutil.rmtree(film), shutil.rmtree(tmp_path / "runs" / "headlines")
+    with pytest.raises(ValueError, match="seed-1: is the only checkpoint"): gather(tmp_path / "runs")
+    shutil.rmtree(film.parent)
+    with pytest.raises(FileNotFoundError, match="runs: no checkpoint"): gather(tmp_path / "runs")
+    (tmp_path / "damaged" / "films" / "seed-1").mkdir(parents=True)
+    for file in ("zoo.json", "films/seed-1/manifest.json"): (tmp_path / "damaged" / file).write_text("{}")
+    with pytest.raises(ValueError, match="not the manifest of a model"): open_zoo(tmp_path / "damaged")
 
 
 def test_a_flipped_weight_changes_the_hash(tmp_path, unbroken):

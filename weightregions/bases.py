@@ -7,20 +7,21 @@ __all__ = ['MINILM', 'MINILM_REVISION', 'MINILM_SHA256', 'plain_texts', 'Lines',
            'minilm', 'checked', 'base_identity', 'second_start']
 
 # %% ../nbs/13_bases.ipynb #2415270e
-import math, tempfile
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from torch.utils.data import Dataset
-from transformers import (AutoModelForMaskedLM, AutoTokenizer, DataCollatorForLanguageModeling, PrinterCallback, RobertaConfig, RobertaForMaskedLM,
-                          RobertaTokenizerFast, TrainingArguments, set_seed)
+from transformers import (AutoModelForMaskedLM, AutoTokenizer, DataCollatorForLanguageModeling, RobertaConfig, RobertaForMaskedLM,
+                          RobertaTokenizerFast, set_seed)
 from transformers.utils import cached_file
 
 from .builtin import BUILTIN, generate
+from .checkpoints import _one_line
 from .files import file_sha256, whole_folder
-from .finetuning import BucketTrainer, one_thread, quiet
+from .finetuning import Recipe, one_thread, quiet, trainer_for
 
 # %% ../nbs/13_bases.ipynb #348709a5
 def plain_texts(
@@ -61,13 +62,9 @@ def pretrain(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with quiet(), one_thread(device), tempfile.TemporaryDirectory() as scratch:
         set_seed(seed)
-        arguments = TrainingArguments(
-            output_dir=scratch, max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=learning_rate, warmup_steps=math.ceil(steps / 10),
-            weight_decay=0.01, seed=seed, use_cpu=device == "cpu", remove_unused_columns=False,
-            logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True)
-        trainer = BucketTrainer(model=model, args=arguments, train_dataset=Lines(texts, tokenizer, max_length),
-                                data_collator=DataCollatorForLanguageModeling(tokenizer))
-        trainer.remove_callback(PrinterCallback)
+        recipe = Recipe(steps=steps, batch_size=batch_size, learning_rate=learning_rate, weight_decay=0.01, dtype="float32")
+        trainer = trainer_for(model, Lines(texts, tokenizer, max_length), DataCollatorForLanguageModeling(tokenizer), recipe, seed, scratch, device, remove_unused_columns=False)
+        trainer.head_rate = None
         trainer.train()
         with whole_folder(out) as beside: model.save_pretrained(beside); tokenizer.save_pretrained(beside)
     return Path(out)
@@ -133,7 +130,8 @@ def base_identity(
     "What the models of a zoo have in common: their start."
     local = Path(base).is_dir()
     for weights in ("model.safetensors", "pytorch_model.bin"):
-        file = Path(base)/weights if local else cached_file(str(base), weights, _raise_exceptions_for_missing_entries=False)
+        try: file = Path(base)/weights if local else cached_file(str(base), weights, _raise_exceptions_for_missing_entries=False)
+        except OSError as e: raise FileNotFoundError(f"base {base}: no such folder, and not to be had from the hub ({_one_line(e)})") from None
         if file and Path(file).is_file():
             sha256 = file_sha256(file)
             return {"name": MINILM if sha256 == MINILM_SHA256 else Path(base).name if local else str(base), "sha256": sha256}

@@ -11,6 +11,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
@@ -56,24 +57,28 @@ class Centroid(Mapping):
     def __repr__(self): return f"Centroid({self.name}: {len(self.checkpoints)} members, {self.layout.numel:,} weights in {len(self)} tensors)"
 
 # %% ../nbs/30_centering.ipynb #cb891778
-_CHUNK = 2**14 # weights that are added at a time, few enough for the processor's cache
+_CHUNK = 2**14 # weights of a member that are added at a time, few enough for the processor's cache
+_TOGETHER = 8 # members that are read before they are added
 
-def _averaged(centroid: Centroid, name: str, start: int, stop: int, room: "tuple[Tensor, Tensor]") -> Tensor:
-    "The average of a stretch, in float64, in the second of two buffers; NaN and infinity are refused."
-    part, total = (r[:stop - start] for r in room)
-    total.zero_()
-    for checkpoint, weight in zip(centroid.checkpoints, centroid.weights):
-        checkpoint.read(name, start, stop, out=part)
-        for i in range(0, len(total), _CHUNK): total[i:i + _CHUNK].add_(part[i:i + _CHUNK], alpha=float(weight))
+def _averaged(centroid: Centroid, name: str, start: int, stop: int, room: "tuple[Tensor, Tensor, Tensor]") -> Tensor:
+    "The average of a stretch, in float64, in the last of three buffers; NaN and infinity are refused."
+    stored, wide, total = room[0][:, :stop - start], room[1], room[2][:stop - start]
+    shares = torch.from_numpy(centroid.weights).double()
+    for i in range(0, len(shares), _TOGETHER):
+        some = shares[i:i + _TOGETHER]
+        for row, checkpoint in zip(stored, centroid.checkpoints[i:]): checkpoint.read(name, start, stop, out=row)
+        for part, sums in zip(stored[:len(some)].split(_CHUNK, dim=1), total.split(_CHUNK)):
+            sums.addmv_(wide[:len(some), :len(sums)].copy_(part).T, some, beta=min(i, 1))
     if not torch.isfinite(total.sum()):
         bad = [c.name for c in centroid.checkpoints if not torch.isfinite(c.read(name, start, stop)).all()]
         raise ValueError(f"{(bad or [centroid.name])[0]}: {name} holds NaN or infinite values")
     return total
 
-def _room(centroid: Centroid, block: int) -> "tuple[Tensor, Tensor]":
-    "Buffers for one thread: weights as they are stored, and their sum in float64."
-    wide = any(dtype == torch.float64 for c in centroid.checkpoints for dtype in c.layout.dtypes)
-    return torch.empty(block, dtype=torch.float64 if wide else torch.float32), torch.empty(block, dtype=torch.float64)
+def _room(centroid: Centroid, block: int) -> "tuple[Tensor, Tensor, Tensor]":
+    "Buffers for one thread: weights as they are stored, some of them in float64, and their sum in float64."
+    wide, k = any(dtype == torch.float64 for c in centroid.checkpoints for dtype in c.layout.dtypes), min(len(centroid.checkpoints), _TOGETHER)
+    return (torch.empty(k, block, dtype=torch.float64 if wide else torch.float32), torch.empty(k, min(block, _CHUNK), dtype=torch.float64),
+            torch.empty(block, dtype=torch.float64))
 
 # %% ../nbs/30_centering.ipynb #161a3319
 _BLOCK = 2**18 # weights of one tensor that a thread holds at a time
@@ -199,13 +204,8 @@ def _write(centroid: Centroid, folder, like: Checkpoint, dtype: torch.dtype, ove
         for file in _tokenizer_files(like.folder): (part/file.name).write_bytes(file.read_bytes())
         if card: write_whole(part/"README.md", card)
         old = folder.rename(folder.with_name(f".{folder.name}-{os.getpid()}-old")) if folder.exists() else None
-    if old: _remove(old)
+    if old: shutil.rmtree(old)
     return folder
-
-def _remove(folder: Path) -> None:
-    "Remove a folder of files."
-    for file in folder.iterdir(): file.unlink()
-    folder.rmdir()
 
 # %% ../nbs/30_centering.ipynb #45602ed6
 def centroid(
@@ -229,8 +229,12 @@ def _about(model) -> dict:
     "What the manifest beside a zoo's model says; nothing for models that others trained."
     file = Path(model.path)/"manifest.json"
     if not file.is_file(): return {}
-    try: return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError: raise ValueError(f"{model.model}: its manifest.json is not JSON") from None
+    try: about = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError): raise ValueError(f"{model.model}: its manifest.json is not JSON") from None
+    told = lambda key: about.get(key, {}) if isinstance(about, dict) else None
+    if not all(isinstance(told(key), dict) and all(isinstance(told(key).get(f, ""), str) for f in ("name", "source", "sha256")) for key in ("data", "weights", "base")):
+        raise ValueError(f"{model.model}: its manifest.json does not tell its data, weights and base")
+    return about
 
 def _holds(zoo: Zoo, target: "str | Corpus") -> "tuple[pd.Series, pd.Series]":
     "Which models of a zoo are the target's by name, and which only by their data (booleans)."

@@ -125,10 +125,15 @@ def _stamp(f) -> tuple[int, int]:
     found = os.fstat(f.fileno())
     return found.st_size, found.st_mtime_ns
 
+def _unchanged(file: "Path | int", stamp: tuple[int, int], name: "Path | None" = None) -> None:
+    "Raise unless a file is the one that was opened; where it is memory-mapped and was cut, reading on would end the process."
+    found = os.stat(file)
+    if (found.st_size, found.st_mtime_ns) != stamp: raise ValueError(f"{name or file}: changed since it was opened")
+
 def _fill(file: Path, stamp: tuple[int, int], offset: int, view: memoryview) -> None:
     "Fill `view` from `offset` of a file on, which must be the file that was opened."
     with open(file, "rb", buffering=0) as f:
-        if _stamp(f) != stamp: raise ValueError(f"{file}: changed since it was opened")
+        _unchanged(f.fileno(), stamp, file)
         f.seek(offset)
         while view and (n := f.readinto(view)): view = view[n:]
     if view: raise ValueError(f"{file}: ends early")
@@ -138,6 +143,8 @@ def _fill(file: Path, stamp: tuple[int, int], offset: int, view: memoryview) -> 
 class Held:
     "A tensor in memory, or in a memory-mapped pickle."
     tensor: Tensor  # of any device
+    file: "Path | None" = None  # the memory-mapped file that it lies in
+    stamp: "tuple[int, int] | None" = None  # size and time of that file when it was opened
 
     @property
     def shape(self) -> tuple[int, ...]: return tuple(self.tensor.shape)
@@ -146,6 +153,7 @@ class Held:
 
     def read(self, start: int = 0, stop: "int | None" = None, out: "Tensor | None" = None) -> Tensor:
         "Weights `start` to `stop`, flat, copied."
+        if self.file: _unchanged(self.file, self.stamp)
         flat = self.tensor.detach().reshape(-1)[start:stop]
         if out is None: return flat.to("cpu", copy=True)
         if len(out) != len(flat): raise ValueError(f"{len(flat)} weights do not fit a buffer of {len(out)}")
@@ -177,7 +185,12 @@ def _safetensors(file: Path) -> "dict[str, Stored]":
 # %% ../nbs/02_checkpoints.ipynb #cbaf1ec6
 def _pickled(file: Path) -> "dict[str, Held]":
     "The tensors of a `.bin` file, memory-mapped; a pickle that asks for more than tensors is refused."
-    try: state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    try:
+        with open(file, "rb") as f: stamp = _stamp(f)
+        if mapped := zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as z: unpacked = sum(i.file_size for i in z.infolist())
+            if unpacked > stamp[0]: raise ValueError(f"it unpacks to {unpacked} bytes")  # torch packs nothing
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as e:
         found = re.search(r"GLOBAL (\S+)", str(e))
         asked = f" ({found[1]})" if found else ""
@@ -186,7 +199,7 @@ def _pickled(file: Path) -> "dict[str, Held]":
     if not isinstance(state, Mapping): raise ValueError(f"{file}: holds a {type(state).__name__}, not a state dict")
     if odd := [n for n, t in state.items() if not isinstance(t, Tensor)]:
         raise ValueError(f"{file}: not a state dict, {_short(odd)} is no tensor")
-    return {n: Held(t) for n, t in state.items()}
+    return {n: Held(t, *((file, stamp) if mapped else ())) for n, t in state.items()}
 
 # %% ../nbs/02_checkpoints.ipynb #0574f853
 def _sharded(index: Path, reader: "Callable[[Path], dict]") -> dict:
@@ -224,6 +237,19 @@ def _files(folder: Path) -> dict:
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder}: holds an adapter, merge it into its base model first")
     raise FileNotFoundError(f"{folder}: no weights (model.safetensors or pytorch_model.bin, whole or sharded)")
+
+def _sizes(value: dict) -> "Iterator[tuple[str, int]]":
+    "The whole numbers in a configuration and in those that it holds."
+    for key, inner in value.items():
+        if isinstance(inner, dict): yield from _sizes(inner)
+        elif isinstance(inner, int): yield key, inner
+
+def _buildable(raw: dict, n: int, where: str) -> dict:
+    "A configuration whose model can be built in good time: with no more layers than there are tensors, and no more than a million labels."
+    for key, value in _sizes(raw):
+        if key.endswith(("layers", "layer", "groups")) and value > n: raise ValueError(f"{where}: {key} is {value}, but there are only {n} tensors")
+        if key == "num_labels" and value > 10**6: raise ValueError(f"{where}: num_labels is {value}")
+    return raw
 
 def _known_config(raw: dict, where: str) -> transformers.PretrainedConfig:
     "A configuration object from its JSON."
@@ -332,8 +358,9 @@ def open_checkpoint(
     if not isinstance(source, (str, Path)): return _in_memory(source, name, pooler)
     _policy(pooler)
     folder, said, where = _folder(source, revision)
-    config = _known_config(_json(folder / "config.json"), str(folder / "config.json"))
-    return Checkpoint(name or said, where, config, _of_config(config, said), _files(folder), pooler, folder)
+    raw, stored, file = _json(folder / "config.json"), _files(folder), str(folder / "config.json")
+    config = _known_config(_buildable(raw, len(stored), file), file)
+    return Checkpoint(name or said, where, config, _of_config(config, said), stored, pooler, folder)
 
 # %% ../nbs/02_checkpoints.ipynb #34f39d1e
 def _in_memory(source, name: "str | None", pooler: str) -> Checkpoint:
@@ -464,7 +491,8 @@ def _vocabulary_of(file: Path, size: int, changed: int) -> "str | None":
     "A digest of the tokens in a tokenizer file, by their ids."
     model = _json(file).get("model")
     tokens = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(tokens, list): tokens = {str(t[0]): i for i, t in enumerate(tokens)}
+    try: tokens = {str(t[0]): i for i, t in enumerate(tokens)} if isinstance(tokens, list) else tokens
+    except (TypeError, IndexError, KeyError): raise ValueError(f"{file}: vocab is no list of tokens") from None
     return hashlib.sha256(json.dumps(tokens, sort_keys=True).encode()).hexdigest() if isinstance(tokens, dict) else None
 
 def _vocabulary(checkpoint) -> "str | None":

@@ -23,7 +23,7 @@ import pandas as pd
 from filelock import FileLock
 from tqdm import tqdm
 
-from .files import write_whole
+from .files import append_line, write_whole
 
 # %% ../nbs/24_comparison.ipynb #27680044
 GROUPS = ("In", "In'", "Ex") # in the order of tables and figures
@@ -288,7 +288,7 @@ def _read(file):
         *lines, _ = data[:data.rfind(b"\n") + 1].decode().split("\n")
         identity = json.loads(lines.pop(0)[2:]) if lines and lines[0].startswith("# {") else {}
         header, *records = csv.reader(lines, strict=True)
-    except (ValueError, csv.Error): raise ValueError(f"{file} is not a file of measurements") from None
+    except (ValueError, RecursionError, csv.Error): raise ValueError(f"{file} is not a file of measurements") from None
     for i, record in enumerate(records, 1):
         if len(record) != len(header): raise ValueError(f"{file}: row {i} has {len(record)} cells for {len(header)} columns")
     return identity, header, records
@@ -319,9 +319,9 @@ class Measurements:
             if self.file: write_whole(self.file, (f"# {json.dumps(self.identity, sort_keys=True)}\n" if self.identity else "") + _line(self.header))
         if differ := sorted({*cells} ^ {*self.header}):
             raise ValueError(f"{self.file or 'the table'}: the column {differ[0]!r} is in {'the new row' if differ[0] in cells else 'the rows before'} only")
-        self.records.append([cells[c] for c in self.header])
-        if self.file:
-            with open(self.file, "ab") as f: f.write(_line(self.records[-1]).encode()); f.flush(); os.fsync(f.fileno())
+        record = [cells[c] for c in self.header]
+        if self.file: append_line(self.file, _line(record).encode())
+        self.records.append(record)
 
     def frame(self) -> pd.DataFrame: # the rows, numbers as numbers
         "All rows as a table."
@@ -402,6 +402,7 @@ def _done(store):
     if missing := [c for c in ("group", "point", "target", "loss", "recipe", "rows") if c not in store.header]:
         raise ValueError(f"{store.file} is no file of a comparison: it has no column {missing[0]!r}")
     done, at = {}, store.header.index
+    if odd := [r[at("rows")] for r in store.records if not re.fullmatch(r"[0-9]{1,9}", r[at("rows")])]: raise ValueError(f"{store.file}: {odd[0]!r} is no number of rows")
     for r in store.records:
         entry = done.setdefault((r[at("group")], r[at("point")]), dict(recipe=r[at("recipe")], rows=int(r[at("rows")]), targets=set()))
         entry["targets"].add(r[at("target")])

@@ -6,14 +6,13 @@
 __all__ = ['SURROGATE', 'READERS', 'SEP', 'text_fault', 'label_fault', 'check_split', 'check_name', 'check_labels', 'draw',
            'check_corpus', 'Corpus', 'digest', 'subsample', 'letters', 'texts', 'overlap', 'shared_rows', 'read_jsonl',
            'read_csv', 'read_parquet', 'to_frame', 'as_number', 'encode', 'find_split', 'read_corpus', 'read_list',
-           'read_families', 'in_folder', 'hub_entries', 'hub_table', 'hub_rows', 'hub_corpus', 'from_hub',
-           'builtin_corpus', 'sources', 'load_corpora', 'describe']
+           'read_families', 'in_folder', 'hub_rows', 'hub_split', 'hub_corpus', 'from_hub', 'builtin_corpus', 'sources',
+           'load_corpora', 'describe', 'hub_entries', 'hub_table']
 
 # %% ../nbs/10_corpora.ipynb #0444b54a
 import csv, hashlib, io, json, math, re, unicodedata, warnings
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
-from importlib.resources import files
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .builtin import BUILTIN, generate
+from .registry import dev_rows, entry_of, hub_entries, hub_names, hub_table
 
 # %% ../nbs/10_corpora.ipynb #fcfa171c
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -247,6 +247,8 @@ def read_parquet(
     "Rows of a Parquet file; other columns stay unread."
     try:
         with pq.ParquetFile(path) as file:
+            size, m = path.stat().st_size, file.metadata
+            if max(m.num_rows, sum(m.row_group(i).total_byte_size for i in range(m.num_row_groups)) // 1000) > size: raise ValueError # would unpack without end
             columns = [c for c in file.schema_arrow.names if c in ("text", "text_pair", "label")]
             return dict(enumerate(file.read(columns).to_pylist(), 1))
     except (pa.ArrowException, OSError, ValueError, OverflowError): raise ValueError(f"{where}: not a readable Parquet file") from None
@@ -370,19 +372,8 @@ def in_folder(
     families = read_families(folder/"families.csv", names)
     return {name: partial(read_corpus, folder/name, families.get(name, "unknown"), source=source) for name in names}
 
-# %% ../nbs/10_corpora.ipynb #2317a9ea
-@cache
-def hub_entries() -> dict: # name -> entry
-    "The registry of hub datasets."
-    return {entry["name"]: entry for entry in json.loads((files("weightregions")/"hub_datasets.json").read_text("utf-8"))}
-
-def hub_table() -> pd.DataFrame: # a row for each entry
-    "The registry as a table for readers."
-    table = pd.DataFrame(hub_entries().values()).set_index("name").rename(columns={"authors": "authors' name", "id": "hub"})
-    table["classes"] = table["label_names"].str.len()
-    for column in ("train", "test", "text", "text_pair"): table[column] = table[column].map(" + ".join)
-    table["test"] = table["test"].replace("", "a fifth of train")
-    return table.drop(columns=["label_names", "checked"]).fillna("")
+# %% ../nbs/10_corpora.ipynb #f7fdf97d
+_all_ = ["hub_entries", "hub_table"] # of the registry, at hand here too
 
 # %% ../nbs/10_corpora.ipynb #2e1cda64
 SEP = " <SEP> "  # between text columns that become one text
@@ -412,23 +403,36 @@ def hub_rows(
     return rows[whole]
 
 # %% ../nbs/10_corpora.ipynb #aa7818b3
-def hub_corpus(
+def hub_split(
     entry: dict, # of the registry
     data,        # datasets.DatasetDict
-) -> Corpus:
-    "A hub dataset as a corpus, by the rules above."
+) -> tuple: # a Corpus, and a DataFrame of the rows to choose settings on (dev): text, text_pair (pairs only), label
+    "A hub dataset as a corpus and its dev part, by the rules above."
     train, names = hub_rows(entry, data, entry["train"]), entry["label_names"]
     if entry["test"]: test = hub_rows(entry, data, entry["test"])
     else:
         fifth = np.array([int(hashlib.sha256(text.encode()).hexdigest(), 16) % 5 == 0 for text in train["text"]])
         train, test = train[~fifth], train[fifth]
+    if entry["dev"]: dev = hub_rows(entry, data, entry["dev"])
+    else:
+        held = np.isin(np.arange(len(train)), dev_rows(len(train)))
+        train, dev = train[~held], train[held]
     own = getattr(data[entry["train"][0]].features[entry["label"]], "names", None)
     if own and list(own) != names:
         warnings.warn(f"dataset {entry['name']}: the hub names its labels {', '.join(own)}; those are used", stacklevel=2)
         names = own
-    train, test, names = encode(train, test, list(names))
+    (train, test, _), (dev, _, names) = encode(train, test, list(names)), encode(dev, dev, list(names))
+    if faults := [fault for label in dev["label"] if (fault := label_fault(label, names))]: raise ValueError(f"dataset {entry['name']}, dev: label {faults[0]}")
     place = "/".join(filter(None, (entry["id"], entry["config"])))
-    return Corpus(entry["name"], entry["family"], names, train, test, f"hub {place}@{(entry['revision'] or 'main')[:12]}")
+    corpus = Corpus(entry["name"], entry["family"], names, train, test, f"hub {place}@{(entry['revision'] or 'main')[:12]}")
+    return corpus, dev.reset_index(drop=True).astype({"label": "int64"})
+
+def hub_corpus(
+    entry: dict, # of the registry
+    data,        # datasets.DatasetDict
+) -> Corpus:
+    "A hub dataset as a corpus, by the rules above."
+    return hub_split(entry, data)[0]
 
 # %% ../nbs/10_corpora.ipynb #8203b188
 def from_hub(
@@ -476,8 +480,9 @@ def load_corpora(
 ) -> dict: # name -> Corpus
     "Datasets of one source, each checked."
     found = sources(source, seed, n_train, n_test)
-    if names is None: names = [name for name in found if source != "hub" or hub_entries()[name]["authors"]]
+    if names is None: names = hub_names() if source == "hub" else list(found)
     names = [names] if isinstance(names, str) else list(names)
+    if source == "hub": names = [entry_of(name)["name"] for name in names]
     if unknown := [name for name in names if name not in found]:
         place = source if source in ("builtin", "hub") else Path(source).name
         raise ValueError(f"no dataset {unknown[0]!r} in {place}: there are {', '.join(found) or 'none'}")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'Recipe', 'fast_bfloat16', 'Tokenized', 'BucketSampler', 'set_trainable', 'zero_head', 'quiet',
-           'BucketTrainer', 'evaluate', 'one_thread', 'train']
+           'BucketTrainer', 'trainer_for', 'evaluate', 'one_thread', 'train']
 
 # %% ../nbs/12_finetuning.ipynb #c9fc3410
 import contextlib, math, tempfile
@@ -15,6 +15,8 @@ import torch
 from torch.utils.data import Sampler
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging as hf_logging
+
+from .jobs import ranks
 
 # %% ../nbs/12_finetuning.ipynb #410a505b
 @dataclass(frozen=True)
@@ -144,6 +146,31 @@ class BucketTrainer(Trainer):
         data = self.train_dataset if train_dataset is None else train_dataset
         return BucketSampler(data.lengths, self.args.train_batch_size, self.args.seed)
 
+def trainer_for(
+    model,             # what trains, its frozen parameters aside
+    data,              # rows with their `lengths`, such as a Tokenized
+    collate,           # makes a batch of rows
+    recipe: Recipe,    # how to train
+    seed: int,         # of the order of rows and dropout
+    scratch: str,      # folder for what the Trainer may want to write
+    device: str = "cpu", # "cpu" or "cuda"
+    **arguments,       # further TrainingArguments
+) -> BucketTrainer:    # to be run by `train()`
+    "A trainer that follows a recipe, keeps nothing on disk and prints nothing."
+    n = ranks()[1]
+    if recipe.batch_size % n: raise ValueError(f"recipe: {n} processes cannot share a batch of {recipe.batch_size} rows")
+    if n > 1: arguments |= {"accelerator_config": {"split_batches": True}, "average_tokens_across_devices": False}
+    bf16 = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and fast_bfloat16(device))
+    args = TrainingArguments(
+        output_dir=scratch, max_steps=recipe.steps, per_device_train_batch_size=recipe.batch_size, learning_rate=recipe.learning_rate,
+        warmup_steps=math.ceil(recipe.warmup * recipe.steps), lr_scheduler_type="linear", weight_decay=recipe.weight_decay, seed=seed, bf16=bf16,
+        use_cpu=device == "cpu", logging_strategy="no", save_strategy="no", eval_strategy="no", report_to="none", disable_tqdm=True, **arguments)
+    args._n_gpu = min(args.n_gpu, 1) # on all GPUs that it sees, a Trainer would train with a batch on each
+    trainer = BucketTrainer(model=model, train_dataset=data, data_collator=collate, args=args)
+    trainer.head_rate = recipe.head_rate
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
 # %% ../nbs/12_finetuning.ipynb #8c26b707
 def evaluate(
     model,                 # a sequence classifier
@@ -185,7 +212,6 @@ def train(
     "Fine-tune `base` on `corpus`."
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rows = corpus.train if recipe.rows is None else corpus.subsample(recipe.rows, seed=0).train
-    bf16 = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and fast_bfloat16(device))
     with quiet(), one_thread(device), tempfile.TemporaryDirectory() as scratch:
         set_seed(seed)
         names = dict(enumerate(corpus.labels))
@@ -194,14 +220,6 @@ def train(
             base, num_labels=len(names), id2label=names, label2id={v: k for k, v in names.items()}, dtype=torch.float32)
         if recipe.head == "zero": zero_head(model)
         set_trainable(model, recipe.trains)
-        arguments = TrainingArguments(
-            output_dir=scratch, max_steps=recipe.steps, per_device_train_batch_size=recipe.batch_size,
-            learning_rate=recipe.learning_rate, warmup_steps=math.ceil(recipe.warmup * recipe.steps), lr_scheduler_type="linear",
-            weight_decay=recipe.weight_decay, seed=seed, bf16=bf16, use_cpu=device == "cpu",
-            logging_strategy="no", save_strategy="no", eval_strategy="no", report_to="none", disable_tqdm=True)
-        trainer = BucketTrainer(model=model, args=arguments, train_dataset=Tokenized(rows, tokenizer, recipe.max_length),
-                                data_collator=DataCollatorWithPadding(tokenizer))
-        trainer.head_rate = recipe.head_rate
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        data = Tokenized(rows, tokenizer, recipe.max_length)
+        trainer_for(model, data, DataCollatorWithPadding(tokenizer), recipe, seed, scratch, device).train()
         return model, tokenizer, evaluate(model, Tokenized(corpus.test, tokenizer, recipe.max_length), tokenizer)

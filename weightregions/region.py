@@ -309,9 +309,10 @@ def load_region(
     try:
         about = json.loads((folder/"region.json").read_text(encoding="utf-8"))
         members = pd.DataFrame(about["members"])[["model", "norm", "cosine", "loo"]]
+        members[["norm", "cosine", "loo"]].astype(float), [float(v) for v in about["shape"].values()]
         shape = Shape(cosine=members.cosine.to_numpy(), loo=members.loo.to_numpy(), **about["shape"])
         name, identity, digest = about["name"], dict(about["base"]), about["centre"]["sha256"]
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{folder}/region.json: not a region ({type(e).__name__})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e: raise ValueError(f"{folder}/region.json: not a region ({type(e).__name__})") from None
     stored = _safetensors(folder/"centre.safetensors")
     if file_sha256(folder/"centre.safetensors") != digest: raise ValueError(f"{folder}/centre.safetensors: not the centre that region.json speaks of")
     layout = Layout(*map(tuple, zip(*((n, stored[n].shape, stored[n].dtype) for n in sorted(stored)))))

@@ -7,8 +7,8 @@ __all__ = ['Gram', 'gram', 'cosine_similarity', 'euclidean_distance', 'load_gram
 
 # %% ../nbs/04_similarity.ipynb #b0b00646
 import json
-import os
 import warnings
+import zipfile
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +23,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from .checkpoints import Checkpoint, open_checkpoint
+from .files import whole_file
 from .space import Layout, patch
 
 # %% ../nbs/04_similarity.ipynb #c43296bb
@@ -103,33 +104,30 @@ def norms(
     return pd.Series(np.sqrt(np.diag(self.products(group))[:-1].clip(min=0)), list(self.names), name="norm")
 
 # %% ../nbs/04_similarity.ipynb #3a23b790
-_CHUNK = 2**14 # weights of each model that are multiplied at a time, few enough for the processor's cache
+_CHUNK = 2**12 # weights of each model that are multiplied at a time: few enough for the processor's cache, and for sums that lose no digits
 
 def _stretches(layout: Layout, block: int) -> "Iterator[tuple[str, int, int]]":
     "Every tensor of a layout in stretches of at most `block` weights: name, start, stop."
     return ((name, i, min(i + block, size)) for name, size in zip(layout.names, layout.sizes) for i in range(0, size, block))
 
-def _room(models: Sequence[Checkpoint], block: int) -> "tuple[torch.Tensor, np.ndarray]":
+def _room(models: Sequence[Checkpoint], block: int) -> "tuple[torch.Tensor, torch.Tensor]":
     "Buffers for one thread: weights as they are stored, and differences in float64."
-    wide = any(dtype == torch.float64 for m in models for dtype in m.layout.dtypes)
-    return torch.empty(len(models), block, dtype=torch.float64 if wide else torch.float32), np.empty((len(models), _CHUNK))
+    wide, n = any(dtype == torch.float64 for m in models for dtype in m.layout.dtypes), len(models)
+    return torch.empty(n, block, dtype=torch.float64 if wide else torch.float32), torch.empty(n, _CHUNK, dtype=torch.float64)
 
 def _stretch_products(models: Sequence[Checkpoint], name: str, start: int, stop: int, room: tuple) -> np.ndarray:
     "Inner products of one stretch of one tensor, base last; refuses NaN and infinity."
     stored, wide = room[0][:, :stop - start], room[1]
     for row, model in zip(stored, models): model.read(name, start, stop, out=row)
-    products = np.zeros((len(models),) * 2)
-    with np.errstate(invalid="ignore"):
-        for i in range(0, stop - start, _CHUNK):
-            part = stored.numpy()[:, i:i + _CHUNK]
-            tvs = wide[:, :part.shape[1]]
-            np.copyto(tvs, part)
-            tvs[:-1] -= tvs[-1]
-            products += tvs @ tvs.T
-    if not (finite := np.isfinite(np.diag(products))).all():
-        culprit = models[-1 if not finite[-1] else int(finite.argmin())]
+    products = torch.zeros(len(models), len(models), dtype=torch.float64)
+    for part in stored.split(wide.shape[1], dim=1):
+        tvs = wide[:, :part.shape[1]].copy_(part)
+        tvs[:-1].sub_(tvs[-1])
+        products.addmm_(tvs, tvs.T)
+    if not (finite := products.diagonal().isfinite()).all():
+        culprit = models[-1 if not finite[-1] else int(finite.int().argmin())]
         raise ValueError(f"{culprit.name}: {name} holds NaN or infinite values")
-    return products
+    return products.numpy()
 
 # %% ../nbs/04_similarity.ipynb #f3bc49fd
 @contextmanager
@@ -243,20 +241,21 @@ def save(
     file: "str | Path", # a name that ends in .npz
 ) -> Path:
     "Keep the products in a file, written beside and renamed."
-    file, beside = Path(file), Path(f"{file}.{os.getpid()}.part")
-    with open(beside, "wb") as f:
+    with whole_file(file) as f:
         np.savez(f, names=json.dumps(self.names), labels=json.dumps(list(self.cells)), cells=np.array(list(self.cells.values())))
-    os.replace(beside, file)
-    return file
+    return Path(file)
 
 def load_gram(
     file: "str | Path", # what `Gram.save` wrote
 ) -> Gram:
     "The products that were kept."
     try:
+        with zipfile.ZipFile(file) as z: unpacked = sum(i.file_size for i in z.infolist())
+        if unpacked > Path(file).stat().st_size: raise ValueError(unpacked) # `save` packs nothing
         with np.load(file, allow_pickle=False) as kept:
             names, labels, cells = json.loads(str(kept["names"])), json.loads(str(kept["labels"])), kept["cells"]
+        if cells.shape != (len(labels), len(names) + 1, len(names) + 1) or cells.dtype != float or not all(isinstance(n, str) for n in names): raise ValueError(cells.shape)
+        as_label = lambda l: tuple(map(as_label, l)) if isinstance(l, list) else l
+        return Gram(tuple(names), {tuple(map(as_label, key)): cell for key, cell in zip(labels, cells)})
     except FileNotFoundError: raise
     except Exception as e: raise ValueError(f"{file}: not a file of inner products ({type(e).__name__})") from None
-    as_label = lambda l: tuple(map(as_label, l)) if isinstance(l, list) else l
-    return Gram(tuple(names), {tuple(map(as_label, key)): cell for key, cell in zip(labels, cells)})

@@ -9,7 +9,6 @@ __all__ = ['RATES', 'METHODS', 'COLUMNS', 'PAIRED', 'PAPER_GAINS', 'split_valida
 # %% ../nbs/34_starting.ipynb #db080171
 import hashlib
 import math
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -22,15 +21,15 @@ import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
-from joblib import Parallel, delayed
 from scipy.stats import wilcoxon
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, TrainerCallback, set_seed
 
 from .checkpoints import open_checkpoint
 from .comparison import Measurements
 from .corpora import Corpus
-from .finetuning import CHOICES, BucketTrainer, Recipe, Tokenized, evaluate, fast_bfloat16, one_thread, quiet, set_trainable, zero_head
+from .finetuning import CHOICES, Recipe, Tokenized, evaluate, one_thread, quiet, set_trainable, trainer_for, zero_head
+from .jobs import run_jobs
 
 # %% ../nbs/34_starting.ipynb #522148db
 def split_validation(
@@ -61,7 +60,9 @@ class Search:
     rates: "tuple | None" = None # learning rates tried, of the body (of the head, if nothing else trains); None: the method's in `RATES`
     evaluations: int = 10        # looks at the validation part in a full run, evenly spaced
     patience: int = 3            # looks without a new best after which a run stops
+    epochs: "float | None" = 10  # passes over the training rows at most, as in the paper; None: the recipe's steps, however few rows there are
     share: float = 0.2           # of the training rows that are held back for validation
+    at_most: int = 500           # validation rows, about
     at_least: int = 1            # validation rows of each class, see `split_validation`
 
     def __post_init__(self):
@@ -69,10 +70,25 @@ class Search:
         if self.rates == (): raise ValueError("search: no learning rate to try")
         for rate in self.rates or ():
             if not 0 < rate < 1: raise ValueError(f"search: a learning rate lies between 0 and 1, not {rate}")
-        for name in ("evaluations", "patience"):
+        for name in ("evaluations", "patience", "at_most"):
             if getattr(self, name) < 1: raise ValueError(f"search: {name} must be at least 1, not {getattr(self, name)}")
         if not 0 < self.share < 1: raise ValueError(f"search: share must lie between 0 and 1, not {self.share}")
+        if self.epochs is not None and not self.epochs > 0: raise ValueError(f"search: epochs must be a positive number, not {self.epochs}")
         if self.at_least < 0: raise ValueError(f"search: at_least is a number of rows, not {self.at_least}")
+
+    def split(self,
+        corpus: Corpus, # whose training rows are split
+        seed: int, # of the draw
+    ) -> tuple: # the corpus without the rows held back, and those rows
+        "Hold back the validation part."
+        return split_validation(corpus, min(self.share, self.at_most / len(corpus.train)), self.at_least, seed)
+
+    def steps(self,
+        recipe: Recipe, # whose steps are the most
+        n: int, # training rows
+    ) -> int: # optimiser steps of a full run
+        "How long a run may be."
+        return recipe.steps if self.epochs is None else min(recipe.steps, math.ceil(self.epochs * n / recipe.batch_size))
 
 # %% ../nbs/34_starting.ipynb #c2e58a57
 def classifier_from(
@@ -137,17 +153,12 @@ class _Watch(TrainerCallback):
 # %% ../nbs/34_starting.ipynb #6f624e21
 def _run(model, tokenizer, rows, held, recipe, method, rate, seed, search, device):
     "Train once at one rate; what the watch saw."
-    bf16 = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and fast_bfloat16(device))
-    watch = _Watch(held, tokenizer, rate, max(1, recipe.steps // search.evaluations), search.patience)
+    steps = search.steps(recipe, len(rows))
+    recipe = replace(recipe, steps=steps, learning_rate=rate, head_rate=rate if method == "head" else recipe.head_rate)
+    watch = _Watch(held, tokenizer, rate, max(1, steps // search.evaluations), search.patience)
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
-            output_dir=scratch, max_steps=recipe.steps, per_device_train_batch_size=recipe.batch_size,
-            learning_rate=rate, warmup_steps=math.ceil(recipe.warmup * recipe.steps), lr_scheduler_type="linear",
-            weight_decay=recipe.weight_decay, seed=seed, bf16=bf16, use_cpu=device == "cpu",
-            logging_strategy="no", save_strategy="no", eval_strategy="no", report_to="none", disable_tqdm=True)
-        trainer = BucketTrainer(model=model, args=arguments, train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer), callbacks=[watch])
-        trainer.head_rate = rate if method == "head" else recipe.head_rate
-        trainer.remove_callback(PrinterCallback)
+        trainer = trainer_for(model, rows, DataCollatorWithPadding(tokenizer), recipe, seed, scratch, device)
+        trainer.add_callback(watch)
         trainer.train()
     return watch
 
@@ -182,7 +193,7 @@ def tune(
     search, method = search or Search(), _known(method or recipe.trains)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     given = corpus if recipe.rows is None else corpus.subsample(recipe.rows, seed)
-    part, held = split_validation(given, search.share, search.at_least, seed)
+    part, held = search.split(given, seed)
     with quiet(), one_thread(device):
         model, tokenizer = classifier_from(start, corpus.labels, seed)
         _prepare(model, recipe, method)
@@ -237,7 +248,7 @@ def _tasks(starts, corpora, sizes, seeds, recipe, search, method):
     if not sizes or not seeds: raise ValueError(f"there are no {'seeds' if sizes else 'sizes'}")
     if recipe.rows is not None: raise ValueError(f"the sizes say how many rows to train on, not the recipe (rows={recipe.rows})")
     for size, seed in product(sizes, seeds):
-        for corpus in corpora.values(): split_validation(corpus if size is None else corpus.subsample(size, seed), search.share, search.at_least, seed)
+        for corpus in corpora.values(): search.split(corpus if size is None else corpus.subsample(size, seed), seed)
     found = {target: _starts_of(starts, target) for target in corpora}
     hashes, tasks = _opened_starts(found), {}
     for target, size, seed in product(corpora, sizes, seeds):
@@ -255,7 +266,7 @@ def compare_starts(
     recipe: Recipe = Recipe(trains="bitfit"), # how to fine-tune
     search: "Search | None" = None, # how learning rate and steps are chosen; None: `Search()`
     file=None, # CSV file to which rows are added, and from which a comparison goes on; None: in memory only
-    workers: "int | None" = None, # fine-tunings at a time; None: one a core, on a GPU one
+    workers: "int | None" = None, # fine-tunings at a time; None: see `run_jobs`
     method: "str | None" = None, # one of `METHODS`; None: what the recipe trains
 ) -> pd.DataFrame: # a row a job: target, start, size (text: "200", "all"), seed, method, accuracy, loss, rate, steps, validation, n_train, n_validation, n_test
     "Fine-tune from every start on every target, at every size and with every seed, unless it is in the file."
@@ -265,10 +276,11 @@ def compare_starts(
     if file is not None: Path(file).parent.mkdir(parents=True, exist_ok=True)
     with FileLock(Path(file).parent/f".{Path(file).name}.lock") if file is not None else nullcontext():
         store = Measurements(file, identity)
-        left = [key for key in tasks if key not in _rows(store, tasks)]
-        workers = workers or (1 if torch.cuda.is_available() else os.cpu_count())
-        done = Parallel(n_jobs=min(workers, max(len(left), 1)), return_as="generator_unordered")(delayed(_job)(key, *tasks[key]) for key in left)
-        for row in tqdm(done, desc="fine-tuning", unit="model", total=len(tasks), initial=len(tasks) - len(left)): store.append(row)
+        known = _rows(store, tasks)
+        in_size, in_seed = (list(dict.fromkeys(key[i] for key in tasks)) for i in (2, 3))
+        left = sorted((key for key in tasks if key not in known), key=lambda key: (in_size.index(key[2]), in_seed.index(key[3])))  # what is cut short can be compared
+        done = run_jobs(_job, {key: (key, *tasks[key]) for key in left}, workers)
+        for _, row in tqdm(done, desc="fine-tuning", unit="model", total=len(tasks), initial=len(tasks) - len(left)): store.append(row)
         rows = _rows(store, tasks)
     frame = store.frame().iloc[[rows[key] for key in tasks]].reset_index(drop=True)
     return frame.assign(**{c: [key[i] for key in tasks] for i, c in enumerate(COLUMNS[:3])})[COLUMNS]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'HOLDS', 'IN_PART', 'NOT_HERE', 'CLAIM_COLUMNS', 'REPORTED', 'PAGE', 'CAPTIONS', 'Scale', 'choose', 'Study',
-           'square', 'verdict', 'claim_of', 'claim_of_pb', 'claim_of_gain', 'parts', 'pairs_of', 'write_rows',
-           'similarity_rows', 'shared_texts', 'start', 'other_start', 'say', 'Clock', 'fine_tune_all', 'some_of',
-           'measure', 'walk', 'begin', 'notebooks', 'run_notebook', 'claims_table', 'write_page', 'title_of',
-           'run_study']
+           'square', 'verdict', 'claim_of', 'claim_of_pb', 'claim_of_gain', 'claim_of_start', 'parts', 'pairs_of',
+           'write_rows', 'similarity_rows', 'location_rows', 'shared_texts', 'start', 'other_start', 'say', 'Clock',
+           'fine_tune_all', 'some_of', 'measure', 'walk', 'try_starts', 'begin', 'natural', 'notebooks', 'run_notebook',
+           'claims_table', 'write_page', 'title_of', 'run_study']
 
 # %% ../nbs/50_study.ipynb #70d85bca
 import html, json, os, re, shutil, time, warnings
@@ -17,16 +17,18 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from joblib import Parallel, delayed
 
 from .bases import base_identity, minilm, second_start, tiny_base
-from .checkpoints import open_checkpoint
+from .checkpoints import _json, open_checkpoint
+from .contest import Contest, hold_contest, targets_of
 from .corpora import describe, load_corpora, texts
 from .files import as_json, write_whole
 from .finetuning import Recipe
+from .region import locate_from_gram
 from .similarity import gram
 from .space import kind_of, layer_of, patch
+from .starting import Search
 from .walks import Reach, plan, take_all
 from .zoo import build_zoo, learned, open_zoo
 
@@ -47,19 +49,24 @@ class Scale:
     start_seeds: int = 2 # models of each of these
     start_steps: int = 300 # of masked-language modelling that make the second start
     reach: Reach = Reach() # points of weight space that are visited (C7 to C11)
+    contest: Contest = Contest() # starts that are tried (C12, C13)
 
 # %% ../nbs/50_study.ipynb #ae63a48b
 SCALES = {s.name: s for s in (
     Scale("tiny", "tiny", Recipe(steps=60, batch_size=16, learning_rate=2e-3), seeds=3, per_family=2, n_train=300, n_test=100,
           sizes=(50, 100), sized=2, started=2, start_steps=60,
-          reach=Reach(same=1, hull=5, targets=3, lines=3, inside=3, extended=1, line_targets=2, grid=5, n_train=80, n_test=80)),
+          reach=Reach(same=1, hull=5, targets=3, lines=3, inside=3, extended=1, line_targets=2, grid=5, n_train=80, n_test=80),
+          contest=Contest(targets=2, sizes=(50, None), seeds=1, curve=(100,), curve_targets=2, recipe=Recipe(steps=30, trains="bitfit"), sample=60, n_test=80)),
     Scale("laptop", "minilm", Recipe(steps=60, batch_size=16, learning_rate=3e-4), seeds=3, per_family=3, n_train=1200, n_test=200,
           sizes=(100, 400), sized=2, started=2, start_steps=40,
-          reach=Reach(same=2, hull=8, targets=4, lines=3, inside=3, extended=1, line_targets=2, grid=4, n_train=150, n_test=150)),
+          reach=Reach(same=2, hull=8, targets=4, lines=3, inside=3, extended=1, line_targets=2, grid=4, n_train=150, n_test=150),
+          contest=Contest(targets=3, sizes=(100, 400), seeds=1, curve=(), recipe=Recipe(steps=60, trains="bitfit"), n_test=200)),
     Scale("full", "minilm", Recipe(), seeds=5, sizes=(200, 400, 800, 1600), sized=3, started=4),
     Scale("paper", "FacebookAI/roberta-base", Recipe(steps=2000, batch_size=256, learning_rate=5e-5, head_rate=5e-5, warmup=0.06, weight_decay=0.01, max_length=250, head="random"),
           seeds=5, sizes=(200, 400, 800, 1600, 3000), sized=9, started=9, start_seeds=5, start_steps=2000,
-          reach=Reach(same=5, hull=100, targets=36, lines=25, inside=9, extended=10, line_targets=10, grid=21, n_train=2000, n_test=2000)))}
+          reach=Reach(same=5, hull=100, targets=36, lines=25, inside=9, extended=10, line_targets=10, grid=21, n_train=2000, n_test=2000),
+          contest=Contest(targets=12, seeds=5, curve=(50, 100, 200, 400), curve_targets=12, sample=1000, n_test=2000, search=Search(evaluations=10, at_most=500),
+                          recipe=Recipe(steps=2000, batch_size=256, head_rate=5e-5, warmup=0.06, weight_decay=0.01, max_length=250, head="random", trains="bitfit"))))}
 
 # %% ../nbs/50_study.ipynb #45a3b484
 def choose(
@@ -83,7 +90,9 @@ class Study:
     ):
         self.folder = Path(folder)
         if not (self.folder/"about.json").exists(): raise FileNotFoundError(f"{self.folder}: no study is there (about.json is missing)")
-        self.about = json.loads((self.folder/"about.json").read_text())
+        self.about = _json(self.folder/"about.json")
+        kinds = {"scale": str, "data": str, "base": dict, "recipe": dict, "seeds": int, "datasets": dict}
+        if odd := [k for k, kind in kinds.items() if not isinstance(self.about.get(k), kind)]: raise ValueError(f"{self.folder}/about.json: does not say the {odd[0]}")
         self.recorded = not list(self.folder.glob("zoo*"))
 
     @classmethod
@@ -162,6 +171,7 @@ def claim_of(
     "The claim that a clustering is as accurate as the paper's."
     return {"claim": claim, "measure": measure, "paper": paper, "ours": scores.accuracy, "low": scores.low, "high": scores.high, "n": scores.n,
             "verdict": None if paper is None else verdict(paper, scores.accuracy, scores.p)}
+
 def claim_of_pb(
     claim: str,   # "C1" to "C13"
     measure: str, # what was measured
@@ -181,6 +191,17 @@ def claim_of_gain(
     "The claim that nothing is lost: holds if the interval does not reach below zero, in part if only the mean does not."
     mean, low, high = gain
     return {"claim": claim, "measure": measure, "ours": mean, "low": low, "high": high, "n": n, "verdict": HOLDS if low >= 0 else IN_PART if mean >= 0 else NOT_HERE}
+
+def claim_of_start(
+    claim: str,   # "C12" or "C13"
+    measure: str, # what was measured
+    paper: float | None, # the paper's mean gain, points; None where it gives none
+    row,          # a row of `start_table`
+) -> dict: # a row of the table of claims
+    "The claim that a start gains as much as in the paper; of one that the paper does not try, that it loses nothing."
+    if paper is None: return claim_of_gain(claim, measure, (row.gain, row.low, row.high), row.targets)
+    reached = verdict(paper, row.gain, row.p_signs) if row.gain > 0 else NOT_HERE
+    return {"claim": claim, "measure": measure, "paper": paper, "ours": row.gain, "low": row.low, "high": row.high, "n": row.targets, "verdict": reached}
 
 # %% ../nbs/50_study.ipynb #2a803d41
 CLAIM_COLUMNS = ["claim", "measure", "paper", "ours", "low", "high", "n", "verdict"]
@@ -254,6 +275,23 @@ def similarity_rows(
         known = pd.read_csv(file, usecols=["a", "b"])
         if list(dict.fromkeys([*known.a, *known.b])) == names: return
     write_rows(folder, f"similarity_{name}", pairs_of(gram(checkpoints, base, by=parts)))
+
+# %% ../nbs/50_study.ipynb #d0a2f364
+def location_rows(
+    folder: Path, # the study's folder
+    zoo,          # the main zoo
+    base,         # checkpoint of the common start
+):
+    "Locate every model among the others, unless just these have been located already."
+    file, m = Path(folder)/"rows"/"location.csv", zoo.models
+    if file.exists() and list(pd.read_csv(file).model.unique()) == m.model.tolist(): return
+    say("locating each model among the others")
+    found = gram(zoo.checkpoints(), base)
+    several = m.family.map(m.groupby("family").dataset.nunique()) > 2
+    kin = m.model[several].tolist()
+    tables = {"dataset": locate_from_gram(found, m.dataset.tolist())}
+    if several.any(): tables["family"] = locate_from_gram(found.select(kin), m.family[several].tolist(), m.dataset[several].tolist())
+    write_rows(folder, "location", pd.concat([t.assign(by=by) for by, t in tables.items()]))
 
 # %% ../nbs/50_study.ipynb #1b677c28
 def shared_texts(
@@ -350,9 +388,11 @@ def measure(
     zoos |= {f"{n} rows": open_zoo(out/f"zoo-{n}-rows") for n in scale.sizes if (out/f"zoo-{n}-rows"/"zoo.json").exists()}
     for kind, zoo in zoos.items():
         if kind != "main": zoo.models["model"] += f", {kind}"
+    for zoo in zoos.values(): zoo.verify()
     write_rows(out, "models", pd.concat([z.models.assign(zoo=kind) for kind, z in zoos.items()])[["zoo", *REPORTED]])
     anchor, main = open_checkpoint(base, name="base"), zoos["main"]
     say("similarity of all models"); similarity_rows(out, "main", main.checkpoints(), anchor)
+    location_rows(out, main, anchor)
     second = zoos["second start"]
     twins = main.where(dataset=set(second.models.dataset), seed=set(second.models.seed))
     say("similarity across starts"); similarity_rows(out, "starts", twins.checkpoints() + second.checkpoints(), anchor)
@@ -376,10 +416,26 @@ def walk(
     models = study.models()
     paths = open_zoo(out/"zoo").models.set_index("model").path.to_dict()
     walks = plan(models, scale.reach, study.rows("shared_texts"))
-    workers = workers or (1 if torch.cuda.is_available() else os.cpu_count())
     points, marks = take_all(walks, out/"walks", paths, base, corpora, scale.reach, workers)
     write_rows(out, "points", points[[c for c in ["kind", "walk", "point", "alpha", "x", "y", "target", "loss", "accuracy", "train_loss", "pooling", "note"] if c in points]])
     write_rows(out, "plane", marks)
+
+# %% ../nbs/50_study.ipynb #b394dd3e
+def try_starts(
+    out: Path,     # the study's folder
+    scale: Scale,  # how much
+    base: str,     # the first start
+    corpora: dict, # the chosen datasets
+    workers: int | None = None, # fine-tunings at a time
+):
+    "Fine-tune from every start on every target that claims C12 and C13 ask for."
+    study = Study(out)
+    shared = study.rows("shared_texts")
+    zoo = open_zoo(out/"zoo").where(dataset=list(corpora), seed=list(range(1, scale.seeds + 1)))
+    targets = targets_of(study.models(), shared, scale.contest.targets)
+    rows, advice = hold_contest(zoo, {name: corpora[name] for name in targets}, base, out/"starts", scale.contest, shared, workers)
+    write_rows(out, "starts", rows)
+    write_rows(out, "advice", advice)
 
 # %% ../nbs/50_study.ipynb #da416457
 def begin(
@@ -394,16 +450,22 @@ def begin(
              "recipe": asdict(scale.recipe), "seeds": scale.seeds, "datasets": {name: c.sha256 for name, c in corpora.items()}}
     file = out/"about.json"
     if file.exists():
-        old = json.loads(file.read_text())
+        old = _json(file)
         differ = [k for k in about if old.get(k) != about[k]]
         if differ: raise ValueError(f"{out} holds a study of another {', '.join(differ)}: name another folder with OUT or --out")
     else: write_whole(file, as_json(about))
 
 # %% ../nbs/50_study.ipynb #f38a2c79
+def natural(
+    file: Path, # of a notebook or page
+) -> list: # a key that sorts c12 after c2
+    "The numbers in a name, as numbers."
+    return [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", file.stem)]
+
 def notebooks() -> list: # paths of the study notebooks, in reading order
     "The study notebooks that lie beside the package."
     folder = Path(__file__).resolve().parent.parent/"nbs"/"study"
-    found = sorted(f for f in folder.glob("*.ipynb") if not f.name.startswith((".", "_")))
+    found = sorted((f for f in folder.glob("*.ipynb") if not f.name.startswith((".", "_"))), key=natural)
     if not found: raise FileNotFoundError(f"no study notebooks in {folder}: a study needs a clone of the project, not the package alone")
     return found
 
@@ -434,7 +496,8 @@ table{{border-collapse:collapse;width:100%;font-size:14px}} th,td{{text-align:le
 <h2>What it looks like</h2>{figures}<h2>The notebooks</h2><ul>{notebooks}</ul><p>{rows}</p></body></html>
 """
 
-CAPTIONS = {"same_dataset": "Cosine of the task vectors of any two fine-tuned models, dataset by dataset.",
+CAPTIONS = {"learning_curves": "Accuracy after fine-tuning biases and head, from four starts: the pretrained model, the centroid of all others, that of the own task family, the best single other model.",
+            "same_dataset": "Cosine of the task vectors of any two fine-tuned models, dataset by dataset.",
             "edges": "The loss on the line through two models, between them and far beyond: a flat base with steep cliffs, the models near its edge."}
 
 # %% ../nbs/50_study.ipynb #f0be2eaa
@@ -463,7 +526,7 @@ def write_page(
     if a["scale"] == "tiny": about += " This scale shows that everything runs; its models are too small to judge the paper by."
     figures = "".join(f'<figure><img src="figures/{name}.png" alt="{text}"><figcaption>{text}</figcaption></figure>'
                       for name, text in CAPTIONS.items() if (out/"figures"/f"{name}.png").exists())
-    links = "".join(f'<li><a href="notebooks/{f.name}">{title_of(f)}</a></li>' for f in sorted((out/"notebooks").glob("*.html")))
+    links = "".join(f'<li><a href="notebooks/{f.name}">{title_of(f)}</a></li>' for f in sorted((out/"notebooks").glob("*.html"), key=natural))
     rows = "Tables: " + ", ".join(f'<a href="rows/{f.name}">{f.name}</a>' for f in sorted((out/"rows").glob("*.csv"))) + ', <a href="claims.csv">claims.csv</a>'
     write_whole(out/"index.html", PAGE.format(about=about, claims=claims_table(claims), figures=figures, notebooks=links, rows=rows))
     return out/"index.html"
@@ -498,9 +561,10 @@ def run_study(
     write_rows(out, "shared_texts", shared_texts(corpora))
     clock = Clock()
     with clock.part("fine-tuning"): what = fine_tune_all(out, scale, base, corpora, workers)
-    write_whole(out/"about.json", as_json(json.loads((out/"about.json").read_text()) | {"second_start": what, "reach": asdict(scale.reach)}))
+    write_whole(out/"about.json", as_json(json.loads((out/"about.json").read_text()) | {"second_start": what, "reach": asdict(scale.reach), "contest": asdict(scale.contest)}))
     with clock.part("similarity"): measure(out, scale, base)
     with clock.part("walks", "the loss at models, between them and beyond"): walk(out, scale, base, corpora, workers)
+    with clock.part("contest", "fine-tuning from other starts"): try_starts(out, scale, base, corpora, workers)
     shutil.rmtree(out/"claims", ignore_errors=True)
     with clock.part("notebooks", f"{len(notebooks())} of them, on the rows"):
         Parallel(n_jobs=2, prefer="threads")(delayed(run_notebook)(file, out) for file in notebooks())

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from math import isfinite, sqrt
@@ -23,10 +24,12 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
+from filelock import FileLock
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoints import Checkpoint, Held, _layout, body_parameters, open_checkpoint, write_checkpoint
+from .files import append_line
 from .similarity import gram
 from .space import BLOCK, Layout, dot, patch
 
@@ -486,7 +489,7 @@ def _fill_heads(stand: Stand, point: Point) -> None:
 def _raw(model: Checkpoint, name: str) -> Tensor:
     "A tensor of the body, not copied if it is in memory."
     stored = model._body[name]
-    return stored.tensor.detach() if isinstance(stored, Held) else model.read(name)
+    return stored.tensor.detach() if isinstance(stored, Held) and stored.file is None else model.read(name)
 
 def _age(model: Checkpoint) -> int:
     "A number that changes when a tensor in memory is written to."
@@ -596,18 +599,19 @@ def _keys(pairs: list) -> list:
 # %% ../nbs/22_traversal.ipynb #b720ef2b
 def _line_of(value) -> bytes: return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
-def _append(file: Path, value) -> None:
-    "One more line, on the disk before this returns."
-    with open(file, "ab") as f:
-        f.write(_line_of(value)); f.flush(); os.fsync(f.fileno())
+def _alone(file: "Path | None"):
+    "Keep other processes from measuring into the same file; where nothing can be written, there is nothing to keep from."
+    if file is None: return nullcontext()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(file.parent/f".{file.name}.lock") if os.access(file.parent, os.W_OK) else nullcontext()
 
 def _resume(file: Path, head: dict, keys: list) -> dict:
     "What a file has measured already: key -> rows; it is begun if it is not there, and a torn last line is cut off."
     content = file.read_bytes() if file.exists() else b""
     if b"\n" not in content:
         if not _line_of(head).startswith(content): raise ValueError(f"{file}: is no file of a traversal")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(b""), _append(file, head)
+        if content: os.truncate(file, 0)
+        append_line(file, _line_of(head))
         return {}
     begin, done = _lines(file, content)
     if begin != head: raise ValueError(f"{file}: was measured with {begin}, not with {head}")
@@ -620,7 +624,7 @@ def _lines(file: Path, content: bytes) -> tuple:
     try:
         begin, *lines = [json.loads(line) for line in content.split(b"\n")[:-1]]
         return dict(begin), {line["key"]: list(map(dict, line["rows"])) for line in lines}
-    except (ValueError, TypeError, KeyError): raise ValueError(f"{file}: is no file of a traversal, or damaged") from None
+    except (ValueError, TypeError, KeyError, RecursionError): raise ValueError(f"{file}: is no file of a traversal, or damaged") from None
 
 # %% ../nbs/22_traversal.ipynb #bb472c6c
 def traverse(
@@ -635,15 +639,15 @@ def traverse(
     pairs, column = _path_of(path), getattr(metric, "__name__", "value")
     column, done = column if column.isidentifier() else "value", {}
     keys = list(range(len(pairs))) if rows is None else _keys(pairs)
-    if rows is not None:
-        if (rows := Path(rows)).suffix != ".jsonl": raise ValueError(f"{rows}: rows are kept in a .jsonl file")
-        done = _resume(rows, {"metric": _called(metric), "head": stand.head, "about": about}, keys)
-    with tqdm(total=len(keys), initial=len(done), desc="traversal", unit="point", **({} if progress else {"disable": True})) as bar:
-        for key, (coordinates, point) in zip(keys, pairs):
-            if key in done: continue
-            done[key] = _rows_of(point, coordinates, metric(stand.at(point)), column)
-            if rows is not None: _append(rows, {"key": key, "rows": done[key]})
-            bar.update()
+    if rows is not None and (rows := Path(rows)).suffix != ".jsonl": raise ValueError(f"{rows}: rows are kept in a .jsonl file")
+    with _alone(rows):
+        if rows is not None: done = _resume(rows, {"metric": _called(metric), "head": stand.head, "about": about}, keys)
+        with tqdm(total=len(keys), initial=len(done), desc="traversal", unit="point", **({} if progress else {"disable": True})) as bar:
+            for key, (coordinates, point) in zip(keys, pairs):
+                if key in done: continue
+                done[key] = _rows_of(point, coordinates, metric(stand.at(point)), column)
+                if rows is not None: append_line(rows, _line_of({"key": key, "rows": done[key]}))
+                bar.update()
     return pd.DataFrame([row for key in keys for row in done[key]])
 
 def read_rows(

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from .checkpoints import open_checkpoint
 from .comparison import Groups, groups_of
 from .finetuning import one_thread
+from .jobs import run_jobs
 from .probing import Probing, Target, pooling_of
 from .traversal import Stand, average, extrapolation, hold, hull, line, perturbations, plane, traverse
 
@@ -83,7 +83,7 @@ def granularities(
     "The groups In and Ex that are compared."
     few = one_each(models)
     mixed = lambda own: models[own | models.index.isin(few.index)]
-    tasks = lambda known: [f for f in TASKS if known.dataset[known.family == f].nunique() > 1]
+    tasks = lambda known: [f for f in TASKS if known.dataset[known.family == f].nunique() > 1 and known.family.nunique() > 1]
     known = models[models.learned] if "learned" in models else models
     if not tasks(known): known = models  # nothing was learned that could be compared: show it all the same
     same = [d for d in leading(models, reach.same) if (models.dataset == d).sum() > 1]
@@ -113,7 +113,7 @@ def lines_of(
     own = next((d for d in ranked if family_of[d] in TASKS), ranked[0])
     others = [d for d in ranked if d != own]
     kin = [d for d in others if family_of[d] == family_of[own]]
-    far = next(d for d in others if d not in kin)
+    far = next((d for d in others if d not in kin), kin[-1])  # of one family only, the last of it
     found = {"dataset": (pairs(models, own, own, reach.lines), (own,))}
     if (models.dataset == far).sum() > 1: found[f"dataset {far}"] = (pairs(models, far, far, reach.lines), (far,))
     if kin: found["task"] = (pairs(models, own, kin[0], reach.lines), (own, *kin))
@@ -162,10 +162,13 @@ def _device() -> str:
     "Where models are measured."
     return "cuda" if torch.cuda.is_available() else "cpu"
 
-@lru_cache(maxsize=32)
-def _target(base: str, sha256: str, n_train: int, n_test: int, corpus):
-    "A target of one process, tokenized once."
-    return Target(corpus, base, min(n_train, len(corpus.train)), min(n_test, len(corpus.test)))
+_TARGETS = {} # of one process, by what they are made of
+
+def _target(base: str, corpus, reach: Reach) -> Target:
+    "A target, tokenized once in a process."
+    key = base, corpus.sha256, reach.n_train, reach.n_test
+    if key not in _TARGETS: _TARGETS[key] = Target(corpus, base, min(reach.n_train, len(corpus.train)), min(reach.n_test, len(corpus.test)))
+    return _TARGETS[key]
 
 @lru_cache(maxsize=1)
 def _stand(base: str):
@@ -184,7 +187,7 @@ def take(
     start = open_checkpoint(base, name="base")
     members = [open_checkpoint(paths[m], name=m) for m in walk.members]
     with one_thread(_device()):
-        probing = Probing([_target(base, corpora[t].sha256, reach.n_train, reach.n_test, corpora[t]) for t in walk.targets], pooling_of(base))
+        probing = Probing([_target(base, corpora[t], reach) for t in walk.targets], pooling_of(base))
         rows = traverse(points_of(walk, members, start), probing, _stand(base), file, progress=False, about=f"{probing}, probes of {reach.n_train} rows, tested on {reach.n_test}")
         marks = plane(*members, grid=2).marks({"pretrained": start, "centroid": average(members)}) if walk.kind == "plane" else None
     return rows.loc[:, ~rows.columns.str.fullmatch(r"w\d+|draw")].assign(walk=walk.name, kind=walk.kind), marks
@@ -197,13 +200,12 @@ def take_all(
     base: str,       # folder or hub id of the pretrained model
     corpora: dict,   # name -> Corpus
     reach: Reach,    # rows of probe and test
-    workers: int,    # walks at a time
+    workers: int | None = None, # walks at a time; None: see `run_jobs`
 ) -> tuple: # all rows (walk, kind, point, coordinates, target, loss, accuracy, note), and what to mark on the plane
     "Take some walks, several at a time, and gather their rows."
     file = lambda walk: Path(folder)/f"{walk.name.replace(',', '').replace(' ', '-')}.jsonl"
-    jobs = [delayed(take)(w, {m: paths[m] for m in w.members}, base, {t: corpora[t] for t in w.targets}, reach, file(w)) for w in walks]
-    done = Parallel(n_jobs=min(workers, len(walks)), return_as="generator_unordered")(jobs)
-    rows, marks = zip(*tqdm(done, total=len(walks), desc="walks", unit="walk"))
+    jobs = {w.name: (w, {m: paths[m] for m in w.members}, base, {t: corpora[t] for t in w.targets}, reach, file(w)) for w in walks}
+    rows, marks = zip(*(found for _, found in tqdm(run_jobs(take, jobs, workers), total=len(walks), desc="walks", unit="walk")))
     rows = pd.concat(rows, ignore_index=True).sort_values(["kind", "walk"], kind="stable", ignore_index=True)
     marks = [m for m in marks if m is not None]
     return rows, marks[0] if marks else pd.DataFrame(columns=["name", "x", "y", "distance"])
