@@ -7,6 +7,12 @@
 #   TESTS   what `make test` runs; JOBS in how many processes
 #   FLAGS   flagged notebook cells to run as well, such as "slow cuda"
 #   PYTHON  the interpreter that makes .venv
+# and of `make bench`:
+#   SIZE    base | small checkpoints
+#   ONLY    similarity average line growth probe zoo, or some of them
+#   ROUNDS  measurements of each way; CLOCK wall | cpu
+#   ROWS    the file of rows
+#   PEERS   1 installs mergekit and loss-landscapes into OUT/peers
 SCALE  ?= laptop
 DATA   ?= builtin
 OUT    ?= out
@@ -14,13 +20,19 @@ TESTS  ?= tests
 JOBS   ?= 2
 FLAGS  ?=
 PYTHON ?= python3
+SIZE   ?= base
+ONLY   ?=
+ROUNDS ?= 3
+CLOCK  ?= wall
+ROWS   ?= $(OUT)/bench.csv
+PEERS  ?=
 
 BIN   := .venv/bin
 QUIET := OMP_NUM_THREADS=1 TQDM_DISABLE=1 HF_HUB_OFFLINE=1
 say    = @printf '\n== %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
-.PHONY: help study record test lab prepare book clean
+.PHONY: help study record test bench lab prepare book clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[.a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -38,6 +50,10 @@ record: ## keep the rows of a study as the run that the study notebooks show: OU
 test: .venv ## run every notebook and every test: TESTS, JOBS, FLAGS
 	$(call say,testing $(TESTS) in $(JOBS) processes: each notebook is one test)
 	$(QUIET) $(BIN)/python -m pytest $(TESTS) -v -n $(JOBS) --dist loadgroup --durations 10 $(if $(FLAGS),--flags "$(FLAGS)")
+
+bench: .venv $(if $(PEERS),$(OUT)/peers/installed) ## time, memory and error beside floors and peers: SIZE, ONLY, PEERS=1
+	$(call say,measuring $(or $(ONLY),everything) at size $(SIZE); rows go to $(ROWS))
+	$(BIN)/python tests/bench --size "$(SIZE)" --only $(ONLY) --rounds "$(ROUNDS)" --clock "$(CLOCK)" --rows "$(ROWS)" --peers "$(OUT)/peers/bin/python"
 
 lab: .venv ## open the notebooks in JupyterLab; saved notebooks are clean
 	cd nbs && ../$(BIN)/jupyter lab --config ../.ci/lab.py
@@ -59,10 +75,16 @@ clean: ## remove what can be made again, except .venv and results in OUT
 	rm -rf _book build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find . -path ./.venv -prune -o -name __pycache__ -print -o -name .ipynb_checkpoints -print | xargs rm -rf
 
+$(OUT)/peers/installed: tests/bench/peers.txt
+	$(call say,installing peers into $(OUT)/peers)
+	test -x $(OUT)/peers/bin/pip || $(PYTHON) -m venv $(OUT)/peers
+	$(OUT)/peers/bin/python -m pip install --progress-bar off -r $<
+	@touch $@
+
 .venv: .venv/installed ## the virtual environment with everything in it
 
 .venv/installed: settings.ini setup.py constraints.txt
 	$(call say,installing into .venv (some minutes the first time))
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --use-pep517 --progress-bar off -c constraints.txt -e '.[dev,study,offline,docs]'
+	$(BIN)/python -m pip install --use-pep517 --progress-bar off -c constraints.txt -e '.[dev,study,offline,docs,ray,lora]'
 	@touch $@

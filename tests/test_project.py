@@ -153,7 +153,7 @@ LAYERS = {
     "text": {"builtin", "registry", "corpora", "jobs", "finetuning", "bases", "zoo"},
     "regions": {"similarity", "clustering", "probing", "traversal", "comparison", "centering", "region", "starting", "advice", "original"},
     "figures": {"plots"},
-    "top": {"walks", "contest", "study", "plan", "cli"},
+    "top": {"walks", "contest", "study", "plan", "cli", "bench"},
 }
 KNOWS = {"points": {"points"}, "text": {"points", "text"}, "regions": {"points", "text", "regions"}, "figures": {"figures", "regions"},
          "top": set(LAYERS)}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 
 from weightregions.checkpoints import open_checkpoint
-from weightregions.similarity import Gram, cosine_similarity, euclidean_distance, gram, load_gram
+from weightregions.similarity import Gram, cosine_similarity, cross_similarity, euclidean_distance, gram, load_gram, sketch
 
 SHAPES = {"embeddings.weight": (7, 5), "layer.0.attention.weight": (5, 5), "layer.0.dense.bias": (5,), "layer.1.attention.weight": (5, 5), "scale": ()}
 
@@ -179,3 +179,91 @@ before = peak(); gram(models, base, progress=False, threads=2); print((peak() - 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 64, f"{done.stdout} MB"
+
+
+@pytest.mark.parametrize("many", [2, 33, 400])
+def test_buffers_are_bounded_whatever_the_number_of_models(many, monkeypatch):
+    from weightregions import similarity
+    base = open_checkpoint({"w": torch.zeros(2**19)}, name="base")
+    models = [open_checkpoint({"w": torch.ones(1).expand(2**19)}, name=f"m{i}") for i in range(many)]
+    rooms, real = [], similarity._Room.__init__
+    def watched(self, *a):
+        real(self, *a)
+        rooms.append(self.stored.nbytes + self.wide.nbytes)
+    monkeypatch.setattr(similarity._Room, "__init__", watched)
+    g = gram(models, base, progress=False, threads=1)
+    assert max(rooms) <= 2**26 + (many + 1) * 2**13 * 8
+    assert (g.products()[:-1, :-1] == 2**19).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 100), st.sampled_from([3, 17, None]), st.permutations(range(4)))
+def test_an_extended_matrix_is_the_whole_matrix(n, k, seed, block, order):
+    models, base = zoo(n + k + 1, seed)
+    known, new, by = models[:n + 1], models[n + 1:], lambda name: [name.split(".")[0], name]
+    shuffled = [known[i] for i in order if i <= n] + known[4:]
+    small = gram(known, base, by=by, block=5, progress=False)
+    grown, whole = small.extended(new, shuffled, base, by=by, block=block, progress=False), gram(models, base, by=by, progress=False)
+    assert grown.names == whole.names
+    for key in whole.cells: np.testing.assert_allclose(grown.cells[key], whole.cells[key], rtol=1e-9, atol=1e-12)
+    assert all((cell == cell.T).all() for cell in grown.cells.values())
+    np.testing.assert_allclose(cross_similarity(known, new, base, block=block, progress=False), whole.cosine().iloc[:n + 1, n + 1:], atol=1e-9)
+
+
+def test_a_model_may_be_on_both_sides():
+    models, base = zoo(3)
+    c = cross_similarity(models[:2], models, base, progress=False)
+    np.testing.assert_allclose(c, gram(models, base, progress=False).cosine().iloc[:2], atol=1e-12)
+    assert cross_similarity(models[0:1], models, base, progress=False).shape == (1, 3)
+
+
+def test_one_more_model_reads_the_others_but_does_not_multiply_them(monkeypatch):
+    from weightregions import similarity
+    models, base = zoo(6)
+    known = gram(models[:5], base, progress=False)
+    shapes, real = [], similarity._stretch_products
+    def watched(*a):
+        found = real(*a)
+        shapes.append(found.shape)
+        return found
+    monkeypatch.setattr(similarity, "_stretch_products", watched)
+    known.extended(models[5:], models[:5], base, progress=False)
+    assert set(shapes) == {(2, 7)}  # a row, and the squares
+
+
+def test_another_base_is_not_taken_for_the_one_that_was_used():
+    models, base = zoo(4)
+    known = gram(models[:3], base, progress=False)
+    _, other = zoo(1, seed=5)
+    with pytest.raises(ValueError, match="m0: is not the model whose products were taken"): known.extended(models[3:], models[:3], other, progress=False)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 100), st.sampled_from([256, 512]), st.sampled_from([1, 3]))
+def test_a_sketch_depends_on_nothing_but_the_seed(seed, k, threads):
+    rng = np.random.default_rng(seed)
+    base = open_checkpoint({"w": torch.zeros(5000), "b": torch.zeros(7)}, name="base")
+    models = [open_checkpoint({"w": torch.from_numpy(rng.normal(size=5000)).float(), "b": torch.ones(7)}, name=f"m{i}") for i in range(3)]
+    whole, alone = sketch(models, base, k, seed, False, threads), sketch(models[1:2], base, k, seed, False)
+    np.testing.assert_allclose(whole.values[1], alone.values[0], rtol=1e-5, atol=1e-4)
+    exact = gram(models, base, progress=False)
+    np.testing.assert_allclose(whole.norms, exact.norms(), rtol=1e-6)
+    assert (whole.cosine() - exact.cosine()).abs().max(axis=None) < 6 / np.sqrt(k)
+    twice = sketch([open_checkpoint({n: 2 * t for n, t in models[0].items()}, name="twice")], base, k, seed, False)
+    np.testing.assert_allclose(twice.values[0], 2 * whole.values[0], rtol=1e-5, atol=1e-4)
+
+
+def test_signs_do_not_depend_on_where_one_starts():
+    from weightregions.similarity import _signs
+    whole = _signs(12345, 0, 5000)
+    for start in (0, 256, 1024, 4864): assert (_signs(12345, start, 5000 - start) == whole[start:]).all()
+    assert 0.47 < whole.double().mean() < 0.53 and not (whole == _signs(12346, 0, 5000)).all()
+
+
+@pytest.mark.cuda
+def test_a_gpu_finds_the_same():
+    models, base = zoo(5)
+    here, there = (gram(models, base, by=lambda n: n, progress=False, device=d, threads=3) for d in ("cpu", "cuda"))
+    for key in here.cells: np.testing.assert_allclose(there.cells[key], here.cells[key], rtol=1e-12)
+    assert_frame_equal(*(cross_similarity(models[:2], models[2:], base, progress=False, device=d) for d in ("cpu", "cuda")))
+    np.testing.assert_allclose(*(sketch(models, base, 256, progress=False, device=d).values for d in ("cpu", "cuda")), rtol=1e-4, atol=1e-5)

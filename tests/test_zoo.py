@@ -173,3 +173,20 @@ def test_learned_needs_more_than_the_majority():
     row = dict(dataset="coin", family="f", seed=1, majority=0.5, n_test=1000)
     assert not learned(pd.DataFrame([row | {"accuracy": 0.51}])).learned[0]
     assert learned(pd.DataFrame([row | {"accuracy": 0.54}])).learned[0]
+
+
+def test_bases_come_from_the_hub_at_one_revision(tmp_path, monkeypatch):
+    from weightregions.bases import REVISIONS, base_identity, pinned
+    asked = []
+    def snapshot(name, revision, allow_patterns):
+        asked.append((name, revision))
+        (folder := tmp_path / "snapshots" / revision).mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"weights")
+        return str(folder)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    folder = pinned("FacebookAI/roberta-base")
+    assert asked == [("FacebookAI/roberta-base", REVISIONS["FacebookAI/roberta-base"])]
+    assert base_identity(folder)["name"] == "FacebookAI/roberta-base"
+    def gone(*a, **k): raise OSError("offline")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", gone)
+    with pytest.raises(FileNotFoundError, match="FacebookAI/roberta-base: neither in the hub's cache nor to be downloaded"): pinned("FacebookAI/roberta-base")

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.special import log_softmax
+from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from .centering import Centroid, centroid_of, leave_out
@@ -98,6 +99,7 @@ def recommend(
     n_boot: int = 1000, # bootstrap draws of rows
     seed: int = 0, # of the sample, the folds and the draws
     device: "str | None" = None, # "cpu" or "cuda"; None: cuda where there is one
+    progress: bool = True, # show a progress bar, in starts
 ) -> pd.DataFrame: # a row a start, the lowest loss first: start, kind, models, dimension, loss, gain, low, high, better, over_centroid, accuracy, points, seconds
     "Rank the starts that a zoo offers for a dataset."
     if n < 2 or n_boot < 1: raise ValueError(f"recommend takes at least 2 rows and 1 bootstrap draw, not {n} and {n_boot}")
@@ -107,7 +109,7 @@ def recommend(
     found, rows = {}, []
     with one_thread(device):
         stand, pooling = Stand(base, device=device), pooling_of(source)
-        for name, start in offered.items():
+        for name, start in tqdm(offered.items(), desc=f"starts for {corpus.name}", unit=" starts", **({} if progress else {"disable": True})):
             began, members = perf_counter(), getattr(start, "checkpoints", [start])
             features = encode(stand.at(average(members, tuple(getattr(start, "weights", [1])), name=name)), split, pooling)
             found[name] = held_out_losses(features, split.labels, len(corpus.labels), folds, seed=seed)

@@ -81,7 +81,7 @@ def _room(centroid: Centroid, block: int) -> "tuple[Tensor, Tensor, Tensor]":
             torch.empty(block, dtype=torch.float64))
 
 # %% ../nbs/30_centering.ipynb #161a3319
-_BLOCK = 2**18 # weights of one tensor that a thread holds at a time
+_BLOCK = 2**19 # weights of one tensor that a thread holds at a time
 
 @patch
 def read(
@@ -136,8 +136,9 @@ def _opened(checkpoints: Iterable, what: str) -> "list[Checkpoint]":
     sample = _matrix_sample(first)
     for c in others:
         c.require_same_space(first) if hasattr(c, "require_same_space") else first.layout.require_same(c.layout, c.name)
-        cosine = torch.cosine_similarity(sample, _matrix_sample(c), dim=0)
-        if len(sample) and cosine < 0.5: raise ValueError(f"{c.name} and {first.name} come from different pretrained models: the cosine of their weight matrices is {cosine:.3f}")
+        other = _matrix_sample(c)
+        cosine = float(sample @ other / (sample.norm() * other.norm()))
+        if cosine < 0.5: raise ValueError(f"{c.name} and {first.name} come from different pretrained models: the cosine of their weight matrices is {cosine:.3f}")
     return found
 
 def _matrix_sample(checkpoint: Checkpoint, n: int = 2**12) -> Tensor:

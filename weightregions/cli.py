@@ -142,15 +142,6 @@ def zoo(
     _write(models, out/"models.csv")
     _write(learned(models), out/"learned.csv")
 
-# %% ../nbs/52_cli.ipynb #6d2b7f40
-def _clusters(cosine, k=None):
-    "Clusters of models of which nothing is known: `k` of them, or as many as have the best silhouette."
-    from sklearn.metrics import silhouette_score
-    from weightregions.clustering import spectral_clusters
-    if k or len(cosine) < 3: return spectral_clusters(cosine, k or 1)
-    found = [c for c in (spectral_clusters(cosine, k) for k in range(2, min(len(cosine), 41))) if 1 < c.nunique() < len(c)]
-    return max(found, key=lambda c: silhouette_score((1 - cosine).clip(lower=0).to_numpy(), c, metric="precomputed"))
-
 # %% ../nbs/52_cli.ipynb #92e07bd4
 def _draw_similarity(cosine, models, groups, out):
     "Heat map and map of all models, coloured by group where there are groups."
@@ -170,14 +161,16 @@ def similarity(
 ):
     "Cosines between all task vectors, the clusters they make, a heat map and a map."
     from weightregions.centering import _opened as of_one_start
-    from weightregions.clustering import cluster_report
+    from weightregions.clustering import cluster_report, silhouette_clusters, spectral_clusters
     from weightregions.similarity import gram
     (zoo, base), out = _opened(options), Path(options.out)
     found = gram(of_one_start(zoo.checkpoints(), "similarity"), base)
     cosine, models = found.cosine(), zoo.models.set_index("model")
     groups, units, scores = models[options.by], models.dataset if options.by == "family" else None, None
     if 1 < groups.nunique() < len(groups): scores = cluster_report(cosine, groups, options.clusters, by=units)
-    rows = models[["dataset", "family"]].assign(norm=found.norms(), cluster=scores.clusters if scores else _clusters(cosine, options.clusters))
+    if scores: clusters = scores.clusters
+    else: clusters = spectral_clusters(cosine, options.clusters) if options.clusters else silhouette_clusters(cosine)
+    rows = models[["dataset", "family"]].assign(norm=found.norms(), cluster=clusters)
     if scores: rows["found"] = rows.cluster.map(scores.matching)
     _write(cosine, out/"similarity.csv", [], index=True, index_label="model")
     _write(rows.reset_index(), out/"groups.csv")

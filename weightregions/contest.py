@@ -79,7 +79,7 @@ def prepare(
     "Make the starts of one target ready."
     folder, apart, file = Path(folder), list(apart), Path(folder)/"advice.csv"
     if not file.exists():
-        advice = recommend(zoo, corpus, base, contest.sample, apart)
+        advice = recommend(zoo, corpus, base, contest.sample, apart, max_length=contest.recipe.max_length, progress=False)
         advice.insert(0, "role", _roles(advice, corpus.family))
         advice.insert(0, "target", corpus.name)
         write_whole(file, advice.to_csv(index=False, float_format="%.5g"))

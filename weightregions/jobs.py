@@ -77,6 +77,7 @@ def _at_a_place(free, name, *call):
 def _processes(calls, n, gpus):
     "What the jobs give, as it comes, each from a process of this machine."
     free, well = SimpleQueue(), False
+    warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning) # loky renews a worker that has grown; nothing is lost
     for place in places(n, gpus): free.put(place)
     try:
         yield from Parallel(n_jobs=n, backend="threading", return_as="generator_unordered")(delayed(_at_a_place)(free, *call) for call in calls)

@@ -144,10 +144,10 @@ class Region:
         return f"Region({self.name}: {len(self.members)} members, level {self.shape.level:.3f}, spread {self.spread:.3f}, centre of length {self.shape.length:.3g})"
 
 # %% ../nbs/32_region.ipynb #bd801781
-def _measured(checkpoints: "list[Checkpoint]", base: Checkpoint) -> Gram:
+def _measured(checkpoints: "list[Checkpoint]", base: Checkpoint, progress: bool = False) -> Gram:
     "Inner products of models that were all fine-tuned from the base; strangers and models that did not move are refused."
     matrices = {n for n, s in zip(base.layout.names, base.layout.shapes) if len(s) > 1}
-    found = gram(checkpoints, base, by=lambda n: "matrices" if n in matrices else "others", progress=False)
+    found = gram(checkpoints, base, by=lambda n: "matrices" if n in matrices else "others", progress=progress)
     if zero := [n for n, norm in found.norms().items() if not norm > 0]: raise ValueError(f"{zero[0]} equals {base.name}: it has no direction")
     if matrices:
         g = found.products("matrices")
@@ -249,12 +249,13 @@ def regions_of(
     zoo: Zoo, # fine-tuned models
     base: Checkpoint, # the pretrained model, or what `open_checkpoint` takes
     by: str = "dataset", # what makes a region: "dataset" or "family" (whose units are datasets)
+    progress: bool = True, # show a progress bar, in weights
 ) -> "dict[str, Region]": # name -> region
     "The regions of a zoo, with the spread that they have in common."
     if by not in ("dataset", "family"): raise ValueError(f"regions are made by dataset or by family, not by {by!r}")
     base, models = open_checkpoint(base), zoo.checkpoints()
     _one_base(_members(zoo, np.ones(len(zoo))), zoo.name)
-    found = _measured(models, base)
+    found = _measured(models, base, progress)
     shapes = _shapes(found.products()[:-1, :-1], zoo.models[by].tolist(), zoo.models.dataset.tolist() if by == "family" else None)
     identity, norms = {"name": base.name, "sha256": base.sha256()}, found.norms()
     return {name: _region(name, [models[i] for i in at], base, identity, shape, norms) for name, (at, shape) in shapes.items()}

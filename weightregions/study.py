@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 
-from .bases import base_identity, minilm, second_start, tiny_base
+from .bases import REVISIONS, base_identity, minilm, pinned, second_start, tiny_base
 from .checkpoints import _json, open_checkpoint
 from .contest import Contest, hold_contest, targets_of
 from .corpora import describe, load_corpora, texts
@@ -64,7 +64,7 @@ SCALES = {s.name: s for s in (
     Scale("full", "minilm", Recipe(), seeds=5, sizes=(200, 400, 800, 1600), sized=3, started=4),
     Scale("paper", "FacebookAI/roberta-base", Recipe(steps=2000, batch_size=256, learning_rate=5e-5, head_rate=5e-5, warmup=0.06, weight_decay=0.01, max_length=250, head="random"),
           seeds=5, sizes=(200, 400, 800, 1600, 3000), sized=9, started=9, start_seeds=5, start_steps=2000,
-          reach=Reach(same=5, hull=100, targets=36, lines=25, inside=9, extended=10, line_targets=10, grid=21, n_train=2000, n_test=2000),
+          reach=Reach(same=5, hull=100, targets=36, lines=25, inside=9, extended=10, line_targets=10, grid=21, n_train=2000, n_test=2000, max_length=250),
           contest=Contest(targets=12, seeds=5, curve=(50, 100, 200, 400), curve_targets=12, sample=1000, n_test=2000, search=Search(evaluations=10, at_most=500),
                           recipe=Recipe(steps=2000, batch_size=256, head_rate=5e-5, warmup=0.06, weight_decay=0.01, max_length=250, head="random", trains="bitfit"))))}
 
@@ -312,7 +312,8 @@ def start(
 ) -> str: # folder or hub id of the pretrained model
     "The base of a study."
     if base == "tiny": return str(tiny_base(Path(folder)/"base"))
-    return str(minilm()) if base == "minilm" else base
+    if base == "minilm": return str(minilm())
+    return str(pinned(base)) if base in REVISIONS else base
 
 def other_start(
     scale: Scale, # of the study

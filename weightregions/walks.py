@@ -38,6 +38,7 @@ class Reach:
     grid: int = 5        # points along each side of the plane through three models
     n_train: int = 200   # rows a probe is fitted on
     n_test: int = 350    # rows it is tested on
+    max_length: int = 40 # tokens a row is cut to
 
 # %% ../nbs/48_walks.ipynb #182f96cc
 @dataclass(frozen=True)
@@ -166,8 +167,8 @@ _TARGETS = {} # of one process, by what they are made of
 
 def _target(base: str, corpus, reach: Reach) -> Target:
     "A target, tokenized once in a process."
-    key = base, corpus.sha256, reach.n_train, reach.n_test
-    if key not in _TARGETS: _TARGETS[key] = Target(corpus, base, min(reach.n_train, len(corpus.train)), min(reach.n_test, len(corpus.test)))
+    key = base, corpus.sha256, reach.n_train, reach.n_test, reach.max_length
+    if key not in _TARGETS: _TARGETS[key] = Target(corpus, base, min(reach.n_train, len(corpus.train)), min(reach.n_test, len(corpus.test)), reach.max_length)
     return _TARGETS[key]
 
 @lru_cache(maxsize=1)
@@ -205,7 +206,8 @@ def take_all(
     "Take some walks, several at a time, and gather their rows."
     file = lambda walk: Path(folder)/f"{walk.name.replace(',', '').replace(' ', '-')}.jsonl"
     jobs = {w.name: (w, {m: paths[m] for m in w.members}, base, {t: corpora[t] for t in w.targets}, reach, file(w)) for w in walks}
-    rows, marks = zip(*(found for _, found in tqdm(run_jobs(take, jobs, workers), total=len(walks), desc="walks", unit="walk")))
+    found = dict(tqdm(run_jobs(take, jobs, workers), total=len(walks), desc="walks", unit="walk"))
+    rows, marks = zip(*(found[name] for name in jobs)) # not in the order in which they end
     rows = pd.concat(rows, ignore_index=True).sort_values(["kind", "walk"], kind="stable", ignore_index=True)
     marks = [m for m in marks if m is not None]
     return rows, marks[0] if marks else pd.DataFrame(columns=["name", "x", "y", "distance"])

@@ -1,0 +1,49 @@
+"""What the peers do, run by the interpreter of their own environment: python peers.py WAY ARGUMENTS, the arguments as JSON."""
+import json
+import sys
+import time
+from pathlib import Path
+
+
+def merge(models, out):
+    "mergekit's linear merge of some checkpoints, all with the same weight."
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import MergeOptions, run_merge
+    config = MergeConfiguration.model_validate({"merge_method": "linear", "dtype": "float32", "models": [{"model": m, "parameters": {"weight": 1.0}} for m in models]})
+    begin = time.perf_counter(), time.process_time()
+    run_merge(config, out, MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False))
+    return took(begin)
+
+
+def walk(a, b, points, out):
+    "loss-landscapes' walk from one model to another, with a metric that costs nothing; what it passes at half way is kept."
+    import loss_landscapes
+    from loss_landscapes.metrics.metric import Metric
+    from safetensors.torch import save_file
+    from transformers import AutoModel
+
+    class Nothing(Metric):
+        seen = 0
+        def __call__(self, wrapper):
+            Nothing.seen += 1
+            if Nothing.seen == points // 2: self.half = {n: p.detach().clone() for n, p in wrapper.modules[0].named_parameters()}
+            return 0.0
+
+    first, second = (AutoModel.from_pretrained(m, add_pooling_layer=False) for m in (a, b))
+    metric = Nothing()
+    begin = time.perf_counter(), time.process_time()
+    loss_landscapes.linear_interpolation(first, second, metric, points, deepcopy_model=True)
+    spent = took(begin)
+    save_file(metric.half, out)
+    return {k: v / points for k, v in spent.items()}
+
+
+def took(begin):
+    "Seconds by the clock, and of the processor, since `begin`."
+    return {"seconds": time.perf_counter() - begin[0], "cpu": time.process_time() - begin[1]}
+
+
+if __name__ == "__main__":
+    ways = {"merge": merge, "walk": walk}
+    found = ways[sys.argv[1]](**json.loads(sys.argv[2]))
+    Path(sys.argv[3]).write_text(json.dumps(found))

@@ -1,0 +1,220 @@
+"""The measuring of `make bench`: that the ways do what they are said to do, that the driver keeps its rows, and faults. Nothing is timed here."""
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from math import isnan
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+
+from weightregions.bench import FIELDS, alone, beside, goals, growth_figure, read_bench, straightness, write_bench
+
+BENCH = ROOT / "tests" / "bench"
+
+
+def script(name):
+    "One of the scripts as a module."
+    spec = importlib.util.spec_from_file_location(f"bench_{name.strip('_')}", BENCH / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def ways():
+    sys.path.insert(0, str(BENCH))
+    yield script("ways")
+    sys.path.remove(str(BENCH))
+
+
+@pytest.fixture(scope="module")
+def models(ways, tmp_path_factory):
+    "A start, three models, and how many weights each has."
+    folder = tmp_path_factory.mktemp("checkpoints")
+    params = ways.write(str(folder), "small", 0, 2)["params"]
+    ways.write(str(folder), "small", 2, 4)  # added later, as growth does
+    start, *others = (str(folder / f"{i:02d}") for i in range(4))
+    return SimpleNamespace(start=start, others=others, params=params)
+
+
+def test_all_ways_to_similarity_agree(ways, models, tmp_path):
+    found = {}
+    for way in ("similarity", "extended", "sketched", "load_stack_matmul", "streamed_loop", "cosines_float64"):
+        getattr(ways, way)(models.others, models.start, str(tmp_path / way))
+        found[way] = torch.load(tmp_path / way, weights_only=True)
+    exact = found.pop("cosines_float64")
+    for way in ("similarity", "extended"): assert (found.pop(way) - exact).abs().max() < 1e-12
+    assert (found.pop("sketched") - exact).abs().max() < 6 / 64
+    for way, cosines in found.items(): torch.testing.assert_close(cosines, exact, rtol=0, atol=1e-5, msg=way)
+    assert 0.0 < exact[0, 1].abs() < 0.1
+
+
+def test_models_do_not_depend_on_when_they_are_written(ways, models, tmp_path):
+    ways.write(str(tmp_path), "small", 0, 4)
+    for i, here in enumerate([models.start, *models.others]):
+        assert (tmp_path / f"{i:02d}" / "model.safetensors").read_bytes() == (Path(here) / "model.safetensors").read_bytes()
+
+
+def test_parts_are_parts(ways, models):
+    sizes = [ways.similarity(models.others, models.start, layers=k)["params"] for k in (1, 2)]
+    assert 0 < sizes[0] == sizes[1] // 2 and sizes[1] < ways.similarity(models.others, models.start)["params"] == models.params
+
+
+def test_all_averages_are_the_average(ways, models, tmp_path):
+    for way in ("average", "load_and_add"):
+        getattr(ways, way)(models.others, str(tmp_path / way))
+        assert ways.average_error(str(tmp_path / way), models.others)["error"] < 3e-7
+    (tmp_path / "wrong").mkdir()
+    for name in ("model.safetensors", "config.json"): (tmp_path / "wrong" / name).write_bytes((Path(models.start) / name).read_bytes())
+    assert ways.average_error(str(tmp_path / "wrong"), models.others)["error"] > 1e-4
+
+
+def test_all_points_are_the_point(ways, models, tmp_path):
+    for way, more in (("stand", {}), ("state_dicts", {}), ("state_dicts", {"copied": True})):
+        spent = getattr(ways, way)(*models.others[:2], 4, str(tmp_path / "half"), **more)
+        assert spent["seconds"] >= 0
+        assert ways.line_error(str(tmp_path / "half"), *models.others[:2])["error"] < 3e-7
+        assert ways.line_error(str(tmp_path / "half"), models.others[0], models.others[2])["error"] > 1e-4
+
+
+def test_floors_touch_what_they_say(ways, models, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(ways, "BUFFER", 2**12)
+    real = open
+    def watched(file, *a, **k):
+        f = real(file, *a, **k)
+        if not str(file).endswith(".safetensors") or a[:1] != ("rb",): return f
+        class Counted:
+            def __enter__(self): return self
+            def __exit__(self, *_): f.close()
+            def seek(self, at): f.seek(at)
+            def readinto(self, view): read.append(f.readinto(view))
+        return Counted()
+    monkeypatch.setattr(ways, "open", watched, raising=False)
+    ways.similarity_floor(models.others, models.start, models.params, "float64")
+    assert 4 * 4 * models.params <= sum(read) <= 4 * 4 * models.params + 4 * 2**12
+    read.clear()
+    ways.average_floor(models.others, models.params, str(tmp_path / "floor"))
+    assert (tmp_path / "floor" / "model.safetensors").stat().st_size == 4 * models.params
+    assert 3 * 4 * models.params <= sum(read)
+
+
+@pytest.fixture
+def driver(ways, monkeypatch):
+    "The driver, whose measurements are calls in this process."
+    main = script("__main__")
+    def call(self, way, script="ways.py", **arguments):
+        found = getattr(ways, way)(**json.loads(json.dumps(arguments)))
+        return found | {"process": 1.0, "process_cpu": 1.0, "peak_mb": 100.0}
+    monkeypatch.setattr(main.Bench, "call", call)
+    return main
+
+
+def run(driver, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["bench", "--size", "small", *map(str, arguments)])
+    driver.main()
+
+
+def test_driver_keeps_rows_and_removes_its_checkpoints(driver, monkeypatch, tmp_path, capsys):
+    (tmp_path / "store").mkdir()
+    run(driver, monkeypatch, "--only", "similarity", "average", "line", "growth", "--rounds", 2, "--rows", tmp_path / "bench.csv", "--store", tmp_path / "store")
+    rows = read_bench(tmp_path / "bench.csv")
+    assert not list((tmp_path / "store").iterdir())
+    assert list(rows.operation.unique()) == ["similarity", "average of 5", "average of 5, with the start of Python", "a point on a line", "similarity, growing"]
+    assert (rows[rows.operation == "similarity, growing"].n.tolist(), rows[rows.operation == "similarity, growing"].params.nunique()) == ([2, 4, 6, 4, 4], 3)
+    missing = rows[rows.subject.str.contains("mergekit|loss-landscapes")]
+    assert missing.subject.str.endswith(": not installed").all() and missing.seconds.isna().all() and len(missing) == 3
+    measured = rows[~rows.index.isin(missing.index)]
+    assert measured.seconds.notna().all() and (rows[rows.subject == "weightregions"].error.dropna() < 1e-6).all()
+    said = capsys.readouterr().out
+    assert "peers not installed: make bench PEERS=1" in said and f"{len(rows)} rows in" in said
+
+
+def test_rows_of_other_operations_stay(driver, monkeypatch, tmp_path):
+    before = write_bench(toy(operation="a model of a zoo"), tmp_path / "bench.csv").read_text()
+    for _ in range(2): run(driver, monkeypatch, "--only", "line", "--rounds", 1, "--rows", tmp_path / "bench.csv", "--store", tmp_path)
+    rows = read_bench(tmp_path / "bench.csv")
+    assert list(rows.operation.unique()) == ["a model of a zoo", "a point on a line"] and rows.subject.eq("weightregions").sum() == 4
+    assert (tmp_path / "bench.csv").read_text().startswith(before)
+
+
+def test_a_peer_that_fails_is_said_and_a_way_of_ours_that_fails_stops(driver, monkeypatch, tmp_path):
+    b = driver.Bench(SimpleNamespace(size="small", peers="", rounds=2, clock="wall", rows=tmp_path / "r.csv"), tmp_path)
+    def broken(): raise ValueError("no room")
+    whole = lambda: {"seconds": 1.0, "cpu": 1.0, "peak_mb": 1.0}
+    assert b.rounds({"mergekit linear": broken, "weightregions": whole})["mergekit linear"] == "no room"
+    with pytest.raises(ValueError, match="weightregions: no room"): b.rounds({"weightregions": broken})
+
+
+def test_medians_of_rounds_that_take_turns(driver, tmp_path):
+    b, order = driver.Bench(SimpleNamespace(size="small", peers="", rounds=3, clock="wall", rows=tmp_path / "r.csv"), tmp_path), []
+    seconds = {"a": iter([1., 9., 2.]), "b": iter([5., 5., 1.])}
+    def way(name):
+        def one():
+            order.append(name)
+            return {"seconds": next(seconds[name])}
+        return one
+    found = b.rounds({name: way(name) for name in "ab"})
+    assert {k: v["seconds"] for k, v in found.items()} == {"a": 2., "b": 5.} and "".join(order) == "abbaab"
+
+
+@pytest.mark.slow
+def test_the_whole_bench(tmp_path):
+    done = subprocess.run([sys.executable, BENCH, "--size", "small", "--rounds", "1", "--rows", tmp_path / "bench.csv"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    rows = read_bench(tmp_path / "bench.csv")
+    assert {"the probe", "similarity"} <= set(rows.operation) and rows.operation.str.startswith("a model of a zoo").sum() == 6
+    assert rows.peak_mb.dropna().gt(50).all()
+
+
+def test_peak_is_that_of_the_process(tmp_path):
+    file = tmp_path / "bytes"
+    file.write_bytes(b"x" * 60_000_000)
+    nothing = alone([sys.executable, "-c", "import time; time.sleep(.2)"]).peak_mb
+    read = alone([sys.executable, "-c", f"import time; f = open({str(file)!r}, 'rb', buffering=0); b = bytearray(2**16)\nwhile f.readinto(b): pass\ntime.sleep(.2)"]).peak_mb
+    made = alone([sys.executable, "-c", "x = b'1' * 60_000_000; import time; time.sleep(.2)"]).peak_mb
+    assert read - nothing < 10 < 55 < made - nothing
+
+
+def test_an_interrupted_measurement_leaves_no_process(monkeypatch):
+    import weightregions.bench as bench
+    seen = []
+    def interrupted(pid, every):
+        seen.append(pid)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(bench, "_watched", interrupted)
+    with pytest.raises(KeyboardInterrupt): alone([sys.executable, "-c", "import time; time.sleep(60)"])
+    with pytest.raises(ProcessLookupError): os.kill(seen[0], 0)
+
+
+def toy(**more):
+    return pd.DataFrame([dict(operation="similarity, growing", subject="weightregions", n=n, params=10**6, seconds=1. + n, floor_seconds=1., peak_mb=90., error=np.nan, device="CPU") | more for n in (4, 8, 16)])
+
+
+def test_rows_go_round(tmp_path):
+    rows = toy()[FIELDS]
+    file = write_bench(rows, tmp_path / "deep" / "bench.csv")
+    pd.testing.assert_frame_equal(read_bench(file), rows)
+    assert file.read_bytes() == write_bench(read_bench(file), tmp_path / "again.csv").read_bytes()
+
+
+def test_ratios_and_goals():
+    rows = pd.concat([toy(), toy(subject="a loop", seconds=10.)], ignore_index=True)
+    assert beside(rows)["of ours"].tolist()[3:] == ["2.00", "1.11", "0.59"]
+    assert straightness(toy()) == pytest.approx(1) and isnan(straightness(toy()[:2]))
+    found = goals(rows).set_index("goal").met
+    assert found["similarity: seconds a straight line in N x P, R squared"] == "yes" and (found == "not measured").sum() == len(found) - 1
+    assert goals(toy()[:0]).met.eq("not measured").all()
+
+
+def test_figure_of_a_sweep(tmp_path):
+    time, memory = growth_figure(pd.concat([toy(), toy(params=10**5, n=8)]))
+    assert [len(line.get_xdata()) for line in time.lines] == [3, 3, 6, 6]
+    with pytest.raises(ValueError, match="no rows of 'similarity, growing'"): growth_figure(toy(operation="similarity"))
