@@ -350,16 +350,18 @@ def at(
     "The point at these coordinates."
     x, y = float(x), float(y)
     t = y / self.cy
-    s = (x - t * self.cx) / self.bx
+    s, t = round((x - t * self.cx) / self.bx, 9), round(t, 9)  # the last digits of a length differ from machine to machine
     names = ", ".join(m.name for m in self.models)
-    return Point(self.models, (1 - s - t, s, t), f"plane of {names} at ({x!r}, {y!r})", {"x": x, "y": y})
+    return Point(self.models, (1 - s - t, s, t), f"plane of {names} at ({x:.6g}, {y:.6g})", {"x": x, "y": y})
+
+def _rounded(value: float) -> float: return float(f"{value:.9g}")
 
 @patch
 def __iter__(self: Plane) -> Iterator[tuple]:
     axes = []
     for low, high, n in ((min(0, self.cx), max(self.bx, self.cx), self.grid[0]), (0, self.cy, self.grid[1])):
-        axes.append(np.linspace(low - self.margin * (high - low), high + self.margin * (high - low), n).tolist())
-    return ((p.coordinates, p) for y in axes[1] for x in axes[0] for p in [self.at(x, y)])
+        axes.append(np.linspace(low - self.margin * (high - low), high + self.margin * (high - low), n))
+    return ((p.coordinates, p) for y in map(_rounded, axes[1]) for x in map(_rounded, axes[0]) for p in [self.at(x, y)])
 
 @patch
 def project(
