@@ -483,7 +483,7 @@ def run_notebook(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         papermill.execute_notebook(str(file), str(done), cwd=str(file.parent), kernel_name="python3", progress_bar=False,
-                                   extra_arguments=["--IPKernelApp.log_level=ERROR"])
+                                   extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
         page, _ = HTMLExporter(embed_images=True).from_filename(str(done))
     write_whole(done.with_suffix(".html"), page)
     say(f"notebook {file.stem}: done")
