@@ -69,7 +69,7 @@ def world(tmp_path_factory):
     patch.setattr(zoos, "train", remembered), patch.setattr(starting, "tune", guessed)
     build_zoo(root / "zoo", base, corpora, RECIPE, [1], workers=1)
     advice = recommend(open_zoo(root / "zoo"), corpora["headlines"], base, BRIEF.sample).assign(seconds=1.0)
-    patch.setattr(contest, "recommend", lambda *_: advice.copy())
+    patch.setattr(contest, "recommend", lambda *_, **__: advice.copy())
     zoo, start = open_zoo(root / "zoo"), open_checkpoint(base, name="base")
     models = zoo.checkpoints()
     yield SimpleNamespace(root=root, base=base, corpora=corpora, zoo=zoo, models=models, start=start, members=[hold(m, head="drop") for m in models], scratch=Stand(models[0], start),
