@@ -85,7 +85,8 @@ def _sample(corpus: Corpus, n: int, seed: int) -> pd.DataFrame:
 
 def _dimension(features: torch.Tensor) -> float:
     "How many directions features spread over."
-    spread = np.linalg.svd(features.double().numpy() - features.double().numpy().mean(axis=0), compute_uv=False) ** 2
+    features = features.double().numpy()
+    spread = np.linalg.svd(features - features.mean(axis=0), compute_uv=False) ** 2
     return float(spread.sum() ** 2 / (spread ** 2).sum())
 
 def recommend(

@@ -26,7 +26,7 @@ from torch import Tensor
 from .checkpoints import _DTYPES, Checkpoint, _tokenizer_files, open_checkpoint
 from .corpora import Corpus, letters
 from .files import file_sha256, whole_folder, write_whole
-from .similarity import Gram, _in_order, _stretches, gram
+from .similarity import Gram, _in_order, _stored_dtype, _stretches, gram
 from .space import Layout, patch
 from .zoo import Zoo
 
@@ -76,8 +76,8 @@ def _averaged(centroid: Centroid, name: str, start: int, stop: int, room: "tuple
 
 def _room(centroid: Centroid, block: int) -> "tuple[Tensor, Tensor, Tensor]":
     "Buffers for one thread: weights as they are stored, some of them in float64, and their sum in float64."
-    wide, k = any(dtype == torch.float64 for c in centroid.checkpoints for dtype in c.layout.dtypes), min(len(centroid.checkpoints), _TOGETHER)
-    return (torch.empty(k, block, dtype=torch.float64 if wide else torch.float32), torch.empty(k, min(block, _CHUNK), dtype=torch.float64),
+    k = min(len(centroid.checkpoints), _TOGETHER)
+    return (torch.empty(k, block, dtype=_stored_dtype(centroid.checkpoints)), torch.empty(k, min(block, _CHUNK), dtype=torch.float64),
             torch.empty(block, dtype=torch.float64))
 
 # %% ../nbs/30_centering.ipynb #161a3319

@@ -169,7 +169,7 @@ def similarity(
     groups, units, scores = models[options.by], models.dataset if options.by == "family" else None, None
     if 1 < groups.nunique() < len(groups): scores = cluster_report(cosine, groups, options.clusters, by=units)
     if scores: clusters = scores.clusters
-    else: clusters = spectral_clusters(cosine, options.clusters) if options.clusters else silhouette_clusters(cosine)
+    else: clusters = spectral_clusters(cosine, options.clusters) if options.clusters is not None else silhouette_clusters(cosine)
     rows = models[["dataset", "family"]].assign(norm=found.norms(), cluster=clusters)
     if scores: rows["found"] = rows.cluster.map(scores.matching)
     _write(cosine, out/"similarity.csv", [], index=True, index_label="model")

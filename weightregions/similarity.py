@@ -189,7 +189,7 @@ def _passed(work: Callable, models: Sequence[Checkpoint], block: "int | None", c
     layout, device = models[-1].layout, torch.device(device)
     if block is None: block = max(1, min(2**18, _ROOM // (len(models) * _stored_dtype(models).itemsize)) // chunk) * chunk
     if block < 1: raise ValueError(f"block must be at least 1 weight: got {block}")
-    tasks, chunk = list(_stretches(layout, block)), max(1, chunk)
+    tasks = list(_stretches(layout, block))
     n = min(threads or min(torch.get_num_threads(), 8), len(tasks))
     rooms = [_Room(models, min(block, max(layout.sizes)), chunk, device, dtype) for _ in range(n)]
     with tqdm(total=layout.numel, desc=what, unit=" weights", unit_scale=True, **({} if progress else {"disable": True})) as bar:
