@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from .centering import Centroid, centroid_of, leave_out
 from .checkpoints import open_checkpoint
 from .corpora import Corpus
-from .finetuning import one_thread
+from .finetuning import one_thread, usable
 from .probing import PENALTY, Split, encode, fit_probe, pooling_of
 from .traversal import Stand, average
 from .zoo import Zoo
@@ -104,7 +104,7 @@ def recommend(
 ) -> pd.DataFrame: # a row a start, the lowest loss first: start, kind, models, dimension, loss, gain, low, high, better, over_centroid, accuracy, points, seconds
     "Rank the starts that a zoo offers for a dataset."
     if n < 2 or n_boot < 1: raise ValueError(f"recommend takes at least 2 rows and 1 bootstrap draw, not {n} and {n_boot}")
-    device, base = device or ("cuda" if torch.cuda.is_available() else "cpu"), open_checkpoint(base, name="pretrained")
+    device, base = usable(device), open_checkpoint(base, name="pretrained")
     offered, source = candidates(zoo, corpus, base, apart), base.folder
     split = Split(_sample(corpus, n, seed), AutoTokenizer.from_pretrained(source), max_length, name=f"{corpus.name}, train")
     found, rows = {}, []

@@ -11,7 +11,6 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
 from tokenizers import ByteLevelBPETokenizer
 from torch.utils.data import Dataset
 from transformers import (AutoModelForMaskedLM, AutoTokenizer, DataCollatorForLanguageModeling, RobertaConfig, RobertaForMaskedLM,
@@ -21,7 +20,7 @@ from transformers.utils import cached_file
 from .builtin import BUILTIN, generate
 from .checkpoints import _one_line
 from .files import file_sha256, whole_folder
-from .finetuning import Recipe, one_thread, quiet, trainer_for
+from .finetuning import Recipe, one_thread, quiet, trainer_for, usable
 
 # %% ../nbs/13_bases.ipynb #348709a5
 def plain_texts(
@@ -59,7 +58,7 @@ def pretrain(
     seed: int = 0,        # of the masks and the order of texts
 ) -> Path: # the folder
     "Train `model` by masked-language modelling and write it: all of it or nothing."
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = usable()
     with quiet(), one_thread(device), tempfile.TemporaryDirectory() as scratch:
         set_seed(seed)
         recipe = Recipe(steps=steps, batch_size=batch_size, learning_rate=learning_rate, weight_decay=0.01, dtype="float32")

@@ -207,8 +207,7 @@ def traverse(
     options: argparse.Namespace, # folder, base, data, target, points, beyond, hull, rows, max_length, out
 ):
     "The generalized loss between two checkpoints, beyond them, in the plane of three or in the hull of several."
-    import torch
-    from weightregions.finetuning import one_thread
+    from weightregions.finetuning import one_thread, usable
     from weightregions.probing import Probing, Target, pooling_of
     from weightregions.traversal import Stand, traverse
     (zoo, base), corpus, out = _opened(options), _corpus(options.data, options.target), Path(options.out)
@@ -216,7 +215,7 @@ def traverse(
     for m in models: m.require_started_from(base)
     kind, path, draw = _path(options, models)
     target = Target(corpus, base.folder, min(options.rows, len(corpus.train)), min(options.rows, len(corpus.test)), options.max_length)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = usable()
     metric, stand = Probing(target, pooling_of(base.folder)), Stand(models[0], base, device=device)
     with one_thread(device):
         rows = traverse(path, metric, stand, out/f"{kind}.jsonl", about=f"{corpus.source} {corpus.sha256[:12]}, length {options.max_length}")

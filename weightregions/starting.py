@@ -28,7 +28,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 from .checkpoints import open_checkpoint
 from .comparison import Measurements
 from .corpora import Corpus
-from .finetuning import CHOICES, Recipe, Tokenized, evaluate, one_thread, quiet, set_trainable, trainer_for, zero_head
+from .finetuning import CHOICES, Recipe, Tokenized, evaluate, one_thread, quiet, set_trainable, trainer_for, usable, zero_head
 from .jobs import run_jobs
 
 # %% ../nbs/34_starting.ipynb #522148db
@@ -191,7 +191,7 @@ def tune(
 ) -> Tuned:
     "Fine-tune `start` at each learning rate, keep what is best on a validation part, and look at the test split once."
     search, method = search or Search(), _known(method or recipe.trains)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable(device)
     given = corpus if recipe.rows is None else corpus.subsample(recipe.rows, seed)
     part, held = search.split(given, seed)
     with quiet(), one_thread(device):

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from tqdm import tqdm
 
 from .checkpoints import open_checkpoint
 from .comparison import Groups, groups_of
-from .finetuning import one_thread
+from .finetuning import one_thread, usable
 from .jobs import run_jobs
 from .probing import Probing, Target, pooling_of
 from .traversal import Stand, average, extrapolation, hold, hull, line, perturbations, plane, traverse
@@ -159,10 +158,6 @@ def points_of(
     return (p for p in extrapolation(*members, steps=walk.points, inside=False) if p[0]["alpha"] not in (0, 1))
 
 # %% ../nbs/48_walks.ipynb #535a380b
-def _device() -> str:
-    "Where models are measured."
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
 _TARGETS = {} # of one process, by what they are made of
 
 def _target(base: str, corpus, reach: Reach) -> Target:
@@ -174,7 +169,7 @@ def _target(base: str, corpus, reach: Reach) -> Target:
 @lru_cache(maxsize=1)
 def _stand(base: str):
     "The scratch model of one process."
-    return Stand(open_checkpoint(base), device=_device())
+    return Stand(open_checkpoint(base), device=usable())
 
 def take(
     walk: Walk,      # what to visit
@@ -187,7 +182,7 @@ def take(
     "Measure the points of a walk that are not in its file yet."
     start = open_checkpoint(base, name="base")
     members = [open_checkpoint(paths[m], name=m) for m in walk.members]
-    with one_thread(_device()):
+    with one_thread(usable()):
         probing = Probing([_target(base, corpora[t], reach) for t in walk.targets], pooling_of(base))
         rows = traverse(points_of(walk, members, start), probing, _stand(base), file, progress=False, about=f"{probing}, probes of {reach.n_train} rows, tested on {reach.n_test}")
         marks = plane(*members, grid=2).marks({"pretrained": start, "centroid": average(members)}) if walk.kind == "plane" else None
