@@ -705,3 +705,59 @@ def test_anatomy_knows_no_names():
     opened = open_checkpoint(model)
     assert opened.head.names == ("zigzag.bias", "zigzag.weight") and anatomy(model).prefix == "trunk"
     opened.require_same_space(open_checkpoint(classifier("bert")))
+
+
+def descriptors(folder):
+    "The files under a folder that this process has open."
+    links = (os.path.join("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd"))
+    return sorted(os.readlink(l) for l in links if os.path.lexists(l) and os.readlink(l).startswith(str(folder)))
+
+
+@pytest.mark.parametrize("most", [256, 1, 0])
+def test_a_pass_keeps_files_open_no_more_than_there_may_be_and_closes_them(saved, tmp_path, monkeypatch, most):
+    from weightregions import checkpoints
+    monkeypatch.setattr(checkpoints._reading, "most", most)
+    models = [open_checkpoint(shutil.copytree(saved, tmp_path / f"m{i}")) for i in range(3)]
+    name = models[0].layout.names[0]
+    assert descriptors(tmp_path) == []
+    with checkpoints._reading.stay_open():
+        for m in models: same(m.read(name, 1, 5), m[name].reshape(-1)[1:5])
+        assert len(descriptors(tmp_path)) == min(most, 3)
+        with checkpoints._reading.stay_open(): pass
+        assert len(descriptors(tmp_path)) == min(most, 3)
+    assert descriptors(tmp_path) == []
+    with pytest.raises(RuntimeError), checkpoints._reading.stay_open():
+        models[0].read(name)
+        raise RuntimeError
+    assert descriptors(tmp_path) == []
+
+
+def test_a_file_that_changes_during_a_pass_fails_it(saved, tmp_path):
+    from weightregions import checkpoints
+    opened = open_checkpoint(shutil.copytree(saved, tmp_path / "m"))
+    with pytest.raises(ValueError, match="model.safetensors: changed since it was opened"), checkpoints._reading.stay_open():
+        opened.read(opened.layout.names[0])
+        os.utime(tmp_path / "m/model.safetensors", (1, 1))
+        opened.read(opened.layout.names[1])
+    with pytest.raises(ValueError, match="model.safetensors: ends early"), checkpoints._reading.stay_open():
+        again = open_checkpoint(tmp_path / "m")
+        again.read(again.layout.names[0])
+        os.truncate(tmp_path / "m/model.safetensors", 100)
+        again.read(again.layout.names[1])
+    assert descriptors(tmp_path) == []
+
+
+def test_passes_and_single_reads_of_many_threads_do_not_close_each_others_files(saved, tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+    from weightregions import checkpoints
+    opened = [open_checkpoint(shutil.copytree(saved, tmp_path / f"m{i}")) for i in range(2)]
+    expected = [c.state() for c in opened]
+    def one(i):
+        c, want = opened[i % 2], expected[i % 2]
+        if i % 3:
+            for n in c.layout.names: same(c.read(n), want[n])
+        else:
+            with checkpoints._reading.stay_open():
+                for n in c.layout.names: same(c.read(n), want[n])
+    with ThreadPoolExecutor(6) as pool: list(pool.map(one, range(60)))
+    assert checkpoints._reading.users == 0 and descriptors(tmp_path) == []

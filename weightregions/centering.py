@@ -26,7 +26,7 @@ from torch import Tensor
 from .checkpoints import _DTYPES, Checkpoint, _tokenizer_files, open_checkpoint
 from .corpora import Corpus, letters
 from .files import file_sha256, whole_folder, write_whole
-from .similarity import Gram, _in_order, _stored_dtype, _stretches, gram
+from .similarity import Gram, _block, _filled, _in_order, _Room, _stretches, gram
 from .space import Layout, patch
 from .zoo import Zoo
 
@@ -57,32 +57,26 @@ class Centroid(Mapping):
     def __repr__(self): return f"Centroid({self.name}: {len(self.checkpoints)} members, {self.layout.numel:,} weights in {len(self)} tensors)"
 
 # %% ../nbs/30_centering.ipynb #cb891778
-_CHUNK = 2**14 # weights of a member that are added at a time, few enough for the processor's cache
-_TOGETHER = 8 # members that are read before they are added
+def _chunk(members: int) -> int:
+    "Weights of each member that are added at a time, few enough for the processor's cache."
+    return max(1, 2**11 // members) * 2**6
 
-def _averaged(centroid: Centroid, name: str, start: int, stop: int, room: "tuple[Tensor, Tensor, Tensor]") -> Tensor:
-    "The average of a stretch, in float64, in the last of three buffers; NaN and infinity are refused."
-    stored, wide, total = room[0][:, :stop - start], room[1], room[2][:stop - start]
+def _average(centroid: Centroid, name: str, start: int, stop: int, room: _Room, out: Tensor) -> None:
+    "Fill `out` with the average of a stretch, summed in float64; NaN and infinity are refused."
     shares = torch.from_numpy(centroid.weights).double()
-    for i in range(0, len(shares), _TOGETHER):
-        some = shares[i:i + _TOGETHER]
-        for row, checkpoint in zip(stored, centroid.checkpoints[i:]): checkpoint.read(name, start, stop, out=row)
-        for part, sums in zip(stored[:len(some)].split(_CHUNK, dim=1), total.split(_CHUNK)):
-            sums.addmv_(wide[:len(some), :len(sums)].copy_(part).T, some, beta=min(i, 1))
-    if not torch.isfinite(total.sum()):
+    for (_, transposed, *_), part in zip(_filled(centroid.checkpoints, name, start, stop, room), out.split(_chunk(len(shares)))): part.copy_(torch.mv(transposed, shares))
+    if not torch.isfinite(out.sum()) and not torch.isfinite(out).all():
         bad = [c.name for c in centroid.checkpoints if not torch.isfinite(c.read(name, start, stop)).all()]
         raise ValueError(f"{(bad or [centroid.name])[0]}: {name} holds NaN or infinite values")
-    return total
 
-def _room(centroid: Centroid, block: int) -> "tuple[Tensor, Tensor, Tensor]":
-    "Buffers for one thread: weights as they are stored, some of them in float64, and their sum in float64."
-    k = min(len(centroid.checkpoints), _TOGETHER)
-    return (torch.empty(k, block, dtype=_stored_dtype(centroid.checkpoints)), torch.empty(k, min(block, _CHUNK), dtype=torch.float64),
-            torch.empty(block, dtype=torch.float64))
+def _rooms(centroid: Centroid, block: "int | None", longest: int, n: int = 1) -> "tuple[int, list[_Room]]":
+    "How many weights of a tensor a thread holds at a time, and buffers for n threads."
+    chunk = _chunk(len(centroid.checkpoints))
+    if block is None: block = _block(centroid.checkpoints, chunk, 2**19)
+    if block < 1: raise ValueError(f"block must be at least 1 weight: got {block}")
+    return block, [_Room(centroid.checkpoints, min(block, longest), chunk) for _ in range(n)]
 
 # %% ../nbs/30_centering.ipynb #161a3319
-_BLOCK = 2**19 # weights of one tensor that a thread holds at a time
-
 @patch
 def read(
     self: Centroid,
@@ -97,32 +91,29 @@ def read(
     span = range(prod(shape))[start:stop]
     flat = torch.empty(len(span)) if out is None else out
     if len(flat) != len(span): raise ValueError(f"{len(span)} weights do not fit a buffer of {len(flat)}")
-    room = _room(self, min(_BLOCK, len(span)))
-    for i in range(0, len(span), _BLOCK):
-        j = min(i + _BLOCK, len(span))
-        flat[i:j] = _averaged(self, name, span.start + i, span.start + j, room)
+    block, [room] = _rooms(self, None, len(span))
+    for i in range(0, len(span), block):
+        j = min(i + block, len(span))
+        _average(self, name, span.start + i, span.start + j, room, flat[i:j])
     return flat.reshape(shape) if start is stop is out is None else flat
 
 # %% ../nbs/30_centering.ipynb #d48856b8
-def _each_stretch(centroid: Centroid, use, block: int, threads: "int | None") -> None:
-    "Call `use(name, start, stop, average)` for every stretch of every tensor, from several threads."
-    if block < 1: raise ValueError(f"block must be at least 1 weight: got {block}")
-    tasks = list(_stretches(centroid.layout, block))
-    rooms = [_room(centroid, min(block, max(centroid.layout.sizes))) for _ in range(min(threads or min(torch.get_num_threads(), 8), len(tasks)))]
-    for _ in _in_order(lambda task, room: use(*task, _averaged(centroid, *task, room)), tasks, rooms): pass
+def _each_stretch(centroid: Centroid, use, block: "int | None", threads: "int | None") -> None:
+    "Call `use(name, start, stop, room)` for every stretch of every tensor, from several threads."
+    block, rooms = _rooms(centroid, block, max(centroid.layout.sizes), threads or min(torch.get_num_threads(), 8))
+    for _ in _in_order(lambda task, room: use(*task, room), list(_stretches(centroid.layout, block)), rooms): pass
 
 @patch
 def state(
     self: Centroid,
     dtype: torch.dtype = torch.float32, # data type of the result; sums are float64
-    block: int = _BLOCK, # weights of each tensor that a thread holds at a time
+    block: "int | None" = None, # weights of each member in memory at a time, for each thread; None: as many as 64 MB hold
     threads: "int | None" = None, # None: as many as torch would use, at most 8
 ) -> "dict[str, Tensor]": # canonical name -> tensor
     "All tensors of the centroid, in memory."
     if not dtype.is_floating_point: raise ValueError(f"weights are floating-point numbers: got {dtype}")
     flat = {name: torch.empty(size, dtype=dtype) for name, size in zip(self.layout.names, self.layout.sizes)}
-    def keep(name, start, stop, average): flat[name][start:stop] = average
-    _each_stretch(self, keep, block, threads)
+    _each_stretch(self, lambda name, start, stop, room: _average(self, name, start, stop, room, flat[name][start:stop]), block, threads)
     return {name: flat[name].reshape(shape) for name, shape in zip(self.layout.names, self.layout.shapes)}
 
 # %% ../nbs/30_centering.ipynb #1a1bfc37
@@ -187,7 +178,7 @@ def _bare_config(like: Checkpoint, dtype: torch.dtype):
     if hasattr(config, "finetuning_task"): config.finetuning_task = None
     return config
 
-def _write(centroid: Centroid, folder, like: Checkpoint, dtype: torch.dtype, overwrite: bool, card: str, block: int = _BLOCK, threads: "int | None" = None) -> Path:
+def _write(centroid: Centroid, folder, like: Checkpoint, dtype: torch.dtype, overwrite: bool, card: str, block: "int | None" = None, threads: "int | None" = None) -> Path:
     "Write a centroid as a checkpoint folder of the kind of `like`, all of it or nothing."
     if like.config is None: raise ValueError(f"{like.name}: has no configuration to write")
     if not dtype.is_floating_point: raise ValueError(f"weights are floating-point numbers: got {dtype}")
@@ -198,7 +189,9 @@ def _write(centroid: Centroid, folder, like: Checkpoint, dtype: torch.dtype, ove
     with whole_folder(folder) as part:
         with open(part/"model.safetensors", "wb") as f:
             f.write(header); f.flush()
-            put = lambda name, start, stop, average: _put(f.fileno(), average.to(dtype), places[name] + start * dtype.itemsize)
+            def put(name, start, stop, room):
+                _average(centroid, name, start, stop, room, out := torch.empty(stop - start, dtype=dtype))
+                _put(f.fileno(), out, places[name] + start * dtype.itemsize)
             _each_stretch(centroid, put, block, threads)
             for name, t in like._along.items(): _put(f.fileno(), t.read(), places[name])
         _bare_config(like, dtype).to_json_file(part/"config.json", use_diff=False)
@@ -216,7 +209,7 @@ def centroid(
     dtype: torch.dtype = torch.float32, # data type of the result; sums are float64
     like: "Checkpoint | None" = None, # whose configuration and tokenizer to write; None: the first checkpoint's
     overwrite: bool = False, # replace the folder if it exists
-    block: int = _BLOCK, # weights of each tensor that a thread holds at a time
+    block: "int | None" = None, # weights of each member in memory at a time, for each thread; None: as many as 64 MB hold
     threads: "int | None" = None, # None: as many as torch would use, at most 8
 ) -> "dict[str, Tensor] | Path": # canonical name -> tensor, or the folder
     "The average of some checkpoints, in one pass over their weights."

@@ -15,10 +15,13 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from ctypes import c_char
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod, sqrt
 from pathlib import Path, PurePosixPath
+from threading import Lock
 
 import torch
 import transformers
@@ -116,7 +119,7 @@ class Stored:
         direct = out is not None and out.dtype == self.dtype and out.is_contiguous() and out.device.type == "cpu"
         flat = out if direct else torch.empty(len(span), dtype=self.dtype)
         place = self.offset + span.start * self.dtype.itemsize
-        _fill(self.file, self.stamp, place, memoryview(flat.view(torch.uint8).numpy()))
+        _fill(self.file, self.stamp, place, _bytes(flat))
         return flat if out is None or direct else out.copy_(flat)
 
 # %% ../nbs/02_checkpoints.ipynb #02ef1941
@@ -130,12 +133,51 @@ def _unchanged(file: "Path | int", stamp: tuple[int, int], name: "Path | None" =
     found = os.stat(file)
     if (found.st_size, found.st_mtime_ns) != stamp: raise ValueError(f"{name or file}: changed since it was opened")
 
+class _Files:
+    "Files that are open for reading. During a pass over weights they stay so, as many as there may be: to open one takes as long as to read a stretch."
+    def __init__(self, most: int = 256): self.most, self.kept, self.users, self.lock = most, {}, 0, Lock()
+
+    @contextmanager
+    def _used(self) -> Iterator[None]:
+        "Nothing is closed inside; afterwards everything is, if nobody else is inside."
+        with self.lock: self.users += 1
+        try: yield
+        finally:
+            with self.lock:
+                self.users -= 1
+                while self.kept and not self.users: self.kept.popitem()[1].close()
+
+    @contextmanager
+    def stay_open(self) -> Iterator[None]:
+        "A pass over weights, which fails at its end if a file has changed meanwhile."
+        with self._used():
+            yield
+            for (file, stamp), f in list(self.kept.items()): _unchanged(f.fileno(), stamp, file)
+
+    @contextmanager
+    def open(self, file: Path, stamp: tuple[int, int]) -> Iterator:
+        "A file, which must be the one that had this stamp."
+        with self._used():
+            f = self.kept.get((file, stamp))
+            try:
+                if f is None:
+                    f = open(file, "rb", buffering=0)
+                    _unchanged(f.fileno(), stamp, file)
+                    if len(self.kept) < self.most: self.kept.setdefault((file, stamp), f)
+                yield f
+            finally:
+                if f and self.kept.get((file, stamp)) is not f: f.close()
+
+_reading = _Files()
+
+def _bytes(tensor: Tensor) -> memoryview:
+    "The bytes of a contiguous tensor in memory, to be read into."
+    return memoryview((c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
 def _fill(file: Path, stamp: tuple[int, int], offset: int, view: memoryview) -> None:
     "Fill `view` from `offset` of a file on, which must be the file that was opened."
-    with open(file, "rb", buffering=0) as f:
-        _unchanged(f.fileno(), stamp, file)
-        f.seek(offset)
-        while view and (n := f.readinto(view)): view = view[n:]
+    with _reading.open(file, stamp) as f:
+        while view and (n := os.preadv(f.fileno(), [view], offset)): view, offset = view[n:], offset + n
     if view: raise ValueError(f"{file}: ends early")
 
 # %% ../nbs/02_checkpoints.ipynb #1554275d

@@ -23,7 +23,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from .checkpoints import Checkpoint, open_checkpoint
+from .checkpoints import Checkpoint, _reading, open_checkpoint
 from .files import whole_file
 from .space import Layout, patch
 
@@ -112,35 +112,54 @@ def _stretches(layout: Layout, block: int) -> "Iterator[tuple[str, int, int]]":
     "Every tensor of a layout in stretches of at most `block` weights: name, start, stop."
     return ((name, i, min(i + block, size)) for name, size in zip(layout.names, layout.sizes) for i in range(0, size, block))
 
+def _block(models: Sequence[Checkpoint], chunk: int, most: int = 2**18) -> int:
+    "Weights of each model that a thread holds: as many as there is room for and no more than `most`, in whole chunks."
+    return max(1, min(most, _ROOM // (len(models) * _stored_dtype(models).itemsize)) // chunk) * chunk
+
 class _Room:
-    "Buffers of one thread: weights of all models as they are stored, and some of them on the device that multiplies."
-    def __init__(self, models: Sequence[Checkpoint], block: int, chunk: int, device: torch.device, dtype: torch.dtype):
-        gpu = device.type == "cuda"
+    "Buffers of one thread: weights of all models as they are stored, and some of them wide enough to compute with, on the device that does."
+    def __init__(self, models: Sequence[Checkpoint], block: int, chunk: int, device: torch.device = torch.device("cpu"), dtype: torch.dtype = torch.float64):
+        gpu, self.models, self.made = device.type == "cuda", len(models), {}
         self.stored = torch.empty(len(models) * block, dtype=_stored_dtype(models), pin_memory=gpu)
         self.wide = torch.empty(len(models) * (block if gpu else min(block, chunk)), dtype=dtype, device=device)
         self.stream = torch.cuda.Stream(device) if gpu else None
+
+    def views(self, n: int) -> "tuple[list, list]":
+        "Of n weights of each model, made once: rows to read into; and some columns at a time, stored, wide, wide and transposed, without the last row, and that row."
+        if n not in self.made:
+            stored, parts = self.stored[:self.models * n].view(self.models, n), []
+            for part in stored.split(len(self.wide) // self.models, dim=1):
+                wide = self.wide[:part.numel()].view(part.shape)
+                parts.append((part, wide, wide.T, wide[:-1], wide[-1]))
+            self.made[n] = list(stored), parts
+        return self.made[n]
 
 def _stored_dtype(models: Sequence[Checkpoint]) -> torch.dtype:
     "The narrower of float32 and float64 that holds the weights of all models as they are."
     return torch.float64 if any(dtype == torch.float64 for m in models for dtype in m.layout.dtypes) else torch.float32
 
-def _task_vectors(models: Sequence[Checkpoint], name: str, start: int, stop: int, room: _Room) -> "Iterator[torch.Tensor]":
-    "A stretch of one tensor, some columns at a time: the task vectors, and in the last row the base."
-    stored = room.stored[:len(models) * (stop - start)].view(len(models), -1)
-    for row, model in zip(stored, models): model.read(name, start, stop, out=row)
-    for part in stored.to(room.wide.device, non_blocking=True).split(len(room.wide) // len(models), dim=1):
-        tvs = room.wide[:part.numel()].view(part.shape).copy_(part)
-        tvs[:-1].sub_(tvs[-1])
-        yield tvs
+def _filled(models: Sequence[Checkpoint], name: str, start: int, stop: int, room: _Room) -> Iterator:
+    "A stretch of one tensor, some columns at a time, wide enough to compute with: all models, the same transposed, all but the last, the last."
+    rows, parts = room.views(stop - start)
+    for row, model in zip(rows, models): model.read(name, start, stop, out=row)
+    for stored, wide, *some in parts:
+        wide.copy_(stored.to(wide.device, non_blocking=True) if room.stream else stored)
+        yield wide, *some
+
+def _task_vectors(models: Sequence[Checkpoint], name: str, start: int, stop: int, room: _Room) -> Iterator:
+    "A stretch of one tensor, some columns at a time: the task vectors, in the last row the base; and the same transposed."
+    for tvs, transposed, moved, base in _filled(models, name, start, stop, room):
+        moved.sub_(base)
+        yield tvs, transposed
 
 # %% ../nbs/04_similarity.ipynb #c09eff1a
 def _stretch_products(models: Sequence[Checkpoint], name: str, start: int, stop: int, room: _Room, rows: int = 0) -> np.ndarray:
     "Inner products of one stretch of one tensor, base last; or those of the first few models with all, and below them everyone's square."
     with torch.cuda.stream(room.stream):
         products = torch.zeros(rows + 1 if rows else len(models), len(models), dtype=torch.float64, device=room.wide.device)
-        for tvs in _task_vectors(models, name, start, stop, room):
-            if not rows: products.addmm_(tvs, tvs.T)
-            else: products += torch.cat([tvs[:rows] @ tvs.T, torch.linalg.vector_norm(tvs, dim=1).square()[None]])
+        for tvs, transposed in _task_vectors(models, name, start, stop, room):
+            if not rows: products.addmm_(tvs, transposed)
+            else: products += torch.cat([tvs[:rows] @ transposed, torch.linalg.vector_norm(tvs, dim=1).square()[None]])
         products = products.cpu().numpy()
     _refuse_infinite(products, models, name, start, stop)
     return products
@@ -169,7 +188,7 @@ def _in_order(work: Callable, tasks: Sequence, rooms: Sequence) -> Iterator:
         room = free.get()
         try: return work(task, room)
         finally: free.put(room)
-    with _single_threaded(), ThreadPoolExecutor(len(rooms)) as pool: yield from pool.map(one, tasks)
+    with _single_threaded(), _reading.stay_open(), ThreadPoolExecutor(len(rooms)) as pool: yield from pool.map(one, tasks)
 
 # %% ../nbs/04_similarity.ipynb #0dca45f8
 def _checked_models(checkpoints: Iterable, base, least: int = 2) -> "list[Checkpoint]":
@@ -187,7 +206,7 @@ def _checked_models(checkpoints: Iterable, base, least: int = 2) -> "list[Checkp
 def _passed(work: Callable, models: Sequence[Checkpoint], block: "int | None", chunk: int, progress: bool, threads: "int | None", device, what: str, dtype: torch.dtype = torch.float64) -> Iterator:
     "Name of its tensor, and what `work` makes of it, for every stretch in order."
     layout, device = models[-1].layout, torch.device(device)
-    if block is None: block = max(1, min(2**18, _ROOM // (len(models) * _stored_dtype(models).itemsize)) // chunk) * chunk
+    if block is None: block = _block(models, chunk)
     if block < 1: raise ValueError(f"block must be at least 1 weight: got {block}")
     tasks = list(_stretches(layout, block))
     n = min(threads or min(torch.get_num_threads(), 8), len(tasks))
@@ -383,7 +402,7 @@ def _stretch_sketch(models: Sequence[Checkpoint], name: str, start: int, stop: i
     with torch.cuda.stream(room.stream):
         signs = _signs(key, start, stop - start).to(room.wide).mul_(2).sub_(1)
         sums, squares = (torch.zeros(n, width, dtype=torch.float64, device=room.wide.device) for width in (k, 1))
-        for tvs in _task_vectors(models, name, start, stop, room):
+        for tvs, _ in _task_vectors(models, name, start, stop, room):
             tvs = tvs[:-1]
             squares[:, 0] += torch.linalg.vector_norm(tvs, dim=1, dtype=torch.float64).square()
             tvs.mul_(signs[at:(at := at + tvs.shape[1])])
