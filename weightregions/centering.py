@@ -26,7 +26,7 @@ from torch import Tensor
 from .checkpoints import _DTYPES, Checkpoint, _tokenizer_files, open_checkpoint
 from .corpora import Corpus, letters
 from .files import file_sha256, whole_folder, write_whole
-from .similarity import Gram, _block, _filled, _in_order, _Room, _stretches, gram
+from .similarity import Gram, _block, _in_order, _stored_dtype, _stretches, gram
 from .space import Layout, patch
 from .zoo import Zoo
 
@@ -57,24 +57,21 @@ class Centroid(Mapping):
     def __repr__(self): return f"Centroid({self.name}: {len(self.checkpoints)} members, {self.layout.numel:,} weights in {len(self)} tensors)"
 
 # %% ../nbs/30_centering.ipynb #cb891778
-def _chunk(members: int) -> int:
-    "Weights of each member that are added at a time, few enough for the processor's cache."
-    return max(1, 2**11 // members) * 2**6
-
-def _average(centroid: Centroid, name: str, start: int, stop: int, room: _Room, out: Tensor) -> None:
+def _average(centroid: Centroid, name: str, start: int, stop: int, room: Tensor, out: Tensor) -> None:
     "Fill `out` with the average of a stretch, summed in float64; NaN and infinity are refused."
-    shares = torch.from_numpy(centroid.weights).double()
-    for (_, transposed, *_), part in zip(_filled(centroid.checkpoints, name, start, stop, room), out.split(_chunk(len(shares)))): part.copy_(torch.mv(transposed, shares))
+    stored = room[:, :stop - start]
+    for row, checkpoint in zip(stored, centroid.checkpoints): checkpoint.read(name, start, stop, out=row)
+    out.copy_(torch.from_numpy(np.einsum("k,kn->n", centroid.weights, stored.numpy())))
     if not torch.isfinite(out.sum()) and not torch.isfinite(out).all():
         bad = [c.name for c in centroid.checkpoints if not torch.isfinite(c.read(name, start, stop)).all()]
         raise ValueError(f"{(bad or [centroid.name])[0]}: {name} holds NaN or infinite values")
 
-def _rooms(centroid: Centroid, block: "int | None", longest: int, n: int = 1) -> "tuple[int, list[_Room]]":
-    "How many weights of a tensor a thread holds at a time, and buffers for n threads."
-    chunk = _chunk(len(centroid.checkpoints))
-    if block is None: block = _block(centroid.checkpoints, chunk, 2**19)
+def _rooms(centroid: Centroid, block: "int | None", longest: int, n: int = 1) -> "tuple[int, list[Tensor]]":
+    "How many weights of each member a thread holds at a time, and n buffers for them."
+    members = centroid.checkpoints
+    if block is None: block = _block(members, 1, 2**19)
     if block < 1: raise ValueError(f"block must be at least 1 weight: got {block}")
-    return block, [_Room(centroid.checkpoints, min(block, longest), chunk) for _ in range(n)]
+    return block, [torch.empty(len(members), min(block, longest), dtype=_stored_dtype(members)) for _ in range(n)]
 
 # %% ../nbs/30_centering.ipynb #161a3319
 @patch

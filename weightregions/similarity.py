@@ -117,20 +117,20 @@ def _block(models: Sequence[Checkpoint], chunk: int, most: int = 2**18) -> int:
     return max(1, min(most, _ROOM // (len(models) * _stored_dtype(models).itemsize)) // chunk) * chunk
 
 class _Room:
-    "Buffers of one thread: weights of all models as they are stored, and some of them wide enough to compute with, on the device that does."
-    def __init__(self, models: Sequence[Checkpoint], block: int, chunk: int, device: torch.device = torch.device("cpu"), dtype: torch.dtype = torch.float64):
+    "Buffers of one thread: weights of all models as they are stored, and some of them as task vectors, on the device that multiplies."
+    def __init__(self, models: Sequence[Checkpoint], block: int, chunk: int, device: torch.device, dtype: torch.dtype):
         gpu, self.models, self.made = device.type == "cuda", len(models), {}
         self.stored = torch.empty(len(models) * block, dtype=_stored_dtype(models), pin_memory=gpu)
         self.wide = torch.empty(len(models) * (block if gpu else min(block, chunk)), dtype=dtype, device=device)
         self.stream = torch.cuda.Stream(device) if gpu else None
 
     def views(self, n: int) -> "tuple[list, list]":
-        "Of n weights of each model, made once: rows to read into; and some columns at a time, stored, wide, wide and transposed, without the last row, and that row."
+        "Of n weights of each model, made once: rows to read into; and some columns at a time, as stored, as task vectors over the base, these transposed, without the base, and the base."
         if n not in self.made:
             stored, parts = self.stored[:self.models * n].view(self.models, n), []
             for part in stored.split(len(self.wide) // self.models, dim=1):
-                wide = self.wide[:part.numel()].view(part.shape)
-                parts.append((part, wide, wide.T, wide[:-1], wide[-1]))
+                tvs = self.wide[:part.numel()].view(part.shape)
+                parts.append((part, tvs, tvs.T, tvs[:-1], tvs[-1]))
             self.made[n] = list(stored), parts
         return self.made[n]
 
@@ -138,17 +138,12 @@ def _stored_dtype(models: Sequence[Checkpoint]) -> torch.dtype:
     "The narrower of float32 and float64 that holds the weights of all models as they are."
     return torch.float64 if any(dtype == torch.float64 for m in models for dtype in m.layout.dtypes) else torch.float32
 
-def _filled(models: Sequence[Checkpoint], name: str, start: int, stop: int, room: _Room) -> Iterator:
-    "A stretch of one tensor, some columns at a time, wide enough to compute with: all models, the same transposed, all but the last, the last."
-    rows, parts = room.views(stop - start)
-    for row, model in zip(rows, models): model.read(name, start, stop, out=row)
-    for stored, wide, *some in parts:
-        wide.copy_(stored.to(wide.device, non_blocking=True) if room.stream else stored)
-        yield wide, *some
-
 def _task_vectors(models: Sequence[Checkpoint], name: str, start: int, stop: int, room: _Room) -> Iterator:
     "A stretch of one tensor, some columns at a time: the task vectors, in the last row the base; and the same transposed."
-    for tvs, transposed, moved, base in _filled(models, name, start, stop, room):
+    rows, parts = room.views(stop - start)
+    for row, model in zip(rows, models): model.read(name, start, stop, out=row)
+    for stored, tvs, transposed, moved, base in parts:
+        tvs.copy_(stored.to(tvs.device, non_blocking=True) if room.stream else stored)
         moved.sub_(base)
         yield tvs, transposed
 
