@@ -163,3 +163,23 @@ def test_regret_by_hand():
     row = regret(rows, advice).iloc[0]
     assert (row.named, row.best, row.within) == ("centroid", "family centroid", False)
     np.testing.assert_allclose(row[["regret", "lowest loss", "always centroid", "always pretrained"]].astype(float), [5, 60, 5, 20])
+
+
+def test_a_target_needs_a_start_that_has_not_seen_its_sentences():
+    models = pd.DataFrame({"dataset": list("ab"), "family": ["x", "y"], "n_train": [2, 1]})
+    assert targets_of(models, pd.DataFrame({"a": ["a"], "b": ["b"], "share": [0.5]}), 4) == []
+    assert targets_of(models, ALONE, 4) == ["a", "b"]
+
+
+def test_targets_are_tried_at_the_sizes_they_have_rows_for(corpora):
+    few = replace(corpora["meals"], train=corpora["meals"].train[:20])
+    one_of_its_kind = lambda t: t.assign(label=[1, *[0] * (len(t) - 1)])
+    rare = replace(corpora["lectures"], train=one_of_its_kind(corpora["lectures"].train), test=one_of_its_kind(corpora["lectures"].test))
+    found = contests._able({"headlines": corpora["headlines"], "meals": few, "lectures": rare}, (16, 24, 500, None), [1, 2], BRIEF.search)
+    assert found == {("headlines", "meals"): [16, None], ("headlines",): [24]}
+
+
+@pytest.mark.parametrize("name", ["centroid", "pretrained"])
+def test_a_model_that_is_called_like_another_start_is_refused(zoo, corpora, base, name):
+    named = Zoo("heap", zoo.models.assign(model=lambda m: [name, *m.model[1:]]))
+    with pytest.raises(ValueError, match=f"heap: a model is called '{name}'"): candidates(named, replace(corpora["meals"], name="new", train=corpora["meals"].train[::-1]), base)

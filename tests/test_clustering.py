@@ -10,7 +10,7 @@ from scipy.stats import binom
 from sklearn.cluster import SpectralClustering
 from sklearn.metrics import accuracy_score, adjusted_rand_score, f1_score, normalized_mutual_info_score, precision_score, recall_score
 
-from weightregions.clustering import (bootstrap, bootstrap_f1, cluster_report, embed_map, gaussian_affinity, match_clusters, permutation_p,
+from weightregions.clustering import (bootstrap, bootstrap_f1, cluster_report, embed_map, gaussian_affinity, least_p, match_clusters, permutation_p,
                                       score, spectral_clusters, within_between)
 
 FIGURES = ["n", "k", "accuracy", "ari", "nmi", "perfect"]
@@ -207,3 +207,11 @@ def test_faults_are_named(spoil, message):
 def test_match_with_string_clusters_and_integer_groups():
     s = score(pd.Series(["p", "q", "q"]), pd.Series([7, 8, 8]))
     assert s.accuracy == 1 and match_clusters(s.clusters, s.groups).to_dict() == {"p": 7, "q": 8}
+
+
+@pytest.mark.parametrize("sizes, least", [((3, 3), 1 / 10), ((2, 2, 2), 1 / 15), ((1, 4), 1 / 5), ((5, 5, 5), 1 / 1001)])
+def test_the_least_p_counts_the_ways_to_deal(sizes, least):
+    groups = pd.Series([f"g{i}" for i, n in enumerate(sizes) for _ in range(n)])
+    assert least_p(groups) == pytest.approx(least)
+    assert least_p(groups.repeat(3).reset_index(drop=True), by=pd.Series(np.repeat(np.arange(len(groups)), 3))) == pytest.approx(least)
+    assert permutation_p(pd.Series(pd.factorize(groups)[0]), groups, n=2000) == pytest.approx(max(least, 1 / 2001), abs=0.04)

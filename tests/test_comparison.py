@@ -289,3 +289,11 @@ def test_two_processes_share_the_work_in_turn(tmp_path):
     for run in both:
         with run: assert run.communicate()[0] == "ready\ndone\n"
     assert len(measured(file)) == 120 and not measured(file).duplicated(["point", "target"]).any()
+
+
+@pytest.mark.parametrize("n_a, n_b, least", [(1, 1, 1 / 2), (1, 8, 1 / 9), (5, 5, 1 / 252), (20, 20, 1 / 1001)])
+def test_the_least_p_is_that_of_a_perfect_order(n_a, n_b, least):
+    rows = lambda n, start: pd.DataFrame({"target": "t", "point": [f"{start}{i}" for i in range(n)], "loss": start + np.arange(n)})
+    pb = probability_of_better(rows(n_a, 0), rows(n_b, 100))
+    assert pb.value == 1 and pb.least == pytest.approx(least)
+    assert pb.p >= 0.6 * least  # shuffles at random, not all deals

@@ -102,7 +102,7 @@ def killed(file, times):
 def test_a_worker_that_dies_costs_its_own_job_only(tmp_path, backend, workers, request):
     if backend == "ray": request.getfixturevalue("cluster")
     deaths, found = {"films": 0, "headlines": 1, ("meals", 1): 9, ("meals", 2): 0}, {}
-    with pytest.warns(RuntimeWarning, match="the worker of the job headlines died"), pytest.raises(RuntimeError, match="the worker died twice in meals 1 "):
+    with pytest.warns(RuntimeWarning, match="the worker of the job headlines died"), pytest.raises(ChildProcessError, match="the worker died twice in meals 1 "):
         for name, tries in run_jobs(killed, {name: (str(tmp_path / str(i)), n) for i, (name, n) in enumerate(deaths.items())}, workers, backend): found[name] = tries
     assert found == {"films": 1, "headlines": 2, ("meals", 2): 1}
     assert (tmp_path / "2").stat().st_size == 2
@@ -192,7 +192,7 @@ def test_what_cannot_be_is_refused(arguments, variables, problem, monkeypatch):
 
 @needs_ray
 def test_what_a_cluster_lacks_is_refused(cluster):
-    with pytest.raises(ValueError, match="a job asks for 1 GPUs, and the Ray cluster has 0"): run_jobs(seen, {"1": (1,)}, backend="ray", gpus=1)
+    with pytest.raises(ValueError, match="a job asks for 1 GPU, and the Ray cluster has 0"): run_jobs(seen, {"1": (1,)}, backend="ray", gpus=1)
 
 
 @needs_ray

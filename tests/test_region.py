@@ -202,4 +202,27 @@ def test_of_a_zoo_in_one_pass(tmp_path):
     kept = {name: Region.load(r.save(tmp_path / "kept" / name), start) for name, r in regions.items()}
     assert [locate(m, kept).region[0] for m in zoo.checkpoints()] == [m.name[0] for m in zoo.checkpoints()]
     assert json.loads((tmp_path / "kept" / "a" / "region.json").read_text())["base"] == {"name": "base", "sha256": start.sha256()}
-    with pytest.raises(ValueError, match="region f: a region takes at least two units"): regions_of(zoo.where(dataset=["a", "d"]), start, by="family")
+    with pytest.raises(ValueError, match="a region takes at least two datasets, and no family has them"): regions_of(zoo.where(dataset=["a", "d"]), start, by="family")
+
+
+def test_of_a_single_region_nobody_is_judged_without_it():
+    base, groups = world()
+    table = locate_from_gram(gram(groups["g0"], base, progress=False), ["x"] * len(groups["g0"]))
+    assert table.seen.all() and len(table) == len(groups["g0"])
+    rates = location_rates(table)
+    assert rates.models["outsider found"] == 0 and rates.loc["outsider found", ["rate", "low", "high"]].isna().all()
+
+
+def test_models_that_are_alone_make_no_region(tmp_path):
+    torch.manual_seed(0)
+    config = RobertaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=20)
+    model = RobertaModel(config, add_pooling_layer=False)
+    model.save_pretrained(tmp_path / "base")
+    for name in ("a/1", "a/2", "a/3", "b/1"):
+        with torch.no_grad(): [p.add_(1e-3 * torch.randn_like(p)) for p in model.parameters()]
+        model.save_pretrained(tmp_path / "zoo" / name)
+    with pytest.warns(UserWarning, match="b: only one model, and no region"): assert list(regions_of(open_zoo(tmp_path / "zoo"), tmp_path / "base", progress=False)) == ["a"]
+    (tmp_path / "zoo" / "flat").mkdir()
+    for i in (1, 2): (tmp_path / "zoo" / "a" / str(i)).rename(tmp_path / "zoo" / "flat" / f"run-{i}")
+    with pytest.raises(ValueError, match="flat: a region takes at least two models, and no dataset has them; models of one dataset lie together in a folder DATASET/NAME"):
+        regions_of(open_zoo(tmp_path / "zoo" / "flat"), tmp_path / "base", progress=False)

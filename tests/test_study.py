@@ -4,12 +4,15 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
 
-from weightregions.study import CAPTIONS, CLAIM_COLUMNS, HOLDS, IN_PART, NOT_HERE, Study, run_study, square
+from weightregions.corpora import load_corpora
+from weightregions.study import CAPTIONS, CLAIM_COLUMNS, HOLDS, IN_PART, NOT_HERE, SCALES, TOO_FEW, Study, check_classes, run_study, square, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,7 +34,7 @@ def test_every_claim_is_judged(out):
     assert list(claims.columns) == CLAIM_COLUMNS
     judged = claims[claims.verdict.notna()]
     assert {f"C{i}" for i in range(1, 12)} <= set(judged.claim)
-    assert set(judged.verdict) <= {HOLDS, IN_PART, NOT_HERE}
+    assert set(judged.verdict) <= {HOLDS, IN_PART, NOT_HERE, TOO_FEW}
     known = claims.dropna(subset=["low"])
     assert (known.low <= known.ours + 1e-9).all() and (known.ours <= known.high + 1e-9).all()
 
@@ -80,3 +83,41 @@ def test_square_is_the_inverse_of_pairs():
     pairs = pd.DataFrame({"a": list("xxy"), "b": list("yzz"), "cosine": [0.1, 0.2, 0.3]})
     m = square(pairs, "cosine")
     assert m.loc["z", "y"] == m.loc["y", "z"] == 0.3
+
+
+def test_data_of_ones_own(tmp_path):
+    "Two short datasets of no known family: what they cannot tell is left out or has no verdict, and the rest is there."
+    for name, n in (("films", 120), ("meals", 45)):
+        (tmp_path / "texts" / name).mkdir(parents=True)
+        for split, rows in zip(("train", "test"), (lambda c: (c.train, c.test))(load_corpora("builtin", names=[name], n_train=n, n_test=60)[name])):
+            rows.to_csv(tmp_path / "texts" / name / f"{split}.csv", index=False)
+    done = subprocess.run([Path(sys.executable).with_name("weightregions"), "study", "--scale", "tiny", "--data", tmp_path / "texts", "--out", tmp_path / "out"],
+                          cwd=ROOT, env={k: v for k, v in os.environ.items() if k not in ("IN_TEST", "WEIGHTREGIONS_OUT")}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "notebook c3_c4_same_task: left out, it takes two task families" in done.stdout
+    assert "notebook c5_data_not_size: left out, it takes two datasets with more rows than a sub-sample" in done.stdout
+    claims = pd.read_csv(tmp_path / "out" / "claims.csv")
+    assert {"C1", "C2", "C6", "C7", "C8", "C10", "C11", "C12"} <= set(claims.claim) and not {"C3", "C4", "C5", "C9"} & set(claims.claim)
+    assert (claims.verdict[claims.claim.isin(["C12"])].dropna() == TOO_FEW).all()
+    assert "Traceback" not in done.stderr and (tmp_path / "out" / "index.html").is_file()
+
+
+def test_a_notebook_that_fails_is_named_and_the_page_is_there(out, tmp_path, monkeypatch):
+    from weightregions import study
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
+    nbformat.write(nb, tmp_path / "broken.ipynb")
+    monkeypatch.setenv("WEIGHTREGIONS_OUT", str(out))
+    assert study.run_notebook(tmp_path / "broken.ipynb", tmp_path) is False
+    assert "ZeroDivisionError" in (tmp_path / "notebooks" / "broken.ipynb").read_text()
+
+
+def test_too_few_to_tell_is_no_refutation():
+    assert verdict(0.9, 1.0, 0.1, least=0.1) == TOO_FEW
+    assert [verdict(0.9, ours, p, least=0.01) for ours, p in ((1.0, 0.01), (0.8, 0.01), (1.0, 0.2))] == [HOLDS, IN_PART, NOT_HERE]
+
+
+def test_more_classes_than_rows_are_refused_before_anything_is_made():
+    corpora = load_corpora("builtin", names=["films", "meals"], n_train=60, n_test=40)
+    many = replace(corpora["meals"], labels=tuple(f"class {i}" for i in range(51)))
+    check_classes(corpora, SCALES["tiny"])
+    with pytest.raises(ValueError, match="dataset meals has 51 classes, and scale tiny has parts with 50 rows"): check_classes({"films": corpora["films"], "meals": many}, SCALES["tiny"])

@@ -130,3 +130,22 @@ def test_rows_of_another_reach_are_refused(made, tmp_path):
     take(REACH)
     with pytest.raises(ValueError, match="probes of 20 rows"):
         take(Reach(n_train=20, n_test=30))
+
+
+def test_of_one_family_no_line_leads_out_of_it():
+    models = table(("films", "meals"), ("unknown", "unknown"), seeds=3)
+    assert set(lines_of(models, Reach())) == {"dataset", "task"}
+    assert plan(models, Reach(same=1, targets=2))
+
+
+def test_where_all_share_sentences_no_dataset_has_strangers():
+    models, twins = table(seeds=3), pd.DataFrame([{"a": "mnli", "b": d, "share": 0.5} for d in ("rte", "sst2", "imdb", "news")])
+    found = {g.trait for g in granularities(models, Reach(same=5), twins) if g.granularity == "dataset"}
+    assert found == {"rte", "sst2", "imdb", "news"}
+    assert {g.granularity for g in granularities(table(("mnli", "rte"), ("nli", "nli"), seeds=3), Reach(), twins)} == {"general"}
+
+
+def test_what_was_not_learned_is_in_no_task():
+    models = table(("mnli", "rte", "wnli", "sst2"), ("nli", "nli", "nli", "sentiment"), seeds=3).assign(learned=lambda m: m.dataset != "wnli")
+    nli = next(g for g in granularities(models, Reach()) if g.granularity == "task")
+    assert nli.targets == ["mnli", "rte"] and not any(m.startswith("wnli") for m in [*nli.In, *nli.Ex])

@@ -190,3 +190,9 @@ def test_bases_come_from_the_hub_at_one_revision(tmp_path, monkeypatch):
     def gone(*a, **k): raise OSError("offline")
     monkeypatch.setattr("huggingface_hub.snapshot_download", gone)
     with pytest.raises(FileNotFoundError, match="FacebookAI/roberta-base: neither in the hub's cache nor to be downloaded"): pinned("FacebookAI/roberta-base")
+
+
+def test_other_data_of_the_same_name_are_refused(base, corpora, unbroken):
+    before, others = contents(unbroken), load_corpora("builtin", names=["films", "headlines"], n_train=41, n_test=20)
+    with pytest.raises(ValueError, match="films/seed-1 was fine-tuned on other data called films"): build_zoo(unbroken, base, others, RECIPE, [*SEEDS, 3], workers=1)
+    assert contents(unbroken) == before

@@ -41,7 +41,9 @@ def candidates(
     families = rest.models.family.value_counts(sort=False)
     if len(families) > 1: found |= {f"{family} centroid": centroid_of(rest, corpus, family) for family, n in families.items() if n > 1}
     ones = rest.models.sort_values("seed", kind="stable").drop_duplicates("dataset").sort_index()
-    return found | {c.name: c for c in Zoo(zoo.name, ones).checkpoints()}
+    members = {c.name: c for c in Zoo(zoo.name, ones).checkpoints()}
+    if twice := [name for name in members if name in found]: raise ValueError(f"{zoo.name}: a model is called {twice[0]!r}, which is the name of another start; rename its folder, or leave it out if it is no fine-tuned model")
+    return found | members
 
 # %% ../nbs/36_advice.ipynb #7bc36141
 def _folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:

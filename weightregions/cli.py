@@ -184,14 +184,17 @@ def _path(options, models):
     from weightregions.traversal import Point, extrapolation, hull, line, plane
     n, ends = options.points, [m.name for m in models]
     if n < 2: raise ValueError(f"--points must be at least 2, not {n}")
-    if options.hull:
+    if options.hull is not None and options.beyond is not None: raise ValueError("--hull and --beyond are two kinds of path: give one of them")
+    if options.hull is not None:
+        if options.hull < 1: raise ValueError(f"--hull takes the number of points, at least 1, not {options.hull}")
         alone = [({"group": "In"}, Point((m,), (1.,), m.name)) for m in models]
         return "hull", [*alone, *(({"group": "In'"} | at, p) for at, p in hull(models, options.hull))], lambda plots, rows: plots.group_strip(rows)
     if len(models) > 3: raise ValueError(f"a line takes two checkpoints and a plane three, not {len(models)}; --hull N takes any number")
+    if len(models) == 3 and options.beyond is not None: raise ValueError("--beyond goes along a line, which takes two checkpoints, not three")
     if len(models) == 3:
         whole = plane(*models, n)
         return "plane", whole, lambda plots, rows: plots.plane_map(rows, whole.marks())
-    if options.beyond: return "beyond", extrapolation(*models, n, options.beyond), lambda plots, rows: plots.edges(rows)
+    if options.beyond is not None: return "beyond", extrapolation(*models, n, options.beyond), lambda plots, rows: plots.edges(rows)
     return "line", line(*models, [i / (n - 1) for i in range(n)]), lambda plots, rows: plots.loss_line(rows, ends=ends)
 
 # %% ../nbs/52_cli.ipynb #15e4c8fb
@@ -299,7 +302,7 @@ def recommend(
     start = candidates(zoo, corpus, base)[name := advised(rows)]
     if options.write and isinstance(start, Centroid): where = save_centroid(start, options.write, base)
     else: where = "--write FOLDER makes it" if isinstance(start, Centroid) else start.folder
-    print(f"advice: start from {'the ' * (name != 'pretrained')}{name} ({where})")
+    print(f"advice: start from {name if name in zoo.models.model.values else f'the {name}' + ' model' * (name == 'pretrained')} ({where})")
 
 # %% ../nbs/52_cli.ipynb #1eda0e1a
 @_command(

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['within_between', 'spectral_clusters', 'silhouette_clusters', 'match_clusters', 'Scores', 'score', 'gaussian_affinity',
-           'permutation_p', 'Interval', 'bootstrap', 'bootstrap_f1', 'cluster_report', 'embed_map']
+           'permutation_p', 'least_p', 'Interval', 'bootstrap', 'bootstrap_f1', 'cluster_report', 'embed_map']
 
 # %% ../nbs/06_clustering.ipynb #4efccd49
 import contextlib
 import warnings
 from dataclasses import dataclass, replace
+from math import exp, lgamma
 from typing import NamedTuple
 
 import numpy as np
@@ -153,6 +154,7 @@ class Scores:
     low: float = np.nan # lower end of the bootstrap interval of the accuracy
     high: float = np.nan # upper end of it
     p: float = np.nan # permutation p-value of the accuracy
+    least: float = 0.0 # the smallest p-value that so few models can give
 
     def row(self) -> dict: # the figures alone, a tidy row
         "The figures as one row for a table of results."
@@ -241,6 +243,17 @@ def permutation_p(
     as_high = sum(_best_hits(found, rng.permutation(of_unit)[units]) >= observed for _ in range(n))
     return float((1 + as_high) / (1 + n))
 
+def least_p(
+    groups: pd.Series, # (n,) group of each model
+    n: int = 1000, # number of shuffles
+    by: pd.Series | None = None, # (n,) unit of each model, shuffled as a whole; None: models are shuffled
+) -> float: # 0 to 1
+    "The smallest p-value that can be had: a perfect match, when dealing it out again by chance is the only way to be as good."
+    sizes = groups.groupby(np.arange(len(groups)) if by is None else by.reindex(groups.index).to_numpy()).first().value_counts()
+    deals = lgamma(sizes.sum() + 1) - sum(lgamma(size + 1) for size in sizes)
+    alike = sum(lgamma(groups + 1) for groups in sizes.value_counts())  # groups of one size may change names
+    return max(exp(alike - deals), 1 / (1 + n))
+
 # %% ../nbs/06_clustering.ipynb #d6d10957
 class Interval(NamedTuple):
     "A confidence interval."
@@ -315,8 +328,8 @@ def cluster_report(
     s = score(clusters, groups)
     low, high = bootstrap(clusters, groups, n, seed, by)
     nested = by is not None and len(np.unique(_units(by, groups))) > groups.nunique()
-    p = permutation_p(clusters, groups, n, seed, by if nested else None)
-    return replace(s, low=low, high=high, p=p, table=s.table.join(bootstrap_f1(clusters, groups, n, seed, by)))
+    dealt = by if nested else None
+    return replace(s, low=low, high=high, p=permutation_p(clusters, groups, n, seed, dealt), least=least_p(groups, n, dealt), table=s.table.join(bootstrap_f1(clusters, groups, n, seed, by)))
 
 # %% ../nbs/06_clustering.ipynb #4879b554
 def _classical_mds(distance):

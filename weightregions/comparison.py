@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from math import comb
 from pathlib import Path
 from typing import NamedTuple
 
@@ -151,32 +152,35 @@ class PB(NamedTuple):
     pooled: float # the same share over all pairs of all targets, which gives targets with more points more weight
     targets: int # number of targets
     p: float # permutation p-value: how often points dealt to A and B at random do as well for A
+    least: float # the smallest p-value that so few points can give
 
     def __repr__(self):
         return (f"P_B = {100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]: {self.n_a} against {self.n_b} points, "
                 f"{self.pairs} pairs on {self.targets} target{'s' * (self.targets != 1)}, {self.ties} tied, p = {self.p:.2g}")
 
 # %% ../nbs/24_comparison.ipynb #9c0b7245
-def _dealt(losses, n: int, rng, units: bool):
-    "Which points fall to B in each of `n` shuffles, (n, points): whole units change sides, or points within a unit that has both."
+def _dealt(losses, n: int, rng, units: bool) -> tuple:
+    "Which points fall to B in each of `n` shuffles, (n, points), and how many ways to deal there are: whole units change sides, or points within a unit that has both."
     side, unit, point = (losses.index.get_level_values(level).astype(str) for level in ("side", "unit", "point"))
     mixed = set(unit[side == "b"]) & set(unit[side == "a"]) if units else set()
     block = [f"{s} {p}" if not units or u in mixed else f"{s} {u}" for s, u, p in zip(side, unit, point)]
     there = losses.notna().groupby(block).any()
     strata = pd.Series({b: (u if u in mixed else "", there.loc[b].to_numpy().tobytes()) for b, u in zip(block, unit)})
     is_b = pd.Series(side == "b", block).groupby(level=0).first()[strata.index].to_numpy()
-    dealt = np.empty((n, len(strata)), bool)
-    for _, at in pd.Series(range(len(strata))).groupby(pd.factorize(strata)[0]): dealt[:, at] = rng.permuted(np.tile(is_b[at], (n, 1)), axis=1)
-    return dealt[:, strata.index.get_indexer(block)]
+    dealt, ways = np.empty((n, len(strata)), bool), 1
+    for _, at in pd.Series(range(len(strata))).groupby(pd.factorize(strata)[0]):
+        dealt[:, at] = rng.permuted(np.tile(is_b[at], (n, 1)), axis=1)
+        ways *= comb(len(at), int(is_b[at].sum()))
+    return dealt[:, strata.index.get_indexer(block)], ways
 
-def _permutation_p(a, b, observed: float, n: int, rng, units: bool) -> float:
-    "Share of `n` shuffles (and the true deal) in which A does at least as well as observed."
+def _permutation_p(a, b, observed: float, n: int, rng, units: bool) -> "tuple[float, float]":
+    "Share of `n` shuffles (and the true deal) in which A does at least as well as observed; and the least that this can be."
     losses = pd.concat([a.assign(side="a"), b.assign(side="b")]).pivot(index=["side", "unit", "point"], columns="target", values="loss")
-    dealt, there = _dealt(losses, n, rng, units), losses.notna().to_numpy(float)
+    (dealt, ways), there = _dealt(losses, n, rng, units), losses.notna().to_numpy(float)
     n_b = dealt @ there
     won = dealt @ losses.rank().fillna(0).to_numpy() - n_b * (n_b + 1) / 2
     with np.errstate(invalid="ignore"): better = np.nanmean(won / (n_b * (there.sum(axis=0) - n_b)), axis=1)
-    return float((1 + (better >= observed - 1e-12).sum()) / (1 + n))
+    return float((1 + (better >= observed - 1e-12).sum()) / (1 + n)), max(1 / ways, 1 / (1 + n))
 
 # %% ../nbs/24_comparison.ipynb #b3b46942
 def probability_of_better(
@@ -208,7 +212,7 @@ def probability_of_better(
     low, high = np.quantile(drawn, [alpha / 2, 1 - alpha / 2])
     if np.ptp(drawn) < 1e-12 or not (free_a and free_b): low, high = value * q, 1 - (1 - value) * q
     return PB(value, float(min(low, value)), float(max(high, value)), int(pairs.sum()), a.point.nunique(), b.point.nunique(), ties,
-              float(won.sum() / pairs.sum()), len(pairs), _permutation_p(a, b, value, n_boot, rng, units is not None))
+              float(won.sum() / pairs.sum()), len(pairs), *_permutation_p(a, b, value, n_boot, rng, units is not None))
 
 # %% ../nbs/24_comparison.ipynb #7b1721ce
 COMPARISONS = (("In'", "Ex"), ("In", "Ex"), ("In'", "In")) # who is expected to be better, and than whom

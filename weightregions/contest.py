@@ -53,9 +53,10 @@ def targets_of(
     n: int, # how many targets
 ) -> list: # their names
     "The datasets that starts are tried on."
-    found = []
-    for dataset in leading(models, models.dataset.nunique()):
-        if not set(sharing(shared, dataset)) & set(found): found.append(dataset)
+    found, known = [], set(models.dataset)
+    for dataset in leading(models, len(known)):
+        close = set(sharing(shared, dataset))
+        if not close & set(found) and known - close - {dataset}: found.append(dataset)
     return found[:n]
 
 # %% ../nbs/49_contest.ipynb #64ec0f7a
@@ -98,6 +99,17 @@ def _smaller(corpus: Corpus, n_test: int) -> Corpus:
     rows = corpus.test
     return corpus if len(rows) <= n_test else replace(corpus, test=rows.iloc[draw(rows.label.to_numpy(), n_test, 0)])
 
+def _able(targets: dict, sizes: Iterable, seeds: Iterable, search: Search) -> dict:
+    "Targets that have so many rows, and can hold some of each class back -> the sizes they can be tried at."
+    def fits(corpus, size):
+        if size is not None and size >= len(corpus.train): return False
+        try: return all(search.split(corpus if size is None else corpus.subsample(size, seed), seed) for seed in seeds)
+        except ValueError: return False
+    found = {}
+    for size in sizes:
+        if able := tuple(name for name, corpus in targets.items() if fits(corpus, size)): found.setdefault(able, []).append(size)
+    return found
+
 def hold_contest(
     zoo: Zoo, # fine-tuned models of one base
     corpora: dict, # name -> Corpus, the targets
@@ -113,11 +125,10 @@ def hold_contest(
     found = dict(tqdm(run_jobs(prepare, jobs, workers), total=len(jobs), desc="advice", unit="target"))
     ready = {name: found[name] for name in corpora}
     targets = {name: _smaller(c, contest.n_test) for name, c in corpora.items()}
-    def tried(names, sizes, seeds):
-        return compare_starts(lambda target: ready[target][0], {n: targets[n] for n in names}, sizes, seeds, contest.recipe, contest.search, folder/"rows.csv", workers)
-    enough = lambda sizes: [n for n in sizes if n is None or all(n < len(c.train) for c in targets.values())]
-    rows = [tried(targets, enough(contest.sizes), range(1, contest.seeds + 1))]
-    if more := enough(contest.curve): rows.append(tried(list(targets)[:contest.curve_targets], more, [1]))
+    rows = [pd.DataFrame()]
+    for names, wanted, seeds in ((list(targets), contest.sizes, range(1, contest.seeds + 1)), (list(targets)[:contest.curve_targets], contest.curve, [1])):
+        for able, sizes in _able({n: targets[n] for n in names}, wanted, seeds, contest.search).items():
+            rows.append(compare_starts(lambda target: ready[target][0], {n: targets[n] for n in able}, sizes, seeds, contest.recipe, contest.search, folder/"rows.csv", workers))
     return pd.concat(rows, ignore_index=True), pd.concat([advice for _, advice in ready.values()], ignore_index=True)
 
 # %% ../nbs/49_contest.ipynb #e2da8af3

@@ -142,7 +142,7 @@ def _cluster(gpus):
     if not ray.is_initialized(): ray.init()
     has = {kind: ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU")}
     asked = (1 if has["GPU"] else 0) if gpus is None else gpus
-    if asked > has["GPU"]: raise ValueError(f"a job asks for {asked:g} GPUs, and the Ray cluster has {has['GPU']:g}")
+    if asked > has["GPU"]: raise ValueError(f"a job asks for {asked:g} GPU{'s' * (asked != 1)}, and the Ray cluster has {has['GPU']:g}")
     return {"num_cpus": 1, "num_gpus": asked}, int(min(has["CPU"], has["GPU"] / asked if asked else has["CPU"]))
 
 def _on_ray(calls, n, asks):
@@ -195,7 +195,7 @@ def run_jobs(
     if not calls: return iter(())
     if backend == "ray":
         asks, room = _cluster(share)
-        if not room: raise ValueError(f"the Ray cluster has no room for a job of {asks['num_cpus']} core and {asks['num_gpus']:g} GPUs")
+        if not room: raise ValueError(f"the Ray cluster has no room for a job of {asks['num_cpus']} core and {asks['num_gpus']:g} GPU{'s' * (asks['num_gpus'] != 1)}")
         return _finished(_on_ray(calls, min(workers or room, room, len(calls)), asks))
     here = gpus_here() if share != 0 else [""]
     n = min(workers or (int(len(here) / (share or 1)) if any(here) else cpu_count()), len(calls))
@@ -207,4 +207,4 @@ def _finished(results):
     for name, result in results:
         if isinstance(result, _Died): dead.append(_told(name))
         else: yield name, result
-    if dead: raise RuntimeError(f"the worker died twice in {', '.join(dead)} (killed, or out of memory?); all other jobs are done, and the same call again does what is left")
+    if dead: raise ChildProcessError(f"the worker died twice in {', '.join(dead)} (killed, or out of memory?); all other jobs are done, and the same call again does what is left")

@@ -22,7 +22,7 @@ from .corpora import Corpus, load_corpora
 from .finetuning import Recipe, train
 from .registry import hub_entries, hub_names, hub_sizes
 from .starting import RATES
-from .study import SCALES, Scale, choose, some_of
+from .study import SCALES, Scale, choose, enough_rows, some_of
 from .walks import Walk, leading, plan
 
 # %% ../nbs/51_plan.ipynb #729ae4b6
@@ -284,16 +284,15 @@ def sub_samples(
     p: Planned, # what is planned
 ) -> Stage:
     "One model of each sub-sample (C5)."
-    few = some_of(p.datasets, p.scale.sized)
-    return sum((p.runs("", {n: d for n, d in few.items() if len(d.train) > rows}, 1, rows) for rows in p.scale.sizes), Stage("sub-samples"))
+    return sum((p.runs("", enough_rows(p.datasets, p.scale, rows), 1, rows) for rows in p.scale.sizes), Stage("sub-samples"))
 
 # %% ../nbs/51_plan.ipynb #36a9aed4
 def similarities(
     p: Planned, # what is planned
 ) -> Stage:
     "Cosines of all models, of those of both starts, and of the sub-samples (C1 to C6)."
-    twins, few = min(p.scale.started, len(p.datasets)), min(p.scale.sized, len(p.datasets))
-    sets = [len(p.datasets) * p.scale.seeds, twins * (p.scale.start_seeds + min(p.scale.seeds, p.scale.start_seeds)), few * (len(p.scale.sizes) + 1) if p.scale.sizes else 0]
+    twins, sized = min(p.scale.started, len(p.datasets)), [len(few) for rows in p.scale.sizes if (few := enough_rows(p.datasets, p.scale, rows))]
+    sets = [len(p.datasets) * p.scale.seeds, twins * (p.scale.start_seeds + min(p.scale.seeds, p.scale.start_seeds)), sum(sized) + sized[0] if sized else 0]
     return Stage("similarity", jobs=sum(n > 0 for n in sets), flops=sum(2 * n * n * p.shape.weights for n in sets), traffic=sum(4 * n * p.shape.weights for n in sets))
 
 # %% ../nbs/51_plan.ipynb #b0e12c18
@@ -336,9 +335,8 @@ def the_starts(
     "BitFit from the pretrained model, two centroids and the best other model, after a look at all starts there are (C12, C13)."
     contest, total, models = p.scale.contest, Stage("starts"), p.models()
     targets = [p.datasets[name] for name in leading(models, contest.targets)]
-    sizes = [n for n in contest.sizes if n is None or all(n < len(d.train) for d in targets)]
-    for seeds, among, sizes in ((contest.seeds, targets, sizes), (1, targets[:contest.curve_targets], contest.curve)):
-        total = sum((search_cost(p, d, n) * (4 * seeds) for d in among for n in sizes), total)
+    for seeds, among, sizes in ((contest.seeds, targets, contest.sizes), (1, targets[:contest.curve_targets], contest.curve)):
+        total = sum((search_cost(p, d, n) * (4 * seeds) for d in among for n in sizes if n is None or n < len(d.train)), total)
     looked, read = len(p.datasets) + models.family.nunique() + 1, 3 * len(models)
     for d in targets:
         tokens, n = min(d.tokens, contest.recipe.max_length), looked * min(contest.sample, len(d.train))

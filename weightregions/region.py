@@ -8,6 +8,7 @@ __all__ = ['Shape', 'shape_of', 'p_value', 'pooled', 'Direction', 'Region', 'reg
 
 # %% ../nbs/32_region.ipynb #bc3bd4b3
 import json
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
@@ -245,14 +246,25 @@ def _shapes(products: np.ndarray, groups: "list[Hashable]", units: "list[Hashabl
     shapes = pooled({group: shape for group, (_, shape) in found.items()})
     return {group: (at, shapes[group]) for group, (at, _) in found.items()}
 
+def _with_region(zoo: Zoo, by: str) -> Zoo:
+    "The models of a zoo whose group has two units; the others are left out with a warning."
+    units = zoo.models.groupby(by)["dataset" if by == "family" else "model"].transform("nunique")
+    alone, what = list(dict.fromkeys(zoo.models[by][units < 2])), "dataset" if by == "family" else "model"
+    if (units < 2).all():
+        hint = "; models of one dataset lie together in a folder DATASET/NAME, or are listed in models.csv" if by == "dataset" else ""
+        raise ValueError(f"{zoo.name}: a region takes at least two {what}s, and no {by} has them{hint}")
+    if alone: warnings.warn(f"{', '.join(map(str, alone[:3]))}{' and more' * (len(alone) > 3)}: only one {what}, and no region", stacklevel=3)
+    return Zoo(zoo.name, zoo.models[units > 1])
+
 def regions_of(
     zoo: Zoo, # fine-tuned models
     base: Checkpoint, # the pretrained model, or what `open_checkpoint` takes
     by: str = "dataset", # what makes a region: "dataset" or "family" (whose units are datasets)
     progress: bool = True, # show a progress bar, in weights
 ) -> "dict[str, Region]": # name -> region
-    "The regions of a zoo, with the spread that they have in common."
+    "The regions of a zoo, with the spread that they have in common; of one model or dataset there is no region."
     if by not in ("dataset", "family"): raise ValueError(f"regions are made by dataset or by family, not by {by!r}")
+    zoo = _with_region(zoo, by)
     base, models = open_checkpoint(base), zoo.checkpoints()
     _one_base(_members(zoo, np.ones(len(zoo))), zoo.name)
     found = _measured(models, base, progress)
@@ -345,6 +357,7 @@ def locate_from_gram(
         rest = [i for i in range(len(groups)) if units[i] != units[q]]
         for seen in (True, False):
             kept = rest if seen else [i for i in rest if groups[i] != groups[q]]
+            if not kept and not seen: continue # there is no other region
             shapes = _shapes(products[np.ix_(kept, kept)], [groups[i] for i in kept], [units[i] for i in kept] if apart else None)
             if seen and groups[q] not in shapes: raise ValueError(f"region {groups[q]}: nothing is left without {units[q]}")
             cosines = {g: products[q, [kept[i] for i in at]].mean() / sqrt(products[q, q]) / s.length for g, (at, s) in shapes.items()}
@@ -360,5 +373,5 @@ def location_rates(
     "How often models were named right, called outsiders wrongly, and called outsiders rightly."
     seen, unseen = table[table.seen], table[~table.seen]
     counts = {"region named right": (seen.right.sum(), len(seen)), "false alarm": ((~seen.inside).sum(), len(seen)), "outsider found": (unseen.right.sum(), len(unseen))}
-    rows = {what: (k / n, *binomtest(int(k), n).proportion_ci(method="wilson"), n) for what, (k, n) in counts.items()}
+    rows = {what: (k / n, *binomtest(int(k), n).proportion_ci(method="wilson"), n) if n else (np.nan, np.nan, np.nan, 0) for what, (k, n) in counts.items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["rate", "low", "high", "models"])

@@ -17,7 +17,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from .checkpoints import open_checkpoint
-from .comparison import Groups, groups_of
+from .comparison import Groups, _twins, groups_of
 from .finetuning import one_thread, usable
 from .jobs import run_jobs
 from .probing import Probing, Target, pooling_of
@@ -82,13 +82,14 @@ def granularities(
 ) -> list: # of Groups, dataset by dataset, task by task, and the general one
     "The groups In and Ex that are compared."
     few = one_each(models)
-    mixed = lambda own: models[own | models.index.isin(few.index)]
-    tasks = lambda known: [f for f in TASKS if known.dataset[known.family == f].nunique() > 1 and known.family.nunique() > 1]
+    mixed = lambda own, column="dataset": models[own | models.index.isin(few.index[~few[column].isin(models[column][own])])]
+    others = lambda own: set(models.dataset) - set(own) - set(_twins(twins, own, 0.1)) # whose models are Ex
+    tasks = lambda known: [f for f in TASKS if known.dataset[known.family == f].nunique() > 1 and others(known.dataset[known.family == f].unique())]
     known = models[models.learned] if "learned" in models else models
     if not tasks(known): known = models  # nothing was learned that could be compared: show it all the same
-    same = [d for d in leading(models, reach.same) if (models.dataset == d).sum() > 1]
+    same = [d for d in leading(models, reach.same) if (models.dataset == d).sum() > 1 and others([d])]
     return [*(groups_of(mixed(models.dataset == d), "dataset", d, twins=twins) for d in same),
-            *(groups_of(mixed(models.index.isin(known.index) & (models.family == f)), "task", f, twins=twins) for f in tasks(known)),
+            *(groups_of(mixed(models.index.isin(known.index) & (models.family == f), "family"), "task", f, twins=twins) for f in tasks(known)),
             groups_of(few, "general", targets=leading(models, reach.targets))]
 
 # %% ../nbs/48_walks.ipynb #311754ae
@@ -113,11 +114,11 @@ def lines_of(
     own = next((d for d in ranked if family_of[d] in TASKS), ranked[0])
     others = [d for d in ranked if d != own]
     kin = [d for d in others if family_of[d] == family_of[own]]
-    far = next((d for d in others if d not in kin), kin[-1])  # of one family only, the last of it
+    far = next((d for d in others if d not in kin), None)
     found = {"dataset": (pairs(models, own, own, reach.lines), (own,))}
-    if (models.dataset == far).sum() > 1: found[f"dataset {far}"] = (pairs(models, far, far, reach.lines), (far,))
+    if far and (models.dataset == far).sum() > 1: found[f"dataset {far}"] = (pairs(models, far, far, reach.lines), (far,))
     if kin: found["task"] = (pairs(models, own, kin[0], reach.lines), (own, *kin))
-    return found | {"general": (pairs(models, own, far, reach.lines), tuple(dict.fromkeys([own, far, *leading(models, reach.line_targets)]))[:reach.line_targets])}
+    return found if far is None else found | {"general": (pairs(models, own, far, reach.lines), tuple(dict.fromkeys([own, far, *leading(models, reach.line_targets)]))[:reach.line_targets])}
 
 # %% ../nbs/48_walks.ipynb #d87d521d
 def plan(

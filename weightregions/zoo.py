@@ -90,6 +90,13 @@ def settle(
         if differ: raise ValueError(f"{folder} is a zoo of another {part}: {'; '.join(differ)}")
 
 # %% ../nbs/14_zoo.ipynb #57928040
+def _there(out, corpus):
+    "Whether a model is there; refuses one of other data of that name."
+    if not (out/"manifest.json").exists(): return False
+    data = _json(out/"manifest.json").get("data")
+    if not isinstance(data, dict) or data.get("sha256") != corpus.sha256: raise ValueError(f"{out} was fine-tuned on other data called {corpus.name}: name another folder")
+    return True
+
 def build_zoo(
     folder,             # the zoo's folder; it is made, or added to
     base,               # folder or hub id of the pretrained model
@@ -105,7 +112,7 @@ def build_zoo(
     if not seeds: raise ValueError(f"{folder}: no seeds to fine-tune with")
     identity, (rank, together) = base_identity(base), ranks()
     if not rank: settle(folder, identity, recipe)
-    left = agreed([(name, seed) for seed in seeds for name, corpus in corpora.items() if not (folder/corpus.name/f"seed-{seed}"/"manifest.json").exists()])
+    left = agreed([(name, seed) for seed in seeds for name, corpus in corpora.items() if not _there(folder/corpus.name/f"seed-{seed}", corpus)])
     jobs = {(name, seed): (base, identity, corpora[name], recipe, seed, folder) for name, seed in left}
     done = run_jobs(_job, jobs, workers) if together == 1 else ((name, _job(*job)) for name, job in jobs.items())
     total = len(seeds) * len(corpora)
@@ -127,8 +134,8 @@ class Zoo:
 
     def __len__(self): return len(self.models)
     def __repr__(self):
-        m = self.models
-        return f"Zoo({self.name}: {len(m)} models of {m.dataset.nunique()} datasets in {m.family.nunique()} families)"
+        m, many = self.models, lambda n, one, more: f"{n} {one if n == 1 else more}"
+        return f"Zoo({self.name}: {many(len(m), 'model', 'models')} of {many(m.dataset.nunique(), 'dataset', 'datasets')} in {many(m.family.nunique(), 'family', 'families')})"
 
     def where(self,
         **columns, # column = value or list of values
@@ -244,7 +251,7 @@ def open_zoo(
     elif table.is_file(): models = _listed(table)
     else: return gather(folder)
     if models.empty: raise ValueError(f"{folder}: no finished model")
-    return Zoo(folder.stem, models)
+    return Zoo(folder.stem if folder.suffix == ".csv" else folder.resolve().name, models)
 
 # %% ../nbs/14_zoo.ipynb #46bf24c7
 def learned(
