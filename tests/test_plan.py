@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from weightregions.bases import tiny_base
 from weightregions.corpora import load_corpora
 from weightregions.finetuning import Recipe
-from weightregions.plan import (DEVICES, KEYS, SHAPES, STAGES, Device, Outline, Planned, Shape, Stage, checkpoint_bytes, epoch_steps, main_zoo, measure_device,
-                                outline_of, outlines, paper_recipe, plan_of, plan_text, run_cost, shape_of, sub_samples, the_starts, the_walks, visits)
+from weightregions.plan import (DEVICES, KEYS, SHAPES, STAGES, Device, Outline, Planned, ModelShape, Stage, checkpoint_bytes, epoch_steps, main_zoo, measure_device,
+                                outline_of, outlines, paper_recipe, plan_of, plan_text, run_cost, model_shape, sub_samples, the_starts, the_walks, visits)
 from weightregions.registry import hub_names, hub_sizes
 from weightregions.study import SCALES, choose
 from weightregions.walks import Reach, Walk
@@ -39,7 +39,7 @@ def planned(scale="tiny", n=4, epochs=None, **sizes):
 @given(layers=st.integers(1, 4), width=st.integers(1, 4), inner=st.integers(1, 200), vocab=st.integers(10, 500), rows=st.integers(1, 3), tokens=st.integers(2, 60),
        kind=st.sampled_from(["bert", "roberta"]))
 def test_weights_and_operations_are_those_of_the_real_model(layers, width, inner, vocab, rows, tokens, kind):
-    shape = Shape(layers, 8 * width, inner, vocab, 70, 2)
+    shape = ModelShape(layers, 8 * width, inner, vocab, 70, 2)
     config = AutoConfig.for_model(kind, **{KEYS[k]: v for k, v in vars(shape).items()}, num_attention_heads=2, num_labels=2, pad_token_id=1)
     with torch.device("meta"): model = AutoModelForSequenceClassification.from_config(config)
     assert sum(p.numel() for p in model.parameters()) == shape.weights + 2 * (shape.hidden + 1)
@@ -51,7 +51,7 @@ def test_weights_and_operations_are_those_of_the_real_model(layers, width, inner
 def test_training_takes_three_times_the_forward_pass_and_bitfit_two():
     torch.manual_seed(0)
     config = AutoConfig.for_model("roberta", num_hidden_layers=4, hidden_size=64, intermediate_size=256, vocab_size=100, num_attention_heads=4, max_position_embeddings=80, type_vocab_size=1)
-    shape = Shape(4, 64, 256, 100, 80, 1)
+    shape = ModelShape(4, 64, 256, 100, 80, 1)
     model = AutoModelForSequenceClassification.from_config(config)
     for trains, passes in (("all", 3), ("bitfit", 2)):
         for name, p in model.named_parameters(): p.requires_grad = trains == "all" or name.endswith("bias") or name.startswith("classifier")
@@ -61,11 +61,11 @@ def test_training_takes_three_times_the_forward_pass_and_bitfit_two():
 
 
 def test_bad_shapes_and_devices(tmp_path):
-    with pytest.raises(ValueError, match="its shape is not known; name a folder with a config.json, or one of tiny, minilm, FacebookAI/roberta-base"): shape_of(tmp_path)
+    with pytest.raises(ValueError, match="its shape is not known; name a folder with a config.json, or one of tiny, minilm, FacebookAI/roberta-base"): model_shape(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 2, "hidden_size": "wide"}))
-    with pytest.raises(ValueError, match="config.json gives no number for hidden_size"): shape_of(tmp_path)
+    with pytest.raises(ValueError, match="config.json gives no number for hidden_size"): model_shape(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is no JSON object"): shape_of(tmp_path)
+    with pytest.raises(ValueError, match="config.json is no JSON object"): model_shape(tmp_path)
     for rate in (0, -1, math.nan):
         with pytest.raises(ValueError, match="device x: rate must be positive"): Device("x", rate, 1, 0, 0, "")
     with pytest.raises(ValueError, match="device x: start must not be negative"): Device("x", 1, 1, 0, math.nan, "")
@@ -149,7 +149,7 @@ def test_what_is_planned_is_what_is_built(tmp_path):
     written = list((tmp_path / "zoo").glob("*/seed-*"))
     assert row.models == row.jobs == len(written) and row.steps == 4 * len(written)
     assert row.bytes == pytest.approx(sum(f.stat().st_size for folder in written for f in folder.iterdir()), rel=0.05)
-    assert shape_of(base) == SHAPES["tiny"]
+    assert model_shape(base) == SHAPES["tiny"]
 
 
 def test_outlines_agree_with_the_corpora():

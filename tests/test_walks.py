@@ -10,7 +10,7 @@ import torch
 from weightregions.bases import tiny_base
 from weightregions.corpora import load_corpora
 from weightregions.finetuning import Recipe
-from weightregions.walks import Reach, along, compared, gain_interval, granularities, inside_gain, leading, lines_of, one_each, pairs, plan, take_all
+from weightregions.walks import Reach, Walk, along, compared, gain_interval, granularities, inside_gain, leading, lines_of, one_each, pairs, plan, take_all
 from weightregions.zoo import build_zoo, open_zoo
 
 pytestmark = pytest.mark.xdist_group("walks")  # one process makes what all of these tests look at
@@ -149,3 +149,8 @@ def test_what_was_not_learned_is_in_no_task():
     models = table(("mnli", "rte", "wnli", "sst2"), ("nli", "nli", "nli", "sentiment"), seeds=3).assign(learned=lambda m: m.dataset != "wnli")
     nli = next(g for g in granularities(models, Reach()) if g.granularity == "task")
     assert nli.targets == ["mnli", "rte"] and not any(m.startswith("wnli") for m in [*nli.In, *nli.Ex])
+
+
+def test_walks_that_would_share_a_file_are_refused(tmp_path):
+    walks = [Walk(f"models on {name}", "models", ("m",), (name,)) for name in ("a b", "a-b")]
+    with pytest.raises(ValueError, match="'models on a b' and 'models on a-b' would share a file"): take_all(walks, tmp_path, {"m": "m"}, "base", {}, Reach())

@@ -617,7 +617,7 @@ def _resume(file: Path, head: dict, keys: list) -> dict:
         return {}
     begin, done = _lines(file, content)
     if begin != head: raise ValueError(f"{file}: was measured with {begin}, not with {head}")
-    if foreign := set(done) - set(keys): raise ValueError(f"{file}: holds {len(foreign)} points that are not on this path")
+    if foreign := set(done) - set(keys): raise ValueError(f"{file}: holds {len(foreign)} points that are not on this path: name another file")
     if torn := len(content) - content.rindex(b"\n") - 1: os.truncate(file, len(content) - torn)
     return done
 

@@ -201,6 +201,7 @@ def take_all(
 ) -> tuple: # all rows (walk, kind, point, coordinates, target, loss, accuracy, note), and what to mark on the plane
     "Take some walks, several at a time, and gather their rows."
     file = lambda walk: Path(folder)/f"{walk.name.replace(',', '').replace(' ', '-')}.jsonl"
+    if twice := [pair for pair in combinations(walks, 2) if file(pair[0]) == file(pair[1])]: raise ValueError(f"the walks {' and '.join(repr(w.name) for w in twice[0])} would share a file: rename a dataset")
     jobs = {w.name: (w, {m: paths[m] for m in w.members}, base, {t: corpora[t] for t in w.targets}, reach, file(w)) for w in walks}
     found = dict(tqdm(run_jobs(take, jobs, workers), total=len(walks), desc="walks", unit="walk"))
     rows, marks = zip(*(found[name] for name in jobs)) # not in the order in which they end
