@@ -154,3 +154,8 @@ def test_what_was_not_learned_is_in_no_task():
 def test_walks_that_would_share_a_file_are_refused(tmp_path):
     walks = [Walk(f"models on {name}", "models", ("m",), (name,)) for name in ("a b", "a-b")]
     with pytest.raises(ValueError, match="'models on a b' and 'models on a-b' would share a file"): take_all(walks, tmp_path, {"m": "m"}, "base", {}, Reach())
+
+
+def test_a_task_without_strangers_is_left_out():
+    models = table(("mnli", "rte", "wnli"), ("nli",) * 3, seeds=3).assign(learned=lambda m: m.dataset != "wnli")
+    assert {g.granularity for g in granularities(models, Reach())} == {"dataset", "general"}

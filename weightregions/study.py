@@ -507,9 +507,9 @@ def applies(
     study: Study, # what was measured
 ) -> bool:
     "Whether a notebook has something to show; says so if not."
-    what, there = NEEDS.get(file.stem, ("", lambda study: True))
-    if found := there(study): return found
-    say(f"notebook {file.stem}: left out, it takes {what}")
+    needed = NEEDS.get(file.stem)
+    if needed is None or needed[1](study): return True
+    say(f"notebook {file.stem}: left out, it takes {needed[0]}")
     return False
 
 def run_notebook(

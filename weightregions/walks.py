@@ -84,7 +84,7 @@ def granularities(
     few = one_each(models)
     mixed = lambda own, column="dataset": models[own | models.index.isin(few.index[~few[column].isin(models[column][own])])]
     others = lambda own: set(models.dataset) - set(own) - set(_twins(twins, own, 0.1)) # whose models are Ex
-    tasks = lambda known: [f for f in TASKS if known.dataset[known.family == f].nunique() > 1 and others(known.dataset[known.family == f].unique())]
+    tasks = lambda known: [f for f in TASKS if known.dataset[known.family == f].nunique() > 1 and others(models.dataset[models.family == f].unique())]
     known = models[models.learned] if "learned" in models else models
     if not tasks(known): known = models  # nothing was learned that could be compared: show it all the same
     same = [d for d in leading(models, reach.same) if (models.dataset == d).sum() > 1 and others([d])]
