@@ -1,4 +1,5 @@
 "A zoo survives kills, damage and company."
+import json
 import multiprocessing
 import os
 import random
@@ -12,7 +13,7 @@ import torch
 from weightregions.bases import tiny_base
 from weightregions.corpora import load_corpora
 from weightregions.files import file_sha256
-from weightregions.finetuning import Recipe
+from weightregions.finetuning import Recipe, train
 from weightregions.zoo import build_zoo, gather, learned, open_zoo
 
 pytestmark = pytest.mark.xdist_group("zoo")  # one process makes what all of these tests look at
@@ -196,3 +197,14 @@ def test_other_data_of_the_same_name_are_refused(base, corpora, unbroken):
     before, others = contents(unbroken), load_corpora("builtin", names=["films", "headlines"], n_train=41, n_test=20)
     with pytest.raises(ValueError, match="films/seed-1 was fine-tuned on other data called films"): build_zoo(unbroken, base, others, RECIPE, [*SEEDS, 3], workers=1)
     assert contents(unbroken) == before
+
+
+def test_a_classifier_of_other_classes_is_a_base_like_any_other(tmp_path, corpora, unbroken):
+    "Its head does not fit, and gives way to a fresh one; a body that does not fit its configuration is refused."
+    start = unbroken / "films" / "seed-1"
+    zoo = open_zoo(build_zoo(tmp_path / "zoo", start, {"headlines": corpora["headlines"]}, RECIPE, [1, 2], workers=1))
+    assert [c.config.num_labels for c in zoo.checkpoints()] == [len(corpora["headlines"].labels)] * 2 and len(corpora["films"].labels) == 2
+    torn = shutil.copytree(start, tmp_path / "torn")
+    config = json.loads((torn / "config.json").read_text())
+    (torn / "config.json").write_text(json.dumps(config | {"intermediate_size": 7}))
+    with pytest.raises(ValueError, match="has no roberta.encoder.layer.0.intermediate.dense.bias that fits its configuration"): train(torn, corpora["films"], RECIPE, 1)

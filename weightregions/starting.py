@@ -28,7 +28,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 from .checkpoints import open_checkpoint
 from .comparison import Measurements
 from .corpora import Corpus
-from .finetuning import CHOICES, Recipe, Tokenized, evaluate, one_thread, quiet, set_trainable, trainer_for, usable, zero_head
+from .finetuning import CHOICES, Recipe, Tokenized, evaluate, one_thread, quiet, set_trainable, trainer_for, usable, with_head, zero_head
 from .jobs import run_jobs
 
 # %% ../nbs/34_starting.ipynb #522148db
@@ -97,19 +97,13 @@ def classifier_from(
     seed: int, # of the head
 ) -> tuple: # a sequence classifier and the start's tokenizer
     "The body of `start` under a fresh head that depends on the seed only."
-    names = dict(enumerate(labels))
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(start)
         set_seed(seed)
-        model, told = AutoModelForSequenceClassification.from_pretrained(
-            start, num_labels=len(names), id2label=names, label2id={v: k for k, v in names.items()}, problem_type="single_label_classification",
-            dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)
+        model = with_head(start, labels, problem_type="single_label_classification")
         set_seed(seed)
         fresh = AutoModelForSequenceClassification.from_config(model.config, dtype=torch.float32)
-    body = f"{model.base_model_prefix}."
-    lacking = sorted(k for k in [*told["missing_keys"], *(m[0] for m in told["mismatched_keys"])] if k.startswith(body) and ".pooler." not in k)
-    if lacking: raise ValueError(f"{start}: has no {lacking[0]} that fits its configuration")
-    model.load_state_dict({k: v for k, v in fresh.state_dict().items() if not k.startswith(body)}, strict=False)
+    model.load_state_dict({k: v for k, v in fresh.state_dict().items() if not k.startswith(f"{model.base_model_prefix}.")}, strict=False)
     return model, tokenizer
 
 # %% ../nbs/34_starting.ipynb #a103a047
