@@ -114,6 +114,7 @@ def pinned(
 ) -> Path: # folder of the checkpoint
     "A base from the hub, at the revision that is meant."
     from huggingface_hub import snapshot_download
+    if name not in REVISIONS: raise ValueError(f"{name}: no revision of it is pinned, only of {', '.join(REVISIONS)}")
     try: return Path(snapshot_download(name, revision=REVISIONS[name], allow_patterns=["*.json", "*.txt", "model.safetensors"]))
     except Exception as e: raise FileNotFoundError(f"{name}: neither in the hub's cache nor to be downloaded ({type(e).__name__})") from e
 

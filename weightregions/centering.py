@@ -104,7 +104,7 @@ def _each_stretch(centroid: Centroid, use, block: "int | None", threads: "int | 
 def state(
     self: Centroid,
     dtype: torch.dtype = torch.float32, # data type of the result; sums are float64
-    block: "int | None" = None, # weights of each member in memory at a time, for each thread; None: as many as 64 MB hold
+    block: "int | None" = None, # weights of each member in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**19
     threads: "int | None" = None, # None: as many as torch would use, at most 8
 ) -> "dict[str, Tensor]": # canonical name -> tensor
     "All tensors of the centroid, in memory."
@@ -206,7 +206,7 @@ def centroid(
     dtype: torch.dtype = torch.float32, # data type of the result; sums are float64
     like: "Checkpoint | None" = None, # whose configuration and tokenizer to write; None: the first checkpoint's
     overwrite: bool = False, # replace the folder if it exists
-    block: "int | None" = None, # weights of each member in memory at a time, for each thread; None: as many as 64 MB hold
+    block: "int | None" = None, # weights of each member in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**19
     threads: "int | None" = None, # None: as many as torch would use, at most 8
 ) -> "dict[str, Tensor] | Path": # canonical name -> tensor, or the folder
     "The average of some checkpoints, in one pass over their weights."

@@ -134,7 +134,7 @@ def _unchanged(file: "Path | int", stamp: tuple[int, int], name: "Path | None" =
     if (found.st_size, found.st_mtime_ns) != stamp: raise ValueError(f"{name or file}: changed since it was opened")
 
 class _Files:
-    "Files that are open for reading. During a pass over weights they stay so, as many as there may be: to open one takes as long as to read a stretch."
+    "Files that are open for reading. During a pass over weights up to `most` of them stay open, since opening one takes as long as reading a stretch."
     def __init__(self, most: int = 256): self.most, self.kept, self.users, self.lock = most, {}, 0, Lock()
 
     @contextmanager
@@ -390,15 +390,15 @@ def _layout(stored: dict) -> Layout:
 
 # %% ../nbs/02_checkpoints.ipynb #5285b1bb
 def open_checkpoint(
-    source,  # local folder, hub id, live module, state dict, or (config, state dict)
+    source,  # local folder, hub id, live module, state dict, or (config, state dict); a Checkpoint comes back as it is
     revision: "str | None" = None,  # branch, tag or commit of a hub id
     name: "str | None" = None,  # what to call it; the folder's name, hub id or class if not given
     pooler: str = "drop",  # "drop" the pooler from the body, or "keep" it where there is one
 ) -> Checkpoint:
     "Open a checkpoint; of files, only the headers are read."
+    _policy(pooler)
     if isinstance(source, Checkpoint): return source
     if not isinstance(source, (str, Path)): return _in_memory(source, name, pooler)
-    _policy(pooler)
     folder, said, where = _folder(source, revision)
     raw, stored, file = _json(folder / "config.json"), _files(folder), str(folder / "config.json")
     config = _known_config(_buildable(raw, len(stored), file), file)

@@ -249,9 +249,9 @@ def least_p(
     by: pd.Series | None = None, # (n,) unit of each model, shuffled as a whole; None: models are shuffled
 ) -> float: # 0 to 1
     "The smallest p-value that can be had: a perfect match, when dealing it out again by chance is the only way to be as good."
-    sizes = groups.groupby(np.arange(len(groups)) if by is None else by.reindex(groups.index).to_numpy()).first().value_counts()
+    sizes = groups.groupby(_units(by, groups)).first().value_counts()
     deals = lgamma(sizes.sum() + 1) - sum(lgamma(size + 1) for size in sizes)
-    alike = sum(lgamma(groups + 1) for groups in sizes.value_counts())  # groups of one size may change names
+    alike = sum(lgamma(same + 1) for same in sizes.value_counts())  # groups of one size may change names
     return max(exp(alike - deals), 1 / (1 + n))
 
 # %% ../nbs/06_clustering.ipynb #d6d10957

@@ -69,7 +69,7 @@ def _known(names, there, what):
 
 # %% ../nbs/24_comparison.ipynb #1c9cbf53
 def _twins(twins, targets, share):
-    "Datasets that share more than `share` of their sentences with one of the targets, in order of name."
+    "Datasets that share `share` or more of their sentences with one of the targets, in order of name."
     if twins is None: return []
     if missing := [c for c in ("a", "b", "share") if c not in twins]:
         raise ValueError(f"the table of twins has no column {missing[0]!r}: a row is a pair of datasets a, b and the share of sentences in common")

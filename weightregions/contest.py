@@ -41,7 +41,7 @@ class Contest:
 def sharing(
     shared: pd.DataFrame, # a, b, share: pairs of datasets with common texts
     dataset: str, # one of them
-    share: float = 0.01, # of the smaller one's texts, from which on it counts
+    share: float = 0.01, # of the smaller one's texts; more than that counts
 ) -> list: # names of the others
     "The datasets that share texts with one."
     close = shared[shared.share > share]

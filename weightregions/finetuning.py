@@ -37,6 +37,8 @@ class Recipe:
     def __post_init__(self):
         for name in ("steps", "batch_size", "max_length"):
             if getattr(self, name) < 1: raise ValueError(f"recipe: {name} must be at least 1, not {getattr(self, name)}")
+        if self.rows is not None and self.rows < 1: raise ValueError(f"recipe: rows must be at least 1, not {self.rows}")
+        if not self.weight_decay >= 0: raise ValueError(f"recipe: weight_decay must not be below 0, not {self.weight_decay}")
         for name in ("learning_rate", "head_rate"):
             if not 0 < getattr(self, name) < 1: raise ValueError(f"recipe: {name} must lie between 0 and 1, not {getattr(self, name)}")
         if not 0 <= self.warmup <= 1: raise ValueError(f"recipe: warmup is a share between 0 and 1, not {self.warmup}")
@@ -106,6 +108,7 @@ def set_trainable(
     trains: str, # "all", "bitfit" or "head"
 ) -> int: # parameters that train
     "Freeze all parameters of `model` but those that `trains` names."
+    if trains not in CHOICES["trains"]: raise ValueError(f"trains must be one of {', '.join(CHOICES['trains'])}, not {trains!r}")
     body = {id(p) for p in model.base_model.parameters()}
     for name, p in model.named_parameters():
         p.requires_grad = trains == "all" or id(p) not in body or (trains == "bitfit" and name.endswith("bias"))

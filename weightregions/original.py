@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .files import whole_file
+
 # %% ../nbs/16_original.ipynb #c490edf4
 DATASETS = ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli", "boolq", "cb", "copa", "multirc", "wic", "wsc")
 
@@ -55,10 +57,7 @@ def _fetch(name: str, folder: Path) -> None:
     "Bring one file from the pinned commit into `folder`."
     with urllib.request.urlopen(SOURCE + name, timeout=60) as answer:
         content = _checked(answer.read(), name, SOURCE + name)
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f".{name}.{os.getpid()}.part"
-    beside.write_bytes(content)
-    os.replace(beside, folder / name)
+    with whole_file(folder / name) as f: f.write(content)
 
 # %% ../nbs/16_original.ipynb #b6c28593
 def original_folder(

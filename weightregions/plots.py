@@ -113,6 +113,7 @@ def similarity_heatmap(
     "Heat map of all pairs of models, with groups as strips of colour."
     if order not in ("group", "cluster", "given"):
         raise ValueError(f"models can be in order of group, of cluster or as given: not {order!r}")
+    if metric not in ("cosine", "euclidean"): raise ValueError(f"the matrix holds cosine or euclidean: not {metric!r}")
     groups = pd.Series(matrix.index, matrix.index) if groups is None else groups.reindex(matrix.index)
     colours = group_colours(groups, families)
     if order == "group":

@@ -197,7 +197,7 @@ class Inside:
 
     def __bool__(self): return self.inside
 
-def _against(query: Checkpoint, base: Checkpoint, centres: "list[Direction]", block: int = 2**18, threads: "int | None" = None) -> np.ndarray:
+def _against(query: Checkpoint, base: Checkpoint, centres: "list[Direction]") -> np.ndarray:
     "Inner products of a query's task vector with the centres, over its length: one pass over everything."
     if hasattr(query, "require_same_space"): query.require_same_space(base)
     else: base.layout.require_same(query.layout, query.name)
@@ -208,8 +208,8 @@ def _against(query: Checkpoint, base: Checkpoint, centres: "list[Direction]", bl
         found = [tv @ tv, *(c.read(*task).double().numpy() @ tv for c in centres)]
         if not np.isfinite(found[0]): raise ValueError(f"{query.name}: {task[0]} holds NaN or infinite values")
         return np.array([*([q @ b, q @ q, b @ b] if len(shapes[task[0]]) > 1 else [0] * 3), *found])
-    tasks = list(_stretches(base.layout, block))
-    qb, qq, bb, square, *dots = sum(_in_order(work, tasks, [None] * min(threads or min(torch.get_num_threads(), 8), len(tasks))))
+    tasks = list(_stretches(base.layout, 2**18))
+    qb, qq, bb, square, *dots = sum(_in_order(work, tasks, [None] * min(torch.get_num_threads(), 8, len(tasks))))
     if qq * bb > 0: _same_start(query.name, base, qb / sqrt(qq * bb))
     if not square > 0: raise ValueError(f"{query.name} equals {base.name}: it has no direction")
     return np.array(dots) / sqrt(square)

@@ -119,7 +119,7 @@ def _block(models: Sequence[Checkpoint], chunk: int, most: int = 2**18) -> int:
 class _Room:
     "Buffers of one thread: weights of all models as they are stored, and some of them as task vectors, on the device that multiplies."
     def __init__(self, models: Sequence[Checkpoint], block: int, chunk: int, device: torch.device, dtype: torch.dtype):
-        gpu, self.models, self.made = device.type == "cuda", len(models), {}
+        gpu, self.n, self.made = device.type == "cuda", len(models), {}
         self.stored = torch.empty(len(models) * block, dtype=_stored_dtype(models), pin_memory=gpu)
         self.wide = torch.empty(len(models) * (block if gpu else min(block, chunk)), dtype=dtype, device=device)
         self.stream = torch.cuda.Stream(device) if gpu else None
@@ -127,8 +127,8 @@ class _Room:
     def views(self, n: int) -> "tuple[list, list]":
         "Of n weights of each model, made once: rows to read into; and some columns at a time, as stored, as task vectors over the base, these transposed, without the base, and the base."
         if n not in self.made:
-            stored, parts = self.stored[:self.models * n].view(self.models, n), []
-            for part in stored.split(len(self.wide) // self.models, dim=1):
+            stored, parts = self.stored[:self.n * n].view(self.n, n), []
+            for part in stored.split(len(self.wide) // self.n, dim=1):
                 tvs = self.wide[:part.numel()].view(part.shape)
                 parts.append((part, tvs, tvs.T, tvs[:-1], tvs[-1]))
             self.made[n] = list(stored), parts
@@ -226,7 +226,7 @@ def gram(
     checkpoints: "Iterable[Checkpoint]", # N models, or folders, hub ids and live modules that `open_checkpoint` takes
     base: Checkpoint, # the pretrained model they all started from
     by: "Callable[[str], Hashable | list] | None" = None, # label, or list of labels, of a tensor by its name
-    block: "int | None" = None, # weights of each model in memory at a time, for each thread; None: as many as 64 MB hold
+    block: "int | None" = None, # weights of each model in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**18
     progress: bool = True, # show a progress bar, in weights
     threads: "int | None" = None, # None: as many as torch would use, at most 8
     device: str = "cpu", # what multiplies: "cpu" or "cuda"
@@ -321,7 +321,7 @@ def cross_similarity(
     left: "Iterable[Checkpoint]", # N models, or what `open_checkpoint` takes
     right: "Iterable[Checkpoint]", # M models of the same base; a name may occur on both sides
     base: Checkpoint, # the pretrained model they all started from
-    block: "int | None" = None, # weights of each model in memory at a time, for each thread; None: as many as 64 MB hold
+    block: "int | None" = None, # weights of each model in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**18
     progress: bool = True, # show a progress bar, in weights
     threads: "int | None" = None, # None: as many as torch would use, at most 8
     device: str = "cpu", # what multiplies: "cpu" or "cuda"
@@ -385,8 +385,8 @@ class Sketch:
         return pd.DataFrame(cosines, list(self.names), list(right.names))
 
 # %% ../nbs/04_similarity.ipynb #811fa7d9
-def _signs(key: int, start: int, n: int) -> torch.Tensor:
-    "Random signs of the weights from `start`, a multiple of 256, on."
+def _bits(key: int, start: int, n: int) -> torch.Tensor:
+    "Random bits of the weights from `start`, a multiple of 256, on."
     bits = np.random.Philox(key=key)
     bits.advance(start // 256)  # a step of its counter makes 256 bits
     return torch.from_numpy(np.unpackbits(bits.random_raw(-(-n // 64)).astype("<u8").view(np.uint8))[:n])
@@ -395,7 +395,7 @@ def _stretch_sketch(models: Sequence[Checkpoint], name: str, start: int, stop: i
     "The share of a stretch in the sums of each model, and in the square of its length."
     key, n, at = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:16], "little"), len(models) - 1, 0
     with torch.cuda.stream(room.stream):
-        signs = _signs(key, start, stop - start).to(room.wide).mul_(2).sub_(1)
+        signs = _bits(key, start, stop - start).to(room.wide).mul_(2).sub_(1)
         sums, squares = (torch.zeros(n, width, dtype=torch.float64, device=room.wide.device) for width in (k, 1))
         for tvs, _ in _task_vectors(models, name, start, stop, room):
             tvs = tvs[:-1]
@@ -410,7 +410,7 @@ def _stretch_sketch(models: Sequence[Checkpoint], name: str, start: int, stop: i
 def sketch(
     checkpoints: "Iterable[Checkpoint]", # N models, or folders, hub ids and live modules that `open_checkpoint` takes
     base: Checkpoint, # the pretrained model they all started from
-    k: int = 4096, # numbers that are kept of each, a multiple of 256; an error of 1 / sqrt(k) goes with it
+    k: int = 4096, # numbers that are kept of each, a multiple of 256; the error of a cosine is 1 / sqrt(k) near 0, sqrt(2 / k) near 1
     seed: int = 0, # of the projection
     progress: bool = True, # show a progress bar, in weights
     threads: "int | None" = None, # None: as many as torch would use, at most 8

@@ -351,7 +351,7 @@ class Clock(dict):
     @contextmanager
     def part(self,
         name: str, # of the part
-        text: str = "", # what it does; None: the name says it
+        text: str = "", # what it does; empty: the name says it
     ):
         "Announce a part, and count its seconds."
         say(f"{name}: {text}" if text else name)
@@ -591,7 +591,7 @@ def run_study(
     scale: str = "laptop",    # "tiny", "laptop", "full" or "paper"
     data: str = "builtin",    # "builtin", "hub" or a folder of datasets
     min_rows: int = 0,        # training rows a dataset must have to take part
-    workers: int | None = None, # fine-tunings at a time; None: one a core
+    workers: int | None = None, # jobs at a time; None: see `run_jobs`
 ) -> Path: # the page to begin with
     "Run the whole study, going on where an earlier run stopped."
     if scale not in SCALES: raise ValueError(f"no scale {scale!r}: there are {', '.join(SCALES)}")

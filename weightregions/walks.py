@@ -156,6 +156,7 @@ def points_of(
     if walk.kind == "hull": return hull(members, walk.points)
     if walk.kind == "plane": return plane(*members, grid=walk.points)
     if walk.kind == "line": return line(*members, np.linspace(0, 1, walk.points + 2)[1:-1])
+    if walk.kind != "edges": raise ValueError(f"{walk.name}: there is no walk of kind {walk.kind!r}")
     return (p for p in extrapolation(*members, steps=walk.points, inside=False) if p[0]["alpha"] not in (0, 1))
 
 # %% ../nbs/48_walks.ipynb #535a380b
