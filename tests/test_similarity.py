@@ -253,11 +253,11 @@ def test_a_sketch_depends_on_nothing_but_the_seed(seed, k, threads):
     np.testing.assert_allclose(twice.values[0], 2 * whole.values[0], rtol=1e-5, atol=1e-4)
 
 
-def test_signs_do_not_depend_on_where_one_starts():
-    from weightregions.similarity import _signs
-    whole = _signs(12345, 0, 5000)
-    for start in (0, 256, 1024, 4864): assert (_signs(12345, start, 5000 - start) == whole[start:]).all()
-    assert 0.47 < whole.double().mean() < 0.53 and not (whole == _signs(12346, 0, 5000)).all()
+def test_bits_do_not_depend_on_where_one_starts():
+    from weightregions.similarity import _bits
+    whole = _bits(12345, 0, 5000)
+    for start in (0, 256, 1024, 4864): assert (_bits(12345, start, 5000 - start) == whole[start:]).all()
+    assert 0.47 < whole.double().mean() < 0.53 and not (whole == _bits(12346, 0, 5000)).all()
 
 
 @pytest.mark.cuda
