@@ -237,7 +237,7 @@ def record(self: Study,
     if unknown := set().union(*claims) - set(CLAIM_COLUMNS): raise ValueError(f"a claim has no {', '.join(sorted(unknown))}")
     write_whole(self.folder/"claims"/f"{notebook}.csv", table.to_csv(index=False, float_format="%.4g"))
     write_whole(self.folder/"claims.csv", self.claims().to_csv(index=False, float_format="%.4g"))
-    return table.fillna({"verdict": ""}).round(3)
+    return table.round(3).astype({"paper": object}).fillna({"paper": "", "verdict": ""})
 
 @patch
 def figure(self: Study,
