@@ -2,6 +2,7 @@
 import csv
 import os
 import random
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -13,12 +14,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hypothesis
 import pytest
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 MINUTES = 10  # the longest that a test may take
 
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("same")
+
+
+def own_lock():
+    "Progress bars take turns by a lock that a fork does not share: a process killed while it holds its own keeps no other waiting."
+    tqdm.set_lock(threading.RLock())
+
+
+own_lock(), os.register_at_fork(after_in_child=own_lock)
 
 
 def pytest_addoption(parser):

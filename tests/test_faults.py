@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from tqdm.auto import tqdm
 
 from weightregions import contest, starting
 from weightregions import zoo as zoos
@@ -162,6 +163,15 @@ def apart(work, seconds=60, before=None):
     os.close(into)
     with open(out, "rb") as f: said = f.read().decode()
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
+
+
+def test_a_process_killed_while_it_draws_a_bar_keeps_no_other_waiting():
+    def killed():
+        with tqdm.get_lock(): os.kill(os.getpid(), signal.SIGKILL)
+
+    tqdm.get_lock()  # made before the fork
+    assert apart(killed) == (-signal.SIGKILL, "")
+    assert apart(lambda: list(tqdm([1], disable=True)), seconds=5) == (0, "")
 
 
 def killed_at(n, folder):
