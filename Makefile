@@ -2,25 +2,28 @@
 
 # As in `make study SCALE=tiny OUT=first-look`:
 #   SCALE   tiny | laptop | full | paper
-#   DATA    builtin | hub | a folder of datasets
+#   DATA    builtin | hub | a folder of datasets; not given: hub at scale paper, else builtin
 #   OUT     where a study leaves its models, rows and reports
 #   TESTS   what `make test` runs; JOBS in how many processes
 #   FLAGS   flagged notebook cells to run as well, such as "slow cuda"
 #   PYTHON  the interpreter that makes .venv
 # and of `make bench`:
 #   SIZE    base | small checkpoints
-#   ONLY    similarity average line growth probe zoo, or some of them
+#   DEVICE  cpu | cuda; BASE  minilm | random weights, for probe and zoo
+#   ONLY    ceiling similarity average line growth probe zoo, or some of them
 #   ROUNDS  measurements of each way; CLOCK wall | cpu
 #   ROWS    the file of rows
 #   PEERS   1 installs mergekit and loss-landscapes into OUT/peers
 SCALE  ?= laptop
-DATA   ?= builtin
+DATA   ?=
 OUT    ?= out
 TESTS  ?= tests
 JOBS   ?= 2
 FLAGS  ?=
 PYTHON ?= python3
 SIZE   ?= base
+DEVICE ?= cpu
+BASE   ?= minilm
 ONLY   ?=
 ROUNDS ?= 3
 CLOCK  ?= wall
@@ -36,11 +39,11 @@ say    = @printf '\n== %s\n' "$(1)"
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[.a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
-	@printf '\n  as they stand: SCALE=$(SCALE) DATA=$(DATA) OUT=$(OUT) TESTS=$(TESTS) JOBS=$(JOBS) FLAGS="$(FLAGS)" PYTHON=$(PYTHON)\n'
+	@printf '\n  as they stand: SCALE=$(SCALE) DATA="$(DATA)" OUT=$(OUT) TESTS=$(TESTS) JOBS=$(JOBS) FLAGS="$(FLAGS)" PYTHON=$(PYTHON)\n'
 
 study: .venv ## measure all claims of the paper: SCALE, DATA, OUT
-	$(call say,studying at scale $(SCALE) on $(DATA) data; everything goes to $(OUT))
-	$(BIN)/weightregions study --scale "$(SCALE)" --data "$(DATA)" --out "$(OUT)"
+	$(call say,studying at scale $(SCALE)$(if $(DATA), on $(DATA) data); everything goes to $(OUT))
+	$(BIN)/weightregions study --scale "$(SCALE)" $(if $(DATA),--data "$(DATA)") --out "$(OUT)"
 
 record: ## keep the rows of a study as the run that the study notebooks show: OUT
 	test -f "$(OUT)/rows/starts.csv"
@@ -49,11 +52,11 @@ record: ## keep the rows of a study as the run that the study notebooks show: OU
 
 test: .venv ## run every notebook and every test: TESTS, JOBS, FLAGS
 	$(call say,testing $(TESTS) in $(JOBS) processes: each notebook is one test)
-	$(QUIET) $(BIN)/python -m pytest $(TESTS) -v -n $(JOBS) --dist loadgroup --durations 10 $(if $(FLAGS),--flags "$(FLAGS)")
+	$(QUIET) $(BIN)/python -m pytest $(TESTS) -v -n $(JOBS) --dist loadgroup -o tmp_path_retention_policy=failed --durations 10 $(if $(FLAGS),--flags "$(FLAGS)")
 
-bench: .venv $(if $(PEERS),$(OUT)/peers/installed) ## time, memory and error beside floors and peers: SIZE, ONLY, PEERS=1
-	$(call say,measuring $(or $(ONLY),everything) at size $(SIZE); rows go to $(ROWS))
-	$(BIN)/python tests/bench --size "$(SIZE)" --only $(ONLY) --rounds "$(ROUNDS)" --clock "$(CLOCK)" --rows "$(ROWS)" --peers "$(OUT)/peers/bin/python"
+bench: .venv $(if $(PEERS),$(OUT)/peers/installed) ## time, memory and error beside floors and peers: SIZE, DEVICE, ONLY, PEERS=1
+	$(call say,measuring $(or $(ONLY),everything) at size $(SIZE) on $(DEVICE); rows go to $(ROWS))
+	$(BIN)/python tests/bench --size "$(SIZE)" --device "$(DEVICE)" --base "$(BASE)" --only $(ONLY) --rounds "$(ROUNDS)" --clock "$(CLOCK)" --rows "$(ROWS)" --peers "$(OUT)/peers/bin/python"
 
 lab: .venv ## open the notebooks in JupyterLab; saved notebooks are clean
 	cd nbs && ../$(BIN)/jupyter lab --config ../.ci/lab.py

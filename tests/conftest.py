@@ -18,9 +18,24 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 MINUTES = 10  # the longest that a test may take
+DEEPER = 20  # times as many examples are drawn with --hypothesis-profile deep
 
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True, database=None)
-hypothesis.settings.load_profile("same")
+hypothesis.settings.register_profile("deep", deadline=None, max_examples=100 * DEEPER, print_blob=True)
+hypothesis.settings.load_profile("same")  # unless the command line names another
+
+
+def is_deep(config): return config.getoption("--hypothesis-profile") == "deep"
+
+
+def deepen():
+    "Multiply the numbers of examples that tests ask for themselves."
+    as_asked = hypothesis.settings.__init__
+
+    def deeper(self, *args, **told):
+        if "max_examples" in told: told["max_examples"] *= DEEPER
+        as_asked(self, *args, **told)
+    hypothesis.settings.__init__ = deeper
 
 
 def own_lock():
@@ -39,6 +54,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a GPU")
     config.addinivalue_line("markers", "slow: takes minutes; run with --flags slow")
+    if is_deep(config): deepen()
 
 
 def has_gpu():
@@ -51,7 +67,7 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: (not item.get_closest_marker("xdist_group"), item.path.name != "test_notebooks.py"))  # the longest first
     flags = config.getoption("--flags").split()
     for item in items:
-        if not item.get_closest_marker("timeout"): item.add_marker(pytest.mark.timeout(60 * MINUTES * (6 if flags else 1)))
+        if not item.get_closest_marker("timeout"): item.add_marker(pytest.mark.timeout(60 * MINUTES * (6 if flags or is_deep(config) else 1)))
         if item.get_closest_marker("cuda") and not has_gpu(): item.add_marker(pytest.mark.skip(reason="no GPU"))
         if item.get_closest_marker("slow") and "slow" not in flags: item.add_marker(pytest.mark.skip(reason="slow: --flags slow"))
 
@@ -77,12 +93,14 @@ RECORDED = ROOT / "nbs" / "study" / "recorded" / "faults.csv"
 
 @pytest.fixture
 def tried(request, record_property):
-    "Count a fault: `tried(fault, stage, times, outcome)`. The recorded table, which the book shows, must have its row."
-    def count(fault, stage, times, outcome):
+    "Count a fault: `tried(fault, stage, times, outcome)`. The recorded table, which the book shows, must have its row; its number may differ where that is not `exact`."
+    def count(fault, stage, times, outcome, exact=True):
         record_property("fault", (fault, stage, times, outcome))
         if request.config.getoption("--faults"): return
-        with open(RECORDED, encoding="utf-8", newline="") as f: rows = [(r[0], r[1], r[3]) for r in csv.reader(f)]
-        assert (fault, stage, outcome) in rows, f"{RECORDED.relative_to(ROOT)} lacks this fault: record it with --faults"
+        with open(RECORDED, encoding="utf-8", newline="") as f: rows = {(r[0], r[1], r[3]): r[2] for r in csv.reader(f)}
+        recorded = rows.get((fault, stage, outcome))
+        assert recorded, f"{RECORDED.relative_to(ROOT)} lacks this fault: record it with --faults"
+        if exact and not is_deep(request.config): assert str(times) == recorded, f"{fault}, {stage}: tried {times} times, and {recorded} times in {RECORDED.relative_to(ROOT)}: record it with --faults"
     return count
 
 

@@ -516,7 +516,7 @@ def test_an_index_that_points_outside(name, copied):
 def test_indices(copied):
     all_here = dict.fromkeys(load_file(copied / "model.safetensors"), "part.safetensors")
     shard(copied, {**all_here, QUERY: "part-2.safetensors"})
-    refused(copied, "shard part-2.safetensors is missing", FileNotFoundError)
+    refused(copied, "shard 'part-2.safetensors' is missing", FileNotFoundError)
     index = copied / "model.safetensors.index.json"
     for weight_map, says in (({**all_here, "roberta.more": "part.safetensors"}, "part.safetensors: lacks roberta.more, which its index promises"),
                              ({n: f for n, f in all_here.items() if n != QUERY}, "part.safetensors: holds .*query.weight, which its index does not list"),

@@ -1,4 +1,5 @@
 "The commands: each once, as a process of its own; what they refuse, and what an interrupt leaves."
+import json
 import multiprocessing
 import os
 import shutil
@@ -21,6 +22,7 @@ from weightregions.checkpoints import open_checkpoint
 from weightregions.cli import main
 from weightregions.corpora import load_corpora
 from weightregions.files import file_sha256
+from weightregions.finetuning import Recipe
 from weightregions.region import locate, regions_of
 from weightregions.similarity import cosine_similarity
 from weightregions.zoo import open_zoo
@@ -158,9 +160,28 @@ def test_recommend(here):
     if "centroid" in name: open_checkpoint(here / "best")
 
 
+def test_the_whole_recipe_can_be_given(here):
+    well("zoo base --data texts --datasets films --seeds 1 --out told --workers 1 --epochs 2 --patience 256000 --batch-size 8 --learning-rate 5e-5 --head-rate 5e-5 "
+         "--weight-decay 0.01 --warmup 0.06 --max-length 30 --head random", here)
+    assert json.loads((here / "told" / "zoo.json").read_text())["recipe"] == Recipe(epochs=2, patience=256_000, batch_size=8, learning_rate=5e-5, head_rate=5e-5, weight_decay=0.01,
+                                                                                  warmup=0.06, max_length=30, head="random").as_dict()
+    assert json.loads((here / "told" / "films" / "seed-1" / "manifest.json").read_text())["metrics"]["steps"] == 16
+
+
+def test_roberta_stands_beside_what_was_published(here):
+    assert "published" not in pd.read_csv(here / "zoo" / "learned.csv")
+    shutil.copytree(here / "base", here / "roberta-base")
+    shutil.copytree(here / "texts" / "films", here / "more" / "rte"), shutil.copytree(here / "texts" / "meals", here / "more" / "meals")
+    well(f"zoo roberta-base --data more --seeds 1 --out reference {RECIPE}", here)
+    table = pd.read_csv(here / "reference" / "learned.csv").set_index("dataset")
+    assert table.published["rte"] == pytest.approx(0.724) and pd.isna(table.published["meals"])
+
+
 def test_a_dry_run_tells_the_plan_and_makes_nothing(here):
-    out = well("study --scale paper --data hub --out planned --dry-run", here)
-    assert "hours of one H100" in out and "all" in out and not (here / "planned").exists()
+    out = well("study --scale paper --out planned --dry-run", here)
+    assert "35 datasets (hub) x 5 seeds" in out and "10 epochs" in out and "hours of one H100" in out and not (here / "planned").exists()
+    assert out == well("study --scale paper --data hub --dry-run", here) and "(builtin)" in well("study --dry-run", here)
+    assert "measured: " in well("study --scale tiny --measure --out planned", here) and not (here / "planned").exists()
     assert cli("study --dry-run --device abacus", here)[0] == 2
 
 
@@ -170,6 +191,9 @@ def test_a_dry_run_tells_the_plan_and_makes_nothing(here):
     ("zoo base --data texts --datasets films,opera --out new", "no dataset 'opera' in texts: there are films"),
     ("zoo base --data texts --out new --rows 61", "dataset films: 61 training rows asked for, there are 60"),
     ("zoo base --data texts --out new --seeds 0", "no seeds"),
+    ("zoo base --data texts --out new --epochs nan", "recipe: epochs must be a positive number, not nan"),
+    ("zoo base --data texts --out new --patience 0", "recipe: patience must be at least 1, not 0"),
+    ("zoo base --data texts --out new --weight-decay -1", "recipe: weight_decay must not be below 0"),
     ("zoo base --data texts --steps 4", "zoo is a zoo of another recipe: steps is 3 there and 4 here"),
     ("zoo other --data texts --steps 3 --batch-size 8", "zoo is a zoo of another base"),
     ("similarity nowhere --base base", "nowhere: there is no such folder"),

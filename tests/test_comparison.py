@@ -255,7 +255,7 @@ CHILD = """
 import sys, time
 from weightregions.comparison import compare
 def metric(name):
-    time.sleep(0.004)
+    time.sleep(0.02)
     return [dict(target=t, loss=float(f"0.{abs(i * 7919 + ord(t))}"), accuracy=0.5, note="a, \\u00fc" * (i % 3 == 0)) for i in [int(name[1:])] for t in "xyz"]
 print("ready", flush=True)
 compare([("In" if i % 2 else "Ex", f"p{i}") for i in range(40)], metric, sys.argv[1], progress=False, identity={"probe": 1})

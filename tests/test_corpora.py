@@ -324,7 +324,8 @@ def test_registry_entry(name):
     assert bool(entry["authors"]) == (entry["published"] is not None) and (entry["published"] is None or 40 < entry["published"] < 100)
     said = [field for fields in entry["checked"].values() for field in fields]
     fields = FIELDS | ({"published"} if entry["authors"] else set())
-    assert set(said) == fields and len(said) == len(fields) and set(entry["checked"]) <= {"seen", "measured", "remembered", "estimated", "chosen"}
+    assert set(said) == fields and len(said) == len(fields) and set(entry["checked"]) <= {"seen", "measured", "remembered", "estimated", "chosen", "doubtful", "branch", "short"}
+    assert ("revision" in entry["checked"]["seen"]) == (len(entry["revision"] or "") == 40), "seen is what is pinned"
     assert "tokens" in entry["checked"].get("measured", []) + entry["checked"].get("estimated", [])
 
 
@@ -424,6 +425,7 @@ def test_every_entry_reads_its_columns(name, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", f"dataset {name}: the revision of .* is not pinned")
         corpus = load_corpora("hub", names=[name])[name]
     assert asked == [((entry["id"], entry["config"]), {"revision": entry["revision"]})]
     assert corpus.family == entry["family"] and corpus.labels == tuple(entry["label_names"]) and corpus.pair == bool(entry["text_pair"])

@@ -2,6 +2,7 @@
 
 While a reader works, an audit of the interpreter watches what it does; its time and its memory are limited. What was tried is counted, see `test_faults.py`.
 """
+import copy
 import io
 import json
 import os
@@ -33,7 +34,7 @@ from weightregions.corpora import load_corpora
 from weightregions.files import as_json, file_sha256
 from weightregions.finetuning import Recipe
 from weightregions.region import Region
-from weightregions.similarity import gram, load_gram
+from weightregions.similarity import gram, load_gram, load_sketch, sketch
 from weightregions.study import Study
 from weightregions.traversal import Stand, hull, read_rows, traverse
 from weightregions.zoo import gather, open_zoo, settle
@@ -107,11 +108,11 @@ def json_like(draw, text):
     value = json.loads(text)
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(list(places(value))))
-        if not path: return draw(HOSTILE)
+        if not path: return copy.deepcopy(draw(HOSTILE))
         at = value
         for key in path[:-1]: at = at[key]
         if draw(st.integers(0, 3)) == 0: del at[path[-1]]
-        else: at[path[-1]] = draw(HOSTILE)
+        else: at[path[-1]] = copy.deepcopy(draw(HOSTILE))
     return value
 
 
@@ -169,6 +170,7 @@ def root(tmp_path_factory):
     models, base = open_zoo(root / "zoo").checkpoints(), open_checkpoint(tiny(root / "base", 9), name="base")
     (root / "gram").mkdir(), (root / "rows").mkdir(), (root / "study").mkdir()
     gram(models, base, by=lambda n: n.split(".")[0], progress=False).save(root / "gram" / "gram.npz")
+    sketch(models, base, 256, progress=False).save(root / "gram" / "sketch.npz")
     walk(models, root / "rows")
     losses(root / "rows")
     Region.of(models, base, "all").save(root / "region")
@@ -208,6 +210,10 @@ def whole_gram(folder):
     kept = load_gram(folder / "gram.npz")
     return kept.products(), kept.groups, repr(kept), kept.euclidean(), kept.norms()
 
+def whole_sketch(folder):
+    kept = load_sketch(folder / "sketch.npz")
+    return kept.cosine(), repr(kept)
+
 def whole_region(folder):
     region = Region.load(folder)
     return region.centre.read(region.centre.layout.names[0], 0, 1), repr(region)
@@ -235,6 +241,7 @@ READERS = {  # what is read: folder, file, the kind of damage, the reader of the
     "measurements": ("rows", "losses.csv", "bytes", lambda f: measured(f / "losses.csv"), "losses.csv"),
     "measurements, resumed": ("rows", "losses.csv", "bytes", losses, "losses.csv"),
     "inner products": ("gram", "gram.npz", "bytes", whole_gram, "gram.npz"),
+    "sketch": ("gram", "sketch.npz", "bytes", whole_sketch, "sketch.npz"),
     "region.json": ("region", "region.json", "json", whole_region, "region"),
     "centre of a region": ("region", "centre.safetensors", "bytes", whole_region, "centre.safetensors"),
     "about.json": ("study", "about.json", "json", lambda f: repr(Study(f)), "study"),

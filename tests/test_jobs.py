@@ -1,4 +1,5 @@
 "The same jobs give the same bytes in this process, in many, and on a Ray cluster; whoever dies costs its own job only."
+import hashlib
 import os
 import shutil
 import signal
@@ -14,12 +15,13 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from weightregions import jobs
+from weightregions import zoo as zoos
 from weightregions.bases import tiny_base
 from weightregions.contest import Contest, hold_contest
 from weightregions.corpora import load_corpora
-from weightregions.files import file_sha256
 from weightregions.finetuning import Recipe
 from weightregions.jobs import agreed, places, ranks, run_jobs
 from weightregions.starting import Search
@@ -46,13 +48,17 @@ def corpora():
     return load_corpora("builtin", names=["films", "headlines"], n_train=40, n_test=20)
 
 
-def contents(zoo):
-    "SHA-256 of every file of a zoo but its log, by relative path."
-    return {str(f.relative_to(zoo)): file_sha256(f) for f in sorted(zoo.rglob("*")) if f.is_file() and f.name != "log.jsonl" and f.suffix != ".lock"}
+TIMED = ("log.jsonl", "advice.csv")  # files that say how long something took
+
+def contents(folder):
+    "SHA-256 of every file of a folder but locks and those that hold times, by relative path."
+    files = {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file() and f.name not in TIMED and f.suffix != ".lock"}
+    in_order = lambda name, blob: b"".join(sorted(blob.splitlines(True))) if name == "starts/rows.csv" else blob  # its rows come as jobs end
+    return {name: hashlib.sha256(in_order(name, blob)).hexdigest() for name, blob in files.items()}
 
 
 def everything(folder, base, corpora, workers):
-    "A tiny zoo, walk and contest: the bytes of the first, the rows of the others."
+    "A tiny zoo, walk and contest: the bytes of all files, and what the calls give, in its order."
     torch.set_num_threads(1)
     zoo = open_zoo(build_zoo(folder / "zoo", base, corpora, RECIPE, [1, 2], workers))
     paths = zoo.models.set_index("model").path.to_dict()
@@ -60,12 +66,17 @@ def everything(folder, base, corpora, workers):
     walks = [Walk("line", "line", (first, last), ("films",), 1), Walk("models", "models", tuple(paths), ("headlines",), 0)]
     points, _ = take_all(walks, folder / "walks", paths, base, corpora, REACH, workers)
     rows, advice = hold_contest(zoo, corpora, base, folder / "starts", BRIEF, ALONE, workers)
-    return contents(folder / "zoo"), points, rows, advice.drop(columns="seconds")
+    return contents(folder), points, rows, advice.drop(columns="seconds")
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, base, corpora):
     return everything(tmp_path_factory.mktemp("alone"), base, corpora, workers=1)
+
+
+@pytest.fixture(scope="module")
+def zoo_alone(alone):
+    return {name: digest for name, digest in alone[0].items() if name.startswith("zoo/")}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +95,7 @@ def test_the_same_bytes_come_out(tmp_path, base, corpora, alone, backend, monkey
     if backend == "ray": request.getfixturevalue("cluster")
     monkeypatch.setenv("WEIGHTREGIONS_BACKEND", backend)
     files, *tables = everything(tmp_path, base, corpora, workers=2)
-    assert files == alone[0]
+    assert files == alone[0] and {name.split("/")[0] for name in files} == {"zoo", "walks", "starts"}
     for ours, theirs in zip(tables, alone[1:], strict=True): pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
 
 
@@ -108,19 +119,43 @@ def test_a_worker_that_dies_costs_its_own_job_only(tmp_path, backend, workers, r
     assert (tmp_path / "2").stat().st_size == 2
 
 
-def test_a_zoo_whose_workers_are_killed_ends_with_the_same_bytes(tmp_path, base, corpora, alone):
+def killed_in_a_step(*job):
+    "A job of a zoo; the first worker of each model is killed in an optimiser step."
+    *_, corpus, _, seed, zoo = job
+    died, steps = zoo.parents[1] / f"{corpus.name}-{seed}.died", []
+
+    def count(*_):
+        steps.append(1)
+        if len(steps) == 2: died.touch(), os.kill(os.getpid(), signal.SIGKILL)
+
+    if not died.exists(): register_optimizer_step_pre_hook(count)
+    return zoos._job(*job)
+
+
+@every_backend
+def test_workers_killed_while_they_fine_tune_leave_the_same_bytes(tmp_path, base, corpora, zoo_alone, backend, monkeypatch, request, tried):
+    if backend == "ray": request.getfixturevalue("cluster")
+    monkeypatch.setenv("WEIGHTREGIONS_BACKEND", backend)
+    monkeypatch.setattr(zoos, "_job", killed_in_a_step)
+    with pytest.warns(RuntimeWarning, match="the worker of the job .* died") as told: build_zoo(tmp_path / "here" / "zoo", base, corpora, RECIPE, [1, 2], workers=2)
+    assert len(list(tmp_path.glob("*.died"))) == sum("died" in str(w.message) for w in told) == 4
+    assert contents(tmp_path / "here") == zoo_alone
+    tried("a worker killed in an optimiser step", f"zoo, {backend.replace('ray', 'Ray')}", 4, "its job alone is done again, the same bytes as of one process")
+
+
+def test_a_zoo_whose_workers_are_killed_at_once_ends_with_the_same_bytes(tmp_path, base, corpora, zoo_alone):
     def kill():
         while not list(tmp_path.glob("zoo/*/.seed-1.lock")): time.sleep(0.01)
         for worker in list(jobs._WORKERS.values()):
             for pid in list(worker._processes or ()): os.kill(pid, signal.SIGKILL)
 
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # whether a worker was at work or idle when it was killed is chance
         build_zoo(tmp_path / "zoo", base, corpora, RECIPE, [1, 2], workers=2)
     killer.join()
-    assert contents(tmp_path / "zoo") == alone[0]
+    assert contents(tmp_path) == zoo_alone
     for file in tmp_path.glob("zoo/*/*/tokenizer_config.json"): assert "local" not in file.read_text()  # a zoo made offline is that made online
 
 
@@ -137,7 +172,9 @@ def test_an_interrupt_ends_all_workers_at_once(tmp_path):
     (tmp_path / "test_jobs_work.py").write_text("import os, time\ndef work(folder, i):\n    open(f'{folder}/{i}.pid', 'w').write(str(os.getpid()))\n    time.sleep(600)\n")
     child = subprocess.Popen([sys.executable, "-c", LONG.format(tests=str(tmp_path), folder=str(tmp_path))], cwd=ROOT, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
                              env=os.environ | {"PYTHONPATH": str(tmp_path)}, stderr=subprocess.PIPE, text=True)
-    while len(pids := [p.read_text() for p in tmp_path.glob("*.pid") if p.read_text()]) < 2: time.sleep(0.05)
+    while len(pids := [p.read_text() for p in tmp_path.glob("*.pid") if p.read_text()]) < 2:
+        assert child.poll() is None, child.stderr.read()
+        time.sleep(0.05)
     child.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in child.communicate(timeout=60)[1]
     assert child.returncode

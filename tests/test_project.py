@@ -323,3 +323,12 @@ def test_workflow_is_well_formed(path):
             for script in re.findall(r"(?:\.ci|tests|nbs)/[\w./]*\w", step.get("run", "")): assert (ROOT / script).exists(), script
             for target in re.findall(r"\bmake ([\w.]+)", step.get("run", "")):
                 assert re.search(rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(), flags=re.M), f"make has no target {target}"
+
+
+def test_a_group_of_tests_runs_in_one_process(tmp_path):
+    "As its fixtures are dear; pytest-xdist 3.8 takes no notice of groups with pytest 9.2."
+    (tmp_path / "test_group.py").write_text("import pytest\n@pytest.mark.xdist_group('group')\n@pytest.mark.parametrize('i', range(8))\ndef test_one(i, worker_id):\n    with open('workers', 'a') as f: f.write(worker_id + '\\n')\n")
+    done = subprocess.run([sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadgroup", "-p", "no:cacheprovider", "test_group.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    workers = (tmp_path / "workers").read_text().split()
+    assert len(workers) == 8 and len(set(workers)) == 1

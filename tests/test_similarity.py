@@ -1,4 +1,5 @@
 """Attacks on weightregions.similarity: float64 parity, additivity, determinism, bounded memory, faults."""
+import json
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 
 from weightregions.checkpoints import open_checkpoint
-from weightregions.similarity import Gram, cosine_similarity, cross_similarity, euclidean_distance, gram, load_gram, sketch
+from weightregions.similarity import Gram, cosine_similarity, cross_similarity, euclidean_distance, gram, load_gram, load_sketch, sketch
 
 SHAPES = {"embeddings.weight": (7, 5), "layer.0.attention.weight": (5, 5), "layer.0.dense.bias": (5,), "layer.1.attention.weight": (5, 5), "scale": ()}
 
@@ -149,6 +150,25 @@ def test_kept_products_come_back(tmp_path):
         load_gram(tmp_path / "cut.npz")
 
 
+def test_a_kept_sketch_comes_back_and_grows(tmp_path):
+    models, base = zoo(4)
+    few, file = sketch(models[:3], base, 256, progress=False), tmp_path / "s.npz"
+    again = load_sketch(few.save(file))
+    assert again.names == few.names and (again.values == few.values).all() and (again.norms == few.norms).all() and (again.seed, again.base) == (few.seed, few.base)
+    whole = sketch(models, base, 256, progress=False)
+    assert (again.joined(sketch(models[3:], base, 256, progress=False)).cosine() == whole.cosine()).all(axis=None)
+    with pytest.raises(ValueError, match="different base, seed or size"): again.joined(sketch(models[3:], base, 256, seed=1, progress=False))
+    with pytest.raises(ValueError, match="both sketches hold 'm0'"): again.joined(few)
+    with pytest.raises(FileNotFoundError): load_sketch(tmp_path / "none.npz")
+    content = file.read_bytes()
+    for cut in (0, 100, len(content) // 2, len(content) - 1):
+        file.write_bytes(content[:cut])
+        with pytest.raises(ValueError, match="s.npz: not a file of sketched task vectors"): load_sketch(file)
+    for change in (dict(names='["a"]'), dict(names='["m0", "m0", "m1"]'), dict(norms=few.norms[:2]), dict(values=few.values.astype(str)), dict(seed="x")):
+        np.savez(file, **dict(names=json.dumps(few.names), values=few.values, norms=few.norms, seed=0, base="") | change)
+        with pytest.raises(ValueError, match="s.npz: not a file"): load_sketch(file)
+
+
 def test_merge_and_select_commute():
     models, base = zoo(4)
     g = gram(models, base, by=lambda n: n, progress=False)
@@ -181,19 +201,22 @@ before = peak(); gram(models, base, progress=False, threads=2); print((peak() - 
     assert float(done.stdout) < 64, f"{done.stdout} MB"
 
 
-@pytest.mark.parametrize("many", [2, 33, 400])
-def test_buffers_are_bounded_whatever_the_number_of_models(many, monkeypatch):
+@pytest.mark.parametrize("many", [2, 33, 400, 1500])
+@pytest.mark.parametrize("memory", [1e7, 1e8, 1e9])
+def test_buffers_keep_to_their_memory_whatever_the_number_of_models(many, memory, monkeypatch):
     from weightregions import similarity
-    base = open_checkpoint({"w": torch.zeros(2**19)}, name="base")
-    models = [open_checkpoint({"w": torch.ones(1).expand(2**19)}, name=f"m{i}") for i in range(many)]
+    base = open_checkpoint({"w": torch.zeros(2**16)}, name="base")
+    models = [open_checkpoint({"w": torch.ones(1).expand(2**16)}, name=f"m{i}") for i in range(many)]
     rooms, real = [], similarity._Room.__init__
     def watched(self, *a):
         real(self, *a)
         rooms.append(self.stored.nbytes + self.wide.nbytes)
     monkeypatch.setattr(similarity._Room, "__init__", watched)
-    g = gram(models, base, progress=False, threads=1)
-    assert max(rooms) <= 2**26 + (many + 1) * 2**13 * 8
-    assert (g.products()[:-1, :-1] == 2**19).all()
+    g = gram(models, base, progress=False, threads=8, memory=memory, block=2**13)
+    assert len(rooms) == 1 or sum(rooms) <= memory
+    assert len(rooms) == 8 or sum(rooms) + 2 * max(rooms) > memory  # no thread is left out without need
+    assert max(rooms) <= 2 * 2**26
+    assert (g.products()[:-1, :-1] == 2**16).all()
 
 
 @settings(max_examples=20, deadline=None)

@@ -16,7 +16,7 @@ from weightregions.study import CAPTIONS, CLAIM_COLUMNS, HOLDS, IN_PART, NOT_HER
 
 ROOT = Path(__file__).resolve().parent.parent
 
-pytestmark = pytest.mark.xdist_group("study")  # one process makes what all of these tests look at
+pytestmark = [pytest.mark.xdist_group("study"), pytest.mark.timeout(1200)]  # one process makes what all of these tests look at, which takes minutes
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,21 @@ def test_rows_are_enough_to_draw_again(out, tmp_path):
         study.matrix(column="tangent")
     with pytest.raises(FileNotFoundError, match="no rows/weather.csv"):
         study.rows("weather")
+
+
+def test_what_was_learned_is_told(out):
+    table = pd.read_csv(out / "rows" / "learned.csv")
+    assert set(table.dataset) == set(Study(out).about["datasets"]) and "published" not in table   # the base is not RoBERTa
+    assert "for 60 steps of 16 rows" in (out / "index.html").read_text()
+
+
+@pytest.mark.parametrize("scale, asked", [("paper", "hub"), ("tiny", "builtin")])
+def test_the_data_follow_the_scale(tmp_path, monkeypatch, scale, asked):
+    def loaded(source, **how): raise LookupError(source)
+    monkeypatch.setattr("weightregions.study.load_corpora", loaded)
+    with pytest.raises(LookupError, match=asked): run_study(tmp_path / "out", scale)
+    with pytest.raises(LookupError, match="mine"): run_study(tmp_path / "out", scale, "mine")
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_study_is_not_mixed_in(out):

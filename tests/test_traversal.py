@@ -17,10 +17,11 @@ from transformers import (AutoModel, AutoModelForSequenceClassification, BertCon
                           DebertaV2ForSequenceClassification, DistilBertConfig, DistilBertForSequenceClassification, GPT2Config, GPT2LMHeadModel,
                           RobertaConfig, RobertaForMaskedLM, RobertaForSequenceClassification, T5Config, T5ForConditionalGeneration)
 
+from weightregions import traversal
 from weightregions.checkpoints import open_checkpoint
 from weightregions.similarity import gram
 from weightregions.space import TaskVector
-from weightregions.traversal import (Point, Stand, average, extrapolation, hold, hull, line, perturbations, plane, ray, read_rows, save_point,
+from weightregions.traversal import (Point, Stand, average, extrapolation, hold, hold_what_fits, hull, line, perturbations, plane, ray, read_rows, save_point,
                                      traverse)
 
 SMALL = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, max_position_embeddings=24)
@@ -148,6 +149,29 @@ def test_members_of_other_precision(dtype):
     stand = Stand(half)
     stand.at(average(held))
     for name, q in stand.body.items(): assert same_bits(q, average(held)[name].to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("room", [2**24, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_members_in_files_give_the_same_points_piece_by_piece(tmp_path, monkeypatch, room, dtype):
+    for i, seed in enumerate((0, 1, 2)): live(seed=seed).to(dtype).save_pretrained(tmp_path / f"m{i}")
+    monkeypatch.setattr(traversal, "_ROOM", room), monkeypatch.setattr(traversal, "_STRETCH", 16)
+    filed = [open_checkpoint(tmp_path / f"m{i}") for i in range(3)]
+    held, some = [hold(m, head="drop") for m in filed], hold_what_fits(filed, memory=4 * filed[0].layout.numel, head="drop")
+    assert [m is f for m, f in zip(some, filed)] == [False, True, True]
+    stand, longest = Stand(filed[0]), []
+    real = traversal._combine
+    monkeypatch.setattr(traversal, "_combine", lambda tensors, weights, out: longest.append(len(tensors) * len(out)) or real(tensors, weights, out))
+    for (_, p), (_, q), (_, r) in zip(hull(filed, 3), hull(held, 3), hull(some, 3)):
+        wanted = {name: q[name] for name in q}
+        longest.clear()
+        for point in (p, r, p):
+            stand.at(point)
+            for name, body in stand.body.items(): assert same_bits(body.detach(), wanted[name].to(body.dtype)) and same_bits(point[name], wanted[name])
+        assert max(longest) <= max(room, 3 * 16)
+    assert traversal._keys(list(hull(filed, 3))) == traversal._keys(list(hull(held, 3)))
+    whole = average([filed[0], filed[0]])
+    assert all(same_bits(whole[name], filed[0][name].to(whole[name].dtype)) for name in whole)
 
 
 def test_points_serve_where_checkpoints_do():
@@ -383,7 +407,7 @@ CHILD = """
 import sys, time, torch
 sys.path.insert(0, {tests!r})
 from test_traversal import hold, hull, members, spread, Stand, traverse
-def slow(model): time.sleep(0.02); return spread(model)
+def slow(model): time.sleep(0.1); return spread(model)
 parts = [hold(m) for m in members()]
 print("ready", flush=True)
 traverse(hull(parts, 30), slow, Stand(parts[0]), rows={file!r}, progress=False)
@@ -394,7 +418,9 @@ def test_killed_in_the_middle_and_resumed(tmp_path):
     file, tests = tmp_path / "rows.jsonl", os.path.dirname(__file__)
     child = subprocess.Popen([sys.executable, "-c", CHILD.format(tests=tests, file=str(file))], stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     child.stdout.readline()
-    while not file.exists() or file.read_bytes().count(b"\n") < 4: time.sleep(0.01)
+    while not file.exists() or file.read_bytes().count(b"\n") < 4:
+        assert child.poll() is None
+        time.sleep(0.01)
     child.send_signal(signal.SIGKILL), child.wait()
     left = file.read_bytes().count(b"\n")
     assert 4 <= left < 31

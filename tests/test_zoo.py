@@ -41,8 +41,8 @@ def unbroken(tmp_path_factory, base, corpora):
 
 
 def contents(zoo):
-    "SHA-256 of every file of a zoo but its log, by relative path; hidden files are there to be seen too."
-    return {str(f.relative_to(zoo)): file_sha256(f) for f in sorted(zoo.rglob("*")) if f.is_file() and f.name != "log.jsonl" and f.suffix != ".lock"}
+    "SHA-256 of every file of a zoo but its log and what a kill left of zoo.json, by relative path; other hidden files are there to be seen too."
+    return {str(f.relative_to(zoo)): file_sha256(f) for f in sorted(zoo.rglob("*")) if f.is_file() and f.name != "log.jsonl" and f.suffix != ".lock" and not f.name.startswith(".zoo.json-")}
 
 
 def build(folder, base, corpora):

@@ -252,7 +252,7 @@ def _sharded(index: Path, reader: "Callable[[Path], dict]") -> dict:
     for shard in shards:
         if PurePosixPath(shard).name != shard or shard in ("", "..") or "\\" in shard:
             raise ValueError(f"{index}: shard {shard!r} lies outside of the folder")
-        if not (index.parent / shard).is_file(): raise FileNotFoundError(f"{index}: shard {shard} is missing")
+        if not (index.parent / shard).is_file(): raise FileNotFoundError(f"{index}: shard {shard!r} is missing")
     for file in (index.parent / shard for shard in shards):
         here, listed = reader(file), {n for n, shard in where.items() if shard == file.name}
         if missing := sorted(listed - set(here)):

@@ -114,25 +114,32 @@ def _draw(drawn, file):
     _arg("--out", default="zoo", metavar="FOLDER", help="the zoo's folder; it is made, or added to"),
     _arg("--datasets", metavar="A,B", help="some of the datasets (default: all)"),
     _arg("--seeds", type=int, default=3, metavar="N", help="models of each dataset"),
-    _arg("--steps", type=int, default=200, metavar="N", help="optimiser steps"),
+    _arg("--steps", type=int, default=200, metavar="N", help="optimiser steps, if no epochs are given"),
+    _arg("--epochs", type=float, metavar="X", help="passes over the training rows, in place of steps"),
+    _arg("--patience", type=int, metavar="N", help="stop when so many training rows bring less than 0.1 points of accuracy on rows held back (default: go on to the end)"),
     _arg("--batch-size", type=int, default=16, metavar="N", help="rows in a step"),
     _arg("--learning-rate", type=float, default=2e-4, metavar="X", help="peak learning rate of the body"),
+    _arg("--head-rate", type=float, default=5e-3, metavar="X", help="the same for the head"),
+    _arg("--weight-decay", type=float, default=0.0, metavar="X", help="AdamW's decoupled weight decay"),
+    _arg("--warmup", type=float, default=0.1, metavar="X", help="share of the steps in which the learning rates rise"),
+    _arg("--head", default="zero", choices=("zero", "random"), help="how the head's last layer starts"),
     _arg("--max-length", type=int, default=40, metavar="N", help="tokens a row is cut to"),
     _arg("--rows", type=int, metavar="N", help="training rows, a stratified draw (default: all)"),
     _arg("--workers", type=int, metavar="N", help="jobs at a time (default: one a core, one a GPU, or all that a Ray cluster has room for)"),
     _arg("--list", action="store_true", help="only list the datasets"))
 def zoo(
-    options: argparse.Namespace, # base, data, out, datasets, seeds, steps, batch_size, learning_rate, max_length, rows, workers, list
+    options: argparse.Namespace, # base, data, out, datasets, seeds, workers, list, and fields of a Recipe
 ):
     "Fine-tune a model on every dataset with several seeds, or add to what is there."
     from weightregions.corpora import describe, load_corpora
     corpora = load_corpora(options.data, options.datasets and options.datasets.split(","))
     if options.list: return print(describe(corpora).to_string(index=False))
+    from weightregions.bases import base_identity
     from weightregions.checkpoints import open_checkpoint
     from weightregions.finetuning import Recipe
     from weightregions.jobs import ranks
     from weightregions.zoo import build_zoo, learned, open_zoo
-    recipe = Recipe(options.steps, options.batch_size, options.learning_rate, max_length=options.max_length, rows=options.rows)
+    recipe = Recipe(**{name: value for name, value in vars(options).items() if name in Recipe.__dataclass_fields__})
     for corpus in corpora.values() if options.rows is not None else (): corpus.subsample(options.rows) # refused now, not after an hour
     base, out = _pretrained(options.base), Path(options.out)
     open_checkpoint(base)
@@ -140,7 +147,7 @@ def zoo(
     if ranks()[0]: return # torchrun: the first process tells
     models = open_zoo(out).models.drop(columns=["path", "revision"])
     _write(models, out/"models.csv")
-    _write(learned(models), out/"learned.csv")
+    _write(learned(models, base_identity(base)["name"]), out/"learned.csv")
 
 # %% ../nbs/52_cli.ipynb #92e07bd4
 def _draw_similarity(cosine, models, groups, out):
@@ -162,9 +169,10 @@ def similarity(
     "Cosines between all task vectors, the clusters they make, a heat map and a map."
     from weightregions.centering import _opened as of_one_start
     from weightregions.clustering import cluster_report, silhouette_clusters, spectral_clusters
+    from weightregions.finetuning import usable
     from weightregions.similarity import gram
     (zoo, base), out = _opened(options), Path(options.out)
-    found = gram(of_one_start(zoo.checkpoints(), "similarity"), base)
+    found = gram(of_one_start(zoo.checkpoints(), "similarity"), base, device=usable())
     cosine, models = found.cosine(), zoo.models.set_index("model")
     groups, units, scores = models[options.by], models.dataset if options.by == "family" else None, None
     if 1 < groups.nunique() < len(groups): scores = cluster_report(cosine, groups, options.clusters, by=units)
@@ -212,13 +220,13 @@ def traverse(
     "The generalized loss between two checkpoints, beyond them, in the plane of three or in the hull of several."
     from weightregions.finetuning import one_thread, usable
     from weightregions.probing import Probing, Target, pooling_of
-    from weightregions.traversal import Stand, traverse
+    from weightregions.traversal import Stand, hold_what_fits, traverse
     (zoo, base), corpus, out = _opened(options), _corpus(options.data, options.target), Path(options.out)
     models = zoo.checkpoints()
     for m in models: m.require_started_from(base)
-    kind, path, draw = _path(options, models)
-    target = Target(corpus, base.folder, min(options.rows, len(corpus.train)), min(options.rows, len(corpus.test)), options.max_length)
     device = usable()
+    kind, path, draw = _path(options, hold_what_fits(models, head="drop", device=device))
+    target = Target(corpus, base.folder, min(options.rows, len(corpus.train)), min(options.rows, len(corpus.test)), options.max_length)
     metric, stand = Probing(target, pooling_of(base.folder)), Stand(models[0], base, device=device)
     with one_thread(device):
         rows = traverse(path, metric, stand, out/f"{kind}.jsonl", about=f"{corpus.source} {corpus.sha256[:12]}, length {options.max_length}")
@@ -307,19 +315,21 @@ def recommend(
 # %% ../nbs/52_cli.ipynb #1eda0e1a
 @_command(
     _arg("--scale", default="laptop", choices=("tiny", "laptop", "full", "paper"), help="how much to take in; laptop: minutes on two cores"),
-    _arg("--data", default="builtin", help="'builtin', 'hub', or a folder of datasets"),
+    _arg("--data", help="'builtin', 'hub', or a folder of datasets (default: the scale's, which is hub for paper and else builtin)"),
     _arg("--out", default="out", help="folder for models, rows and pages"),
     _arg("--min-rows", type=int, default=0, metavar="N", help="leave out datasets with fewer training rows"),
     _arg("--workers", type=int, metavar="N", help="jobs at a time (default: one a core, one a GPU, or all that a Ray cluster has room for)"),
     _arg("--dry-run", action="store_true", help="only say what would be done, and what it costs"),
-    _arg("--device", metavar="NAME", help="device that the cost is told for: 'core' or a GPU (default: a core, for the paper's scale an H100)"))
+    _arg("--device", metavar="NAME", help="device that the cost is told for: 'core' or a GPU by its data sheet (default: a core, for the paper's scale an H100)"),
+    _arg("--measure", action="store_true", help="a dry run for this machine, on which a few steps of the scale's base are timed first"))
 def study(
-    options: argparse.Namespace, # scale, data, out, min_rows, workers, dry_run, device
+    options: argparse.Namespace, # scale, data, out, min_rows, workers, dry_run, device, measure
 ):
     "Put the paper's claims to the test, and write one page with the verdicts; a stopped run goes on."
-    if options.dry_run:
-        from weightregions.plan import plan_of, plan_text
-        plan = plan_of(options.scale, options.data, min_rows=options.min_rows, device=options.device)
+    if options.dry_run or options.measure:
+        from weightregions.plan import SCALES, plan_of, plan_text, this_device
+        device = this_device(SCALES[options.scale]) if options.measure else options.device
+        plan = plan_of(options.scale, options.data, min_rows=options.min_rows, device=device)
         return print(plan_text(plan, options.workers or (os.cpu_count() if plan.attrs["device"] == "core" else 1)))
     from weightregions.study import run_study
     run_study(options.out, options.scale, options.data, options.min_rows, options.workers)

@@ -7,7 +7,7 @@ __all__ = ['ROLES', 'Contest', 'sharing', 'targets_of', 'prepare', 'hold_contest
 
 # %% ../nbs/49_contest.ipynb #28b1ab7f
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from .advice import advised, candidates, recommend
 from .centering import Centroid, save_centroid
-from .corpora import Corpus, draw
+from .corpora import Corpus
 from .files import write_whole
 from .finetuning import Recipe
 from .jobs import run_jobs
 from .starting import Search, compare_starts
-from .walks import leading
+from .walks import drawn, leading
 from .zoo import Zoo
 
 # %% ../nbs/49_contest.ipynb #60a5c0ec
@@ -94,11 +94,6 @@ def prepare(
     return starts, advice
 
 # %% ../nbs/49_contest.ipynb #99e78e42
-def _smaller(corpus: Corpus, n_test: int) -> Corpus:
-    "A corpus with fewer test rows."
-    rows = corpus.test
-    return corpus if len(rows) <= n_test else replace(corpus, test=rows.iloc[draw(rows.label.to_numpy(), n_test, 0)])
-
 def _able(targets: dict, sizes: Iterable, seeds: Iterable, search: Search) -> dict:
     "Targets that have so many rows, and can hold some of each class back -> the sizes they can be tried at."
     def fits(corpus, size):
@@ -124,7 +119,7 @@ def hold_contest(
     jobs = {name: (zoo, c, base, folder/name, contest, [d for d in sharing(shared, name) if d in set(zoo.models.dataset)]) for name, c in corpora.items()}
     found = dict(tqdm(run_jobs(prepare, jobs, workers), total=len(jobs), desc="advice", unit="target"))
     ready = {name: found[name] for name in corpora}
-    targets = {name: _smaller(c, contest.n_test) for name, c in corpora.items()}
+    targets = {name: drawn(c, None, contest.n_test) for name, c in corpora.items()}
     rows = [pd.DataFrame()]
     for names, wanted, seeds in ((list(targets), contest.sizes, range(1, contest.seeds + 1)), (list(targets)[:contest.curve_targets], contest.curve, [1])):
         for able, sizes in _able({n: targets[n] for n in names}, wanted, seeds, contest.search).items():

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .builtin import BUILTIN, generate
-from .registry import dev_rows, entry_of, hub_entries, hub_names, hub_table
+from .registry import dev_rows, entry_of, hub_entries, hub_names, hub_table, revision_of
 
 # %% ../nbs/10_corpora.ipynb #fcfa171c
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -440,7 +440,7 @@ def from_hub(
 ) -> Corpus:
     "Download a dataset, or take it from the cache of `datasets`, and read it."
     import datasets  # only here, for it takes two seconds
-    try: data = datasets.load_dataset(entry["id"], entry["config"], revision=entry["revision"])
+    try: data = datasets.load_dataset(entry["id"], entry["config"], revision=revision_of(entry))
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         raise OSError(f"dataset {entry['name']}: {entry['id']} could not be loaded: {type(error).__name__}: {reason}") from error

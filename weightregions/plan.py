@@ -4,25 +4,27 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'KEYS', 'DEVICES', 'PIECES', 'MOVES', 'STAGES', 'ModelShape', 'model_shape', 'Device', 'measure_device',
-           'Outline', 'outline_of', 'outlines', 'Stage', 'checkpoint_bytes', 'run_cost', 'epoch_steps', 'paper_recipe',
-           'Planned', 'the_base', 'the_data', 'main_zoo', 'second_start', 'sub_samples', 'similarities', 'visits',
-           'the_walks', 'search_cost', 'the_starts', 'plan_of', 'plan_text']
+           'this_device', 'Outline', 'outline_of', 'outlines', 'Stage', 'checkpoint_bytes', 'run_cost', 'Planned',
+           'the_base', 'the_data', 'main_zoo', 'second_start', 'sub_samples', 'similarities', 'visits', 'the_walks',
+           'search_cost', 'the_starts', 'plan_of', 'plan_text']
 
 # %% ../nbs/51_plan.ipynb #515b7265
 import json
 import math
+import tempfile
 import time
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from .corpora import Corpus, load_corpora
-from .finetuning import Recipe, train
+from .finetuning import LOOK, Recipe, train, usable
 from .registry import hub_entries, hub_names, hub_sizes
 from .starting import RATES
-from .study import SCALES, Scale, choose, enough_rows, some_of
+from .study import SCALES, Scale, choose, enough_rows, how_long, some_of, start
 from .walks import Walk, leading, plan
 
 # %% ../nbs/51_plan.ipynb #729ae4b6
@@ -102,6 +104,7 @@ def measure_device(
     "Time a fine-tuning on this machine."
     if recipe.steps < 4: raise ValueError(f"recipe: {recipe.steps} steps are too few to be timed")
     seconds, short = {}, recipe.steps // 4
+    recipe = replace(recipe, epochs=None, patience=None)
     for steps in (1, short, recipe.steps):  # the first run only warms up
         begin = time.perf_counter()
         train(base, corpus, replace(recipe, steps=steps), seed=0)
@@ -110,6 +113,17 @@ def measure_device(
     flops = lambda steps: run_cost(model_shape(base), outline, replace(recipe, steps=steps)).flops
     rate = (flops(recipe.steps) - flops(short)) / max(seconds[recipe.steps] - seconds[short], 1e-6)
     return Device(name, rate, math.inf, 0.0, max(seconds[short] - flops(short) / rate, 0.0), f"measured: {recipe.steps - short} steps of {recipe.batch_size} rows")
+
+def this_device(
+    scale: Scale, # whose base and recipe are timed
+) -> Device: # a core, or the GPU by its name
+    "Measure this machine on built-in texts, three sentences and one a row."
+    corpus = load_corpora("builtin", "scenes", n_train=800, n_test=50)["scenes"]
+    corpus = replace(corpus, train=corpus.train.assign(text=[" ".join([text] * 3) for text in corpus.train.text]))
+    gpu = usable() == "cuda"
+    recipe = replace(scale.recipe, steps=max(8, (25_600 if gpu else 1_600) // scale.recipe.batch_size))
+    with tempfile.TemporaryDirectory() as folder:
+        return measure_device(start(scale.base, folder), corpus, recipe, torch.cuda.get_device_name() if gpu else "core")
 
 # %% ../nbs/51_plan.ipynb #b93bdbd6
 @dataclass(frozen=True)
@@ -189,30 +203,14 @@ def run_cost(
     n_test: int | None = None, # test rows at most; None: all
     writes: bool = True, # whether a checkpoint is kept
 ) -> Stage:
-    "The cost of one fine-tuning."
+    "The cost of one fine-tuning that does not stop early."
     tokens, (passes, moved) = min(dataset.tokens, recipe.max_length), MOVES[recipe.trains]
-    trained, looked = recipe.steps * recipe.batch_size, looks + min(len(dataset.test), n_test or len(dataset.test))
-    return Stage("", 1, int(writes), recipe.steps, tokens * (trained + looked), shape.forward(tokens) * (passes * trained + looked),
-                 recipe.steps * moved * shape.weights, writes * checkpoint_bytes(shape))
-
-# %% ../nbs/51_plan.ipynb #51b58b88
-def epoch_steps(
-    rows: int,       # training rows
-    batch_size: int, # rows in a step
-    epochs: float,   # passes over the rows; the last batch of each may be short
-) -> int: # optimiser steps
-    "How many steps some epochs are."
-    if not epochs > 0: raise ValueError(f"epochs must be positive, not {epochs}")
-    return math.ceil(epochs * math.ceil(rows / batch_size))
-
-# %% ../nbs/51_plan.ipynb #ef74fc12
-def paper_recipe(
-    name: str,          # of a dataset of the registry
-    epochs: float = 10, # passes over its training rows
-) -> Recipe:
-    "The authors' recipe for RoBERTa-base on one dataset, without their early stopping."
-    recipe = SCALES["paper"].recipe
-    return replace(recipe, steps=epoch_steps(hub_sizes(name)["train"], recipe.batch_size, epochs))
+    rows = min(recipe.rows or len(dataset.train), len(dataset.train))
+    held = len(recipe.held(rows))
+    steps = recipe.steps_on(rows - held)
+    trained, looked = steps * recipe.batch_size, looks + steps // LOOK * held + min(len(dataset.test), n_test or len(dataset.test))
+    return Stage("", 1, int(writes), steps, tokens * (trained + looked), shape.forward(tokens) * (passes * trained + looked),
+                 steps * moved * shape.weights, writes * checkpoint_bytes(shape))
 
 # %% ../nbs/51_plan.ipynb #3954791c
 @dataclass(frozen=True)
@@ -222,15 +220,6 @@ class Planned:
     shape: ModelShape      # of its base
     datasets: dict         # name -> Outline, those chosen
     hub: bool              # whether the datasets are to be downloaded
-    epochs: float | None   # passes over the training rows of each dataset; None: the recipe's steps
-
-    def recipe(self,
-        dataset: Outline,       # what is learned
-        rows: int | None = None, # training rows; None: all
-    ) -> Recipe:
-        "The recipe of one dataset."
-        if self.epochs is None: return self.scale.recipe
-        return replace(self.scale.recipe, steps=epoch_steps(rows or len(dataset.train), self.scale.recipe.batch_size, self.epochs))
 
     def models(self) -> pd.DataFrame: # indexed by name: dataset, family, seed, n_train
         "The main zoo's table, as far as it is known."
@@ -245,7 +234,7 @@ class Planned:
         rows: int | None = None, # training rows; None: all
     ) -> Stage:
         "Fine-tunings of some datasets."
-        return sum((run_cost(self.shape, d, self.recipe(d, rows)) * seeds for d in datasets.values()), Stage(name))
+        return sum((run_cost(self.shape, d, replace(self.scale.recipe, rows=rows)) * seeds for d in datasets.values()), Stage(name))
 
 # %% ../nbs/51_plan.ipynb #a83c5dc9
 def _masked(p: Planned, name: str, steps: int) -> Stage:
@@ -348,28 +337,26 @@ STAGES = (the_base, the_data, main_zoo, second_start, sub_samples, similarities,
 # %% ../nbs/51_plan.ipynb #92493714
 def plan_of(
     scale="paper",       # "tiny", "laptop", "full" or "paper", or a Scale
-    data=None,           # "builtin", "hub", a folder of datasets, or name -> Corpus or Outline; None: "hub" for the paper's base, else "builtin"
+    data=None,           # "builtin", "hub", a folder of datasets, or name -> Corpus or Outline; None: the scale's
     names=None,          # datasets; None: all (of the hub: the authors')
     min_rows: int = 0,   # training rows a dataset must have to take part
     device=None,         # a name in DEVICES, or a Device; None: "H100" for the paper's base, else "core"
     base=None,           # shape of another base: the folder of a checkpoint; None: the scale's
-    epochs: float | None = None, # passes over each dataset's training rows in its fine-tuning; None: the recipe's steps
     stages=STAGES,       # functions of Planned that return a Stage each
 ) -> pd.DataFrame: # a row a stage and one for all: jobs, models, steps, tokens, flops, hours of one device, bytes of disk
     "What a study would do, and what it would cost."
     if isinstance(scale, str) and scale not in SCALES: raise ValueError(f"no scale {scale!r}: there are {', '.join(SCALES)}")
     scale = SCALES[scale] if isinstance(scale, str) else scale
-    small = scale.base in ("tiny", "minilm")
-    data, device = ("builtin" if small else "hub") if data is None else data, device or ("core" if small else "H100")
+    data, device = scale.data if data is None else data, device or ("core" if scale.base in ("tiny", "minilm") else "H100")
     if isinstance(device, str) and device not in DEVICES: raise ValueError(f"no device {device!r}: there are {', '.join(DEVICES)}; or measure yours with measure_device")
     device = DEVICES[device] if isinstance(device, str) else device
     chosen = choose(outlines(data, scale, names), scale.per_family, min_rows)
-    planned = Planned(scale, model_shape(base or scale.base), chosen, isinstance(data, str) and data == "hub", epochs)
+    planned = Planned(scale, model_shape(base or scale.base), chosen, isinstance(data, str) and data == "hub")
     done = [stage(planned) for stage in stages]
     done.append(replace(sum(done, Stage()), name="all"))
     table = pd.DataFrame([vars(s) | {"hours": s.hours(device)} for s in done]).set_index("name").rename_axis("stage")
     table = table[["jobs", "models", "steps", "tokens", "flops", "hours", "bytes"]].astype({"jobs": int, "models": int, "steps": int})
-    table.attrs = {"scale": scale.name, "data": data if data in ("builtin", "hub") else "a folder" if isinstance(data, (str, Path)) else "given outlines", "base": str(base or scale.base), "datasets": len(chosen), "seeds": scale.seeds, "device": device.name, "source": device.source}
+    table.attrs = {"scale": scale.name, "data": data if data in ("builtin", "hub") else "a folder" if isinstance(data, (str, Path)) else "given outlines", "base": str(base or scale.base), "length": how_long(scale.recipe.as_dict()), "datasets": len(chosen), "seeds": scale.seeds, "device": device.name, "source": device.source}
     return table
 
 # %% ../nbs/51_plan.ipynb #c9615b55
@@ -387,6 +374,6 @@ def plan_text(
     about = plan.attrs
     table = plan.assign(**{c: plan[c].map(_short) for c in ("steps", "tokens", "flops")}, hours=plan.hours.map("{:.2f}".format), disk=plan.bytes.map(lambda b: _short(b, "B")))
     if devices < 1: raise ValueError(f"at least one device is needed, not {devices}")
-    lines = [f"scale {about['scale']}: {about['datasets']} datasets ({about['data']}) x {about['seeds']} seeds from {about['base']}",
+    lines = [f"scale {about['scale']}: {about['datasets']} datasets ({about['data']}) x {about['seeds']} seeds from {about['base']}, {about['length']}",
              f"hours of one {about['device']} ({about['source']})", "", table.drop(columns="bytes").reset_index().to_string(index=False)]
     return "\n".join(lines + ([f"with {devices} of them about {plan.hours['all'] / devices:.2f} hours"] if devices > 1 else []))

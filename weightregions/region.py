@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
-from scipy.stats import binomtest, t
 from torch import Tensor
 
 from .centering import Centroid, _header, _one_base, _members, _put, _shares
@@ -63,7 +63,7 @@ def p_value(
 ) -> float: # between 0 and 1; small if the query is no member
     "How often one more member would have a cosine as low as this."
     if not shape.spread > 1e-9: raise ValueError(f"the members' cosines have a spread of {shape.spread:.1g}: are they copies of one model?")
-    return float(t.cdf((cosine - shape.level) / (shape.spread * sqrt(1 + 1 / shape.n)), shape.dof))
+    return float(scipy.stats.t.cdf((cosine - shape.level) / (shape.spread * sqrt(1 + 1 / shape.n)), shape.dof))
 
 # %% ../nbs/32_region.ipynb #4c1dc2f5
 def pooled(
@@ -373,5 +373,5 @@ def location_rates(
     "How often models were named right, called outsiders wrongly, and called outsiders rightly."
     seen, unseen = table[table.seen], table[~table.seen]
     counts = {"region named right": (seen.right.sum(), len(seen)), "false alarm": ((~seen.inside).sum(), len(seen)), "outsider found": (unseen.right.sum(), len(unseen))}
-    rows = {what: (k / n, *binomtest(int(k), n).proportion_ci(method="wilson"), n) if n else (np.nan, np.nan, np.nan, 0) for what, (k, n) in counts.items()}
+    rows = {what: (k / n, *scipy.stats.binomtest(int(k), n).proportion_ci(method="wilson"), n) if n else (np.nan, np.nan, np.nan, 0) for what, (k, n) in counts.items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["rate", "low", "high", "models"])

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
 from filelock import FileLock
-from scipy.stats import wilcoxon
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, TrainerCallback, set_seed
 
@@ -185,6 +185,7 @@ def tune(
 ) -> Tuned:
     "Fine-tune `start` at each learning rate, keep what is best on a validation part, and look at the test split once."
     search, method = search or Search(), _known(method or recipe.trains)
+    if recipe.epochs or recipe.patience: raise ValueError("the search says how long a run is, not the recipe's epochs and patience")
     device = usable(device)
     given = corpus if recipe.rows is None else corpus.subsample(recipe.rows, seed)
     part, held = search.split(given, seed)
@@ -240,15 +241,16 @@ def _tasks(starts, corpora, sizes, seeds, recipe, search, method):
     if not corpora: raise ValueError("there are no targets")
     if odd := [n for n in sizes if n is not None and not isinstance(n, (int, np.integer))]: raise ValueError(f"a size is a number of rows, or None for all, not {odd[0]!r}")
     if not sizes or not seeds: raise ValueError(f"there are no {'seeds' if sizes else 'sizes'}")
+    if recipe.epochs or recipe.patience: raise ValueError("the search says how long a run is, not the recipe's epochs and patience")
     if recipe.rows is not None: raise ValueError(f"the sizes say how many rows to train on, not the recipe (rows={recipe.rows})")
-    for size, seed in product(sizes, seeds):
-        for corpus in corpora.values(): search.split(corpus if size is None else corpus.subsample(size, seed), seed)
+    drawn = {key: corpora[key[0]] if key[1] is None else corpora[key[0]].subsample(*key[1:]) for key in product(corpora, sizes, seeds)} # no more rows than a worker needs
+    for (_, _, seed), corpus in drawn.items(): search.split(corpus, seed)
     found = {target: _starts_of(starts, target) for target in corpora}
     hashes, tasks = _opened_starts(found), {}
     for target, size, seed in product(corpora, sizes, seeds):
         for name, start in found[target].items():
             key = (target, name, "all" if size is None else str(size), str(seed), method)
-            tasks[key] = start, corpora[target], recipe, search, hashlib.sha256(f"{hashes[str(start)]} {corpora[target].sha256}".encode()).hexdigest()[:12]
+            tasks[key] = start, drawn[target, size, seed], recipe, search, hashlib.sha256(f"{hashes[str(start)]} {corpora[target].sha256}".encode()).hexdigest()[:12]
     return tasks
 
 # %% ../nbs/34_starting.ipynb #b17f66e2
@@ -266,7 +268,7 @@ def compare_starts(
     "Fine-tune from every start on every target, at every size and with every seed, unless it is in the file."
     search, method = search or Search(), _known(method or recipe.trains)
     tasks = _tasks(starts, corpora, list(sizes), list(seeds), recipe, search, method)
-    identity = {"recipe": {k: v for k, v in asdict(recipe).items() if k not in ("trains", "rows", "learning_rate")}, "search": asdict(search)}
+    identity = {"recipe": {k: v for k, v in recipe.as_dict().items() if k not in ("trains", "rows", "learning_rate")}, "search": asdict(search)}
     if file is not None: Path(file).parent.mkdir(parents=True, exist_ok=True)
     with FileLock(Path(file).parent/f".{Path(file).name}.lock") if file is not None else nullcontext():
         store = Measurements(file, identity)
@@ -342,7 +344,7 @@ def _over_targets(d, tie, n_boot, seed, level):
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2]) if len(d) > 1 else (np.nan, np.nan)
     win, loss = int((d >= tie).sum()) if tie else int((d > 0).sum()), int((d <= -tie).sum()) if tie else int((d < 0).sum())
     return {"targets": len(d), "gain": d.mean(), "low": low, "high": high, "wins": win, "ties": len(d) - win - loss, "losses": loss,
-            "p_wilcoxon": float(wilcoxon(d).pvalue) if d.any() else 1.0, "p_signs": sign_flips(d, seed=seed)}
+            "p_wilcoxon": float(scipy.stats.wilcoxon(d).pvalue) if d.any() else 1.0, "p_signs": sign_flips(d, seed=seed)}
 
 def start_table(
     rows: pd.DataFrame, # of `compare_starts`

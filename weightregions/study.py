@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'HOLDS', 'IN_PART', 'NOT_HERE', 'TOO_FEW', 'CLAIM_COLUMNS', 'REPORTED', 'NEEDS', 'PAGE', 'CAPTIONS', 'Scale',
-           'choose', 'check_classes', 'Study', 'square', 'verdict', 'claim_of', 'claim_of_pb', 'claim_of_gain',
-           'claim_of_start', 'parts', 'pairs_of', 'write_rows', 'similarity_rows', 'location_rows', 'shared_texts',
-           'start', 'other_start', 'say', 'Clock', 'fine_tune_all', 'enough_rows', 'some_of', 'measure', 'walk',
-           'try_starts', 'begin', 'natural', 'notebooks', 'applies', 'run_notebook', 'claims_table', 'write_page',
-           'title_of', 'run_study']
+           'how_long', 'choose', 'check_classes', 'Study', 'square', 'verdict', 'claim_of', 'claim_of_pb',
+           'claim_of_gain', 'claim_of_start', 'parts', 'pairs_of', 'write_rows', 'similarity_rows', 'location_rows',
+           'shared_texts', 'start', 'other_start', 'say', 'Clock', 'fine_tune_all', 'enough_rows', 'some_of', 'measure',
+           'walk', 'try_starts', 'begin', 'natural', 'notebooks', 'applies', 'run_notebook', 'claims_table',
+           'write_page', 'title_of', 'run_study']
 
 # %% ../nbs/50_study.ipynb #70d85bca
 import html, json, os, re, shutil, time, warnings
@@ -26,7 +26,7 @@ from .checkpoints import _json, open_checkpoint
 from .contest import Contest, hold_contest, targets_of
 from .corpora import describe, load_corpora, texts
 from .files import as_json, write_whole
-from .finetuning import Recipe
+from .finetuning import Recipe, usable
 from .region import locate_from_gram
 from .similarity import gram
 from .space import kind_of, layer_of, patch
@@ -42,6 +42,7 @@ class Scale:
     base: str           # "tiny", "minilm" or a hub id
     recipe: Recipe      # of the main zoo and, with fewer rows, of the sub-samples
     seeds: int          # models of each dataset
+    data: str = "builtin" # where the datasets come from, unless something else is asked for
     per_family: int | None = None # datasets of each family, the first ones; None: all
     n_train: int = 2000 # rows of a built-in dataset
     n_test: int = 500   # its test rows
@@ -64,11 +65,19 @@ SCALES = {s.name: s for s in (
           reach=Reach(same=2, hull=8, targets=4, lines=3, inside=3, extended=1, line_targets=2, grid=4, n_train=150, n_test=150),
           contest=Contest(targets=3, sizes=(100, 400), seeds=1, curve=(), recipe=Recipe(steps=60, trains="bitfit"), n_test=200)),
     Scale("full", "minilm", Recipe(), seeds=5, sizes=(200, 400, 800, 1600), sized=3, started=4),
-    Scale("paper", "FacebookAI/roberta-base", Recipe(steps=2000, batch_size=256, learning_rate=5e-5, head_rate=5e-5, warmup=0.06, weight_decay=0.01, max_length=250, head="random"),
-          seeds=5, sizes=(200, 400, 800, 1600, 3000), sized=9, started=9, start_seeds=5, start_steps=2000,
+    Scale("paper", "FacebookAI/roberta-base", Recipe(epochs=10, patience=256_000, batch_size=256, learning_rate=5e-5, head_rate=5e-5, warmup=0.06, weight_decay=0.01, max_length=250, head="random"),
+          seeds=5, data="hub", sizes=(200, 400, 800, 1600, 3000), sized=9, started=9, start_seeds=5, start_steps=2000,
           reach=Reach(same=5, hull=100, targets=36, lines=25, inside=9, extended=10, line_targets=10, grid=21, n_train=2000, n_test=2000, max_length=250),
           contest=Contest(targets=12, seeds=5, curve=(50, 100, 200, 400), curve_targets=12, sample=1000, n_test=2000, search=Search(evaluations=10, at_most=500),
                           recipe=Recipe(steps=2000, batch_size=256, head_rate=5e-5, warmup=0.06, weight_decay=0.01, max_length=250, head="random", trains="bitfit"))))}
+
+# %% ../nbs/50_study.ipynb #d7e0d694
+def how_long(
+    recipe: dict, # as a file says it
+) -> str: # such as "200 steps of 16 rows"
+    "The length of a fine-tuning, for readers."
+    length = f"{recipe['epochs']:g} epochs in" if "epochs" in recipe else f"{recipe['steps']:,}"
+    return f"{length} steps of {recipe['batch_size']} rows" + (f", or until {recipe['patience']:,} rows bring no gain" if "patience" in recipe else "")
 
 # %% ../nbs/50_study.ipynb #45a3b484
 def choose(
@@ -288,7 +297,7 @@ def similarity_rows(
     if file.exists():
         known = pd.read_csv(file, usecols=["a", "b"])
         if list(dict.fromkeys([*known.a, *known.b])) == names: return
-    write_rows(folder, f"similarity_{name}", pairs_of(gram(checkpoints, base, by=parts)))
+    write_rows(folder, f"similarity_{name}", pairs_of(gram(checkpoints, base, by=parts, device=usable())))
 
 # %% ../nbs/50_study.ipynb #d0a2f364
 def location_rows(
@@ -300,7 +309,7 @@ def location_rows(
     file, m = Path(folder)/"rows"/"location.csv", zoo.models
     if file.exists() and list(pd.read_csv(file).model.unique()) == m.model.tolist(): return
     say("locating each model among the others")
-    found = gram(zoo.checkpoints(), base)
+    found = gram(zoo.checkpoints(), base, device=usable())
     several = m.family.map(m.groupby("family").dataset.nunique()) > 2 # with a dataset taken away, two are left
     kin = m.model[several].tolist()
     tables = {"dataset": locate_from_gram(found, m.dataset.tolist())}
@@ -415,6 +424,7 @@ def measure(
         if kind != "main": zoo.models["model"] += f", {kind}"
     for zoo in zoos.values(): zoo.verify()
     write_rows(out, "models", pd.concat([z.models.assign(zoo=kind) for kind, z in zoos.items()])[["zoo", *REPORTED]])
+    write_rows(out, "learned", learned(zoos["main"].models, about["base"]["name"]))
     anchor, main = open_checkpoint(base, name="base"), zoos["main"]
     say("similarity of all models"); similarity_rows(out, "main", main.checkpoints(), anchor)
     location_rows(out, main, anchor)
@@ -474,7 +484,7 @@ def begin(
 ):
     "Say what is studied in about.json; refuse a folder that holds another study."
     about = {"scale": scale.name, "data": data if data in ("builtin", "hub") else f"folder {Path(data).name}", "base": base_identity(base),
-             "recipe": asdict(scale.recipe), "seeds": scale.seeds, "datasets": {name: c.sha256 for name, c in corpora.items()}}
+             "recipe": scale.recipe.as_dict(), "seeds": scale.seeds, "datasets": {name: c.sha256 for name, c in corpora.items()}}
     file = out/"about.json"
     if file.exists():
         old = _json(file)
@@ -525,9 +535,9 @@ def run_notebook(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try: papermill.execute_notebook(str(file), str(done), cwd=str(file.parent), kernel_name="python3", progress_bar=False,
-                                        extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
-        except papermill.PapermillExecutionError as e:
-            say(f"notebook {file.stem}: failed with {e.ename}: {e.evalue}")
+                                        start_timeout=300, iopub_timeout=60, extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
+        except (papermill.PapermillExecutionError, RuntimeError, TimeoutError) as e: # of a cell, of its kernel
+            say(f"notebook {file.stem}: failed with {getattr(e, 'ename', type(e).__name__)}: {getattr(e, 'evalue', e)}")
             return False
         page, _ = HTMLExporter(embed_images=True).from_filename(str(done))
     write_whole(done.with_suffix(".html"), page)
@@ -569,7 +579,7 @@ def write_page(
     claims, a = study.claims(), study.about
     write_whole(out/"claims.csv", claims.to_csv(index=False, float_format="%.4g"))
     about = (f"Scale <b>{a['scale']}</b>: {len(a['datasets'])} datasets from {html.escape(a['data'])}, {a['seeds']} seeds each, fine-tuned from "
-             f"{html.escape(a['base']['name'])} for {a['recipe']['steps']} steps of {a['recipe']['batch_size']} rows.")
+             f"{html.escape(a['base']['name'])} for {how_long(a['recipe'])}.")
     if a["scale"] == "tiny": about += " This scale shows that everything runs; its models are too small to judge the paper by."
     figures = "".join(f'<figure><img src="figures/{name}.png" alt="{text}"><figcaption>{text}</figcaption></figure>'
                       for name, text in CAPTIONS.items() if (out/"figures"/f"{name}.png").exists())
@@ -589,16 +599,17 @@ def title_of(
 def run_study(
     out,                      # folder for everything
     scale: str = "laptop",    # "tiny", "laptop", "full" or "paper"
-    data: str = "builtin",    # "builtin", "hub" or a folder of datasets
+    data: str | None = None,  # "builtin", "hub" or a folder of datasets; None: the scale's
     min_rows: int = 0,        # training rows a dataset must have to take part
     workers: int | None = None, # jobs at a time; None: see `run_jobs`
 ) -> Path: # the page to begin with
     "Run the whole study, going on where an earlier run stopped."
     if scale not in SCALES: raise ValueError(f"no scale {scale!r}: there are {', '.join(SCALES)}")
     out, scale, asked = Path(out).absolute(), SCALES[scale], notebooks()  # papermill changes the working folder
+    data = data or scale.data
     say(f"study at scale {scale.name} on {data if data in ('builtin', 'hub') else f'the folder {Path(data).name}'}, into {out}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", ".* test rows are training rows too")
         found = load_corpora(data, n_train=scale.n_train, n_test=scale.n_test)
     corpora = choose(found, scale.per_family, min_rows)
     check_classes(corpora, scale)
@@ -609,7 +620,7 @@ def run_study(
     write_rows(out, "shared_texts", shared_texts(corpora))
     clock = Clock()
     with clock.part("fine-tuning"): what = fine_tune_all(out, scale, base, corpora, workers)
-    write_whole(out/"about.json", as_json(json.loads((out/"about.json").read_text()) | {"second_start": what, "reach": asdict(scale.reach), "contest": asdict(scale.contest)}))
+    write_whole(out/"about.json", as_json(json.loads((out/"about.json").read_text()) | {"second_start": what, "reach": asdict(scale.reach), "contest": asdict(scale.contest) | {"recipe": scale.contest.recipe.as_dict()}}))
     with clock.part("similarity"): measure(out, scale, base)
     with clock.part("walks", "the loss at models, between them and beyond"): walk(out, scale, base, corpora, workers)
     with clock.part("contest", "fine-tuning from other starts"): try_starts(out, scale, base, corpora, workers)

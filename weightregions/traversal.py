@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Noise', 'Point', 'line', 'ray', 'extrapolation', 'hull', 'average', 'perturbations', 'Plane', 'plane', 'hold',
-           'Stand', 'traverse', 'read_rows', 'save_point']
+           'hold_what_fits', 'Stand', 'traverse', 'read_rows', 'save_point']
 
 # %% ../nbs/22_traversal.ipynb #72a15a8b
 import copy
@@ -28,16 +28,17 @@ from filelock import FileLock
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoints import Checkpoint, Held, _layout, body_parameters, open_checkpoint, write_checkpoint
+from .checkpoints import Checkpoint, Held, _layout, _reading, body_parameters, open_checkpoint, write_checkpoint
 from .files import append_line
 from .similarity import gram
 from .space import BLOCK, Layout, dot, patch
 
 # %% ../nbs/22_traversal.ipynb #470b3a54
 _STRETCH = 2**16 # weights of each member that are added up at a time, few enough for the processor's cache
+_ROOM = 2**24 # weights of all members together that are read from files at a time
 
 def _combine(tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> Tensor:
-    "Fill `out` with the weighted sum of flat tensors of one dtype and device; weights sum to one."
+    "Fill `out` with the weighted sum of flat tensors of one dtype and device; weights sum to one, or there is but one."
     order = sorted((i for i, w in enumerate(weights) if w), key=lambda i: -weights[i])
     start, rest = tensors[order[0]], [(tensors[i], weights[i]) for i in order[1:]]
     if not rest: return out.copy_(start)
@@ -67,6 +68,19 @@ def _finite(t: Tensor) -> bool:
 def _wide(dtypes: Iterable) -> torch.dtype:
     "The data type in which weights of these types are added up: float32, or float64 if one of them is."
     return torch.float64 if torch.float64 in dtypes else torch.float32
+
+# %% ../nbs/22_traversal.ipynb #73a11426
+def _in_memory(model: Checkpoint, name: str) -> bool:
+    "Whether a tensor of the body need not be read from a file."
+    stored = model._body[name]
+    return isinstance(stored, Held) and stored.file is None
+
+def _pieces(models: Sequence[Checkpoint], name: str, span: range) -> "Iterator[tuple[int, list[Tensor]]]":
+    "The same weights of some models, flat: all of `span` where they are in memory, else in stretches of 64 MB together; and where in the span they begin."
+    step = max(len(span), 1) if all(_in_memory(m, name) for m in models) else max(1, _ROOM // (_STRETCH * len(models))) * _STRETCH
+    for i in range(span.start, span.stop, step):
+        j = min(i + step, span.stop)
+        yield i - span.start, [m._body[name].tensor.detach().reshape(-1)[i:j] if _in_memory(m, name) else m.read(name, i, j) for m in models]
 
 # %% ../nbs/22_traversal.ipynb #06e975eb
 @dataclass(frozen=True)
@@ -143,13 +157,13 @@ def read(
 ) -> Tensor: # in the tensor's shape if read whole, else 1-D
     "One tensor of the point, or a stretch of it, in memory of its own."
     if name not in self.layout: raise KeyError(f"{self.name}: has no tensor {name}")
-    i, active = self.layout._index[name], [(m, w) for m, w in zip(self.members, self.weights) if w]
-    parts = [m.read(name, start or 0, stop) for m, _ in active]
-    kind, same = self.layout.dtypes[i], _alike(parts)
-    parts, weights = ([parts[0]], [1.]) if same else (parts, [w for _, w in active])
-    flat = _combine([t.to(kind) for t in parts], weights, torch.empty(len(parts[0]), dtype=kind))
-    if self.noise: flat += _direction(self.noise, self.layout.sizes, i)[start or 0:stop].to(kind)
-    if out is not None and len(out) != len(flat): raise ValueError(f"{len(flat)} weights do not fit a buffer of {len(out)}")
+    i, (members, weights) = self.layout._index[name], zip(*((m, w) for m, w in zip(self.members, self.weights) if w))
+    span = range(self.layout.sizes[i])[start:stop]
+    if out is not None and len(out) != len(span): raise ValueError(f"{len(span)} weights do not fit a buffer of {len(out)}")
+    flat = torch.empty(len(span), dtype=self.layout.dtypes[i])
+    if all(_alike(parts) for _, parts in _pieces(members, name, span)): members, weights = members[:1], weights[:1]
+    for at, parts in _pieces(members, name, span): _combine([t.to("cpu", flat.dtype) for t in parts], weights, flat[at:at + len(parts[0])])
+    if self.noise: flat += _direction(self.noise, self.layout.sizes, i)[start:stop].to(flat.dtype)
     return out.copy_(flat) if out is not None else flat.reshape(self.layout.shapes[i]) if start is stop is None else flat
 
 @patch
@@ -403,6 +417,21 @@ def hold(
     held.layout, held.head = _layout(held._body), _layout(held._head)
     return held
 
+# %% ../nbs/22_traversal.ipynb #ceb42345
+def hold_what_fits(
+    models: Iterable, # checkpoints, points, or what `open_checkpoint` takes
+    memory: "float | None" = None, # bytes that those in memory may take together; None: 7.5e8, on a GPU half of what is free there
+    head: "str | None" = None, # see `hold`
+    device: str = "cpu", # where to hold them
+) -> list: # the same models in the same order
+    "Models read into memory, first ones first; those for which there is no room stay where they are, and are read in stretches."
+    if memory is None: memory = torch.cuda.mem_get_info(device)[0] / 2 if device.startswith("cuda") else 7.5e8
+    found = []
+    for model in map(_opened, models):
+        memory -= sum(size * _wide([dtype]).itemsize for size, dtype in zip(model.layout.sizes, model.layout.dtypes))
+        found.append(hold(model, head, device) if memory >= 0 else model)
+    return found
+
 # %% ../nbs/22_traversal.ipynb #4b3730a7
 def _head_policy(head: str, known: tuple = ("drop", "first", "average")) -> str:
     "`head`, if there is such a policy."
@@ -488,11 +517,6 @@ def _fill_heads(stand: Stand, point: Point) -> None:
     "Give the scratch model the head that the policy asks for."
     for name, p in stand._heads.items(): p.copy_(_beside(point, name, stand.head, tuple(p.shape)))
 
-def _raw(model: Checkpoint, name: str) -> Tensor:
-    "A tensor of the body, not copied if it is in memory."
-    stored = model._body[name]
-    return stored.tensor.detach() if isinstance(stored, Held) and stored.file is None else model.read(name)
-
 def _age(model: Checkpoint) -> int:
     "A number that changes when a tensor in memory is written to."
     held = (s.tensor for s in model._body.values() if isinstance(s, Held))
@@ -504,18 +528,22 @@ def _inspect(stand: "Stand", members: tuple, ages: tuple) -> dict:
     for m, is_new in zip(members, new):
         if is_new: m.require_same_space(stand.like)
     differ = {}
-    for name in stand.like.layout.names:
-        p, parts = stand.body[name], [_raw(m, name) for m in members]
-        for m, t, is_new in zip(members, parts, new):
-            if t.data_ptr() == p.data_ptr() and t.numel(): raise ValueError(f"{m.name}: {name} is the scratch model's own memory; hold() it first")
-            if is_new: _sound(t, m.name, name)
-        differ[name] = _differing(parts)
+    for name, size in zip(stand.like.layout.names, stand.like.layout.sizes):
+        alike, own = True, stand.body[name].data_ptr()
+        for _, parts in _pieces(members, name, range(size)):
+            for m, t, is_new in zip(members, parts, new):
+                if t.data_ptr() == own: raise ValueError(f"{m.name}: {name} is the scratch model's own memory; hold() it first")
+                if is_new: _sound(t, m.name, name)
+            alike = alike and _alike(parts)
+            if not (alike or any(new)): break
+        differ[name] = not alike and _moved_rows(members, name)
     stand._sound.update(zip(members, ages))
     return differ
 
-def _differing(tensors: Sequence[Tensor]) -> "tuple | None | bool":
-    "False if tensors agree, else None, or, of a large matrix few of whose rows differ, these rows and copies of them."
-    if _alike(tensors): return False
+def _moved_rows(members: tuple, name: str) -> "tuple | None":
+    "Of a large matrix in memory few of whose rows differ between members, these rows and copies of them."
+    if not all(_in_memory(m, name) for m in members): return None
+    tensors = [m._body[name].tensor.detach() for m in members]
     first = tensors[0]
     if first.ndim != 2 or first.numel() < _STRETCH or len({(t.dtype, t.device) for t in tensors}) > 1: return None
     moved = torch.zeros(len(first), dtype=torch.bool, device=first.device)
@@ -523,14 +551,22 @@ def _differing(tensors: Sequence[Tensor]) -> "tuple | None | bool":
     rows = moved.nonzero().squeeze(1)
     return (rows, [t[rows] for t in tensors]) if 2 * len(rows) < len(first) else None
 
-def _fill(p: nn.Parameter, tensors: Sequence[Tensor], weights: Sequence[float], rows: "Tensor | None" = None) -> None:
-    "Write the weighted sum of tensors into a parameter, or into some of its rows."
+def _fill(p: nn.Parameter, members: Sequence[Checkpoint], name: str, weights: Sequence[float]) -> None:
+    "Write the weighted sum of a tensor of some models into a parameter."
+    members, weights = zip(*((m, w) for m, w in zip(members, weights) if w))
+    kind = _wide([m._body[name].dtype for m in members])
+    direct = p.is_contiguous() and p.dtype == kind
+    out = p.detach().view(-1) if direct else torch.empty(p.numel(), dtype=kind, device=p.device)
+    for i, parts in _pieces(members, name, range(p.numel())):
+        _combine([t.to(p.device, kind) for t in parts], weights, out[i:i + len(parts[0])])
+    if not direct: p.copy_(out.view(p.shape))
+
+def _fill_rows(p: nn.Parameter, rows: Tensor, tensors: Sequence[Tensor], weights: Sequence[float]) -> None:
+    "Write the weighted sum of tensors into some rows of a parameter."
     tensors, weights = zip(*((t, w) for t, w in zip(tensors, weights) if w))
-    kind, shape = _wide([t.dtype for t in tensors]), tensors[0].shape
-    flat = [t.to(p.device, kind).reshape(-1) for t in tensors]
-    if rows is None and p.is_contiguous() and p.dtype == kind: return _combine(flat, weights, p.detach().view(-1))
-    made = _combine(flat, weights, torch.empty_like(flat[0])).view(shape).to(p.dtype)
-    p.copy_(made) if rows is None else p.index_copy_(0, rows.to(p.device), made)
+    flat = [t.to(p.device, _wide([t.dtype for t in tensors])).reshape(-1) for t in tensors]
+    made = _combine(flat, weights, torch.empty_like(flat[0])).view(tensors[0].shape)
+    p.index_copy_(0, rows.to(p.device), made.to(p.dtype))
 
 # %% ../nbs/22_traversal.ipynb #acf71063
 @patch
@@ -544,12 +580,12 @@ def at(
     if self._path is None or ages != self._path[1] or list(map(id, members)) != list(map(id, self._path[0])):
         self._path, self._written = None, {}
         self._differ, self._path = _inspect(self, members, ages), (members, ages)
-    with torch.no_grad():
+    with torch.no_grad(), _reading.stay_open():
         for i, (name, differ) in enumerate(self._differ.items()):
             p, whole = self.body[name], point.noise or self._written.get(name) != self.body[name]._version
-            if differ is False and whole: _fill(p, [_raw(members[0], name)], [1.])
-            elif differ and not whole: _fill(p, differ[1], point.weights, differ[0])
-            elif differ is not False: _fill(p, [_raw(m, name) for m in members], point.weights)
+            if differ is False and whole: _fill(p, members[:1], name, [1.])
+            elif differ and not whole: _fill_rows(p, *differ, point.weights)
+            elif differ is not False: _fill(p, members, name, point.weights)
             if point.noise: p.add_(_direction(point.noise, self.like.layout.sizes, i).view(p.shape).to(p.device, p.dtype))
             self._written[name] = None if point.noise else p._version
     if self.head in ("first", "average"): _fill_heads(self, point)
@@ -593,8 +629,9 @@ def _path_of(path: Iterable) -> list:
     return pairs
 
 def _keys(pairs: list) -> list:
-    "A digest of every point: where it is, and the bytes of its members."
-    digests = {id(m): m.sha256() for m in {id(m): m for _, p in pairs for m in p.members}.values()}
+    "A digest of every point: where it is, and the bytes of its members, the same whether they are held in memory or not."
+    held = lambda m: m if all(_wide([dtype]) == dtype for dtype in m.layout.dtypes) else hold(m, "drop")
+    digests = {id(m): held(m).sha256() for m in {id(m): m for _, p in pairs for m in p.members}.values()}
     parts = ([p.name, dict(c), p.weights, [digests[id(m)] for m in p.members], p.noise and [p.noise.seed, p.noise.norms, p.noise.per]] for c, p in pairs)
     return [hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for part in parts]
 

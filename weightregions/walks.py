@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EXAMPLES', 'TASKS', 'Reach', 'Walk', 'leading', 'one_each', 'granularities', 'pairs', 'lines_of', 'plan', 'points_of',
-           'take', 'take_all', 'compared', 'along', 'inside_gain', 'gain_interval']
+           'drawn', 'take', 'take_all', 'compared', 'along', 'inside_gain', 'gain_interval']
 
 # %% ../nbs/48_walks.ipynb #c9933bfa
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from .checkpoints import open_checkpoint
 from .comparison import Groups, _twins, groups_of
+from .corpora import Corpus, draw
 from .finetuning import one_thread, usable
 from .jobs import run_jobs
 from .probing import Probing, Target, pooling_of
-from .traversal import Stand, average, extrapolation, hold, hull, line, perturbations, plane, traverse
+from .traversal import Stand, average, extrapolation, hold_what_fits, hull, line, perturbations, plane, traverse
 
 # %% ../nbs/48_walks.ipynb #de00d715
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def points_of(
     "The points of a walk."
     if walk.kind == "models": return [({}, average([m], name=m.name)) for m in [*members, base]]
     if walk.kind == "perturbations": return perturbations(base, members, walk.points)
-    members = [hold(m, head="drop") for m in members]
+    members = hold_what_fits(members, head="drop", device=usable())
     if walk.kind == "hull": return hull(members, walk.points)
     if walk.kind == "plane": return plane(*members, grid=walk.points)
     if walk.kind == "line": return line(*members, np.linspace(0, 1, walk.points + 2)[1:-1])
@@ -161,6 +162,15 @@ def points_of(
 
 # %% ../nbs/48_walks.ipynb #535a380b
 _TARGETS = {} # of one process, by what they are made of
+
+def drawn(
+    corpus: Corpus,      # a dataset
+    n_train: "int | None" = None, # training rows to keep at most; None: all
+    n_test: "int | None" = None, # test rows to keep at most; None: all
+) -> Corpus: # with the rows that a `Target` of that many rows draws
+    "A dataset with no more rows than are measured on."
+    part = lambda rows, n: rows if n is None or n >= len(rows) else rows.iloc[draw(rows.label.to_numpy(), n, 0)]
+    return replace(corpus, train=part(corpus.train, n_train), test=part(corpus.test, n_test))
 
 def _target(base: str, corpus, reach: Reach) -> Target:
     "A target, tokenized once in a process."
@@ -203,7 +213,8 @@ def take_all(
     "Take some walks, several at a time, and gather their rows."
     file = lambda walk: Path(folder)/f"{walk.name.replace(',', '').replace(' ', '-')}.jsonl"
     if twice := [pair for pair in combinations(walks, 2) if file(pair[0]) == file(pair[1])]: raise ValueError(f"the walks {' and '.join(repr(w.name) for w in twice[0])} would share a file: rename a dataset")
-    jobs = {w.name: (w, {m: paths[m] for m in w.members}, base, {t: corpora[t] for t in w.targets}, reach, file(w)) for w in walks}
+    targets = {t: drawn(corpora[t], reach.n_train, reach.n_test) for t in {t for w in walks for t in w.targets}} # what is not measured on need not travel to a worker
+    jobs = {w.name: (w, {m: paths[m] for m in w.members}, base, {t: targets[t] for t in w.targets}, reach, file(w)) for w in walks}
     found = dict(tqdm(run_jobs(take, jobs, workers), total=len(walks), desc="walks", unit="walk"))
     rows, marks = zip(*(found[name] for name in jobs)) # not in the order in which they end
     rows = pd.concat(rows, ignore_index=True).sort_values(["kind", "walk"], kind="stable", ignore_index=True)

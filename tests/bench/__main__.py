@@ -1,7 +1,7 @@
 """What the package costs, beside the floor and what a user would do today: one run, one table, one file of rows. `make bench` calls this.
 
 Each measurement is a process of its own, so that its peak of anonymous memory is its own; the ways of one operation take turns, and the
-medians are reported. Rows of operations that are not measured stay in the file. Checkpoints are random, written once, into memory (a tmpfs) where there is one with room, and removed at the end.
+medians are reported. Rows of operations that are not measured stay in the file, and are said to be of earlier runs. Checkpoints are random, written once, into memory (a tmpfs) where there is one with room, and removed at the end.
 """
 import argparse
 import json
@@ -17,7 +17,7 @@ from statistics import median
 import pandas as pd
 import torch
 
-from weightregions.bench import FIELDS, alone, beside, device_name, goals, read_bench, write_bench
+from weightregions.bench import FIELDS, alone, beside, device_name, goals, rates, read_bench, throughput, write_bench
 
 HERE = Path(__file__).resolve().parent
 SIZES = {"base": dict(n=12, grown=(4, 8, 16, 32), layers=(3, 6, 12), points=8, sentences=500),
@@ -29,7 +29,8 @@ class Bench:
     def __init__(self, a, work):
         self.a, self.work, self.size, self.rows, self.written = a, work, SIZES[a.size], [], 0
         self.kept = read_bench(a.rows) if Path(a.rows).exists() else pd.DataFrame(columns=FIELDS)
-        self.peers = a.peers if a.peers and Path(a.peers).is_file() else None
+        self.peers, self.device = a.peers if a.peers and Path(a.peers).is_file() else None, a.device
+        self.of = "" if a.base == "minilm" else ", of a RoBERTa of random weights"
 
     def models(self, n):
         "The start, and the first n models, written if they are not there."
@@ -42,10 +43,16 @@ class Bench:
     def call(self, way, script="ways.py", **arguments):
         "One measurement: what the way says of itself, with its process's seconds and peak."
         result = self.work / "result.json"
-        run = alone([self.peers if script == "peers.py" else sys.executable, str(HERE / script), way, json.dumps(arguments), str(result)], env=os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"})
+        device, quiet = arguments.get("device", "cpu"), {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+        run = alone([self.peers if script == "peers.py" else sys.executable, str(HERE / script), way, json.dumps(arguments), str(result)],
+                    env=os.environ | quiet | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}))
         found = json.loads(result.read_text())
         result.unlink()
-        return found | {"process": run.seconds, "process_cpu": run.cpu_seconds, "peak_mb": run.peak_mb}
+        return found | {"process": run.seconds, "process_cpu": run.cpu_seconds, "peak_mb": run.peak_mb, "device": device}
+
+    def compute(self, way, script="ways.py", **arguments):
+        "One measurement on the device that was asked for."
+        return self.call(way, script, **arguments, device=self.device)
 
     def rounds(self, ways, rounds=None):
         "Subject -> medians of some measurements that take turns; of a peer that is missing or fails, what there is to say."
@@ -62,7 +69,7 @@ class Bench:
     def peer(self, name, **arguments):
         "A measurement of a peer, if it is there."
         if not self.peers: raise ValueError("not installed")
-        return self.call(name, "peers.py", **arguments)
+        return self.call(name, script="peers.py", **arguments)
 
     def add(self, operation, found, floor=None, errors=(), clock=None, n=None, params=None):
         "Rows of one operation; `clock` says which of the times that were measured, if not that of the operation."
@@ -72,7 +79,7 @@ class Bench:
             if subject == floor: continue
             row = dict(operation=operation, subject=subject, n=n, params=params or self.params, seconds=nan, floor_seconds=least, peak_mb=nan, error=nan, device=device_name())
             if isinstance(said, str): row["subject"] = f"{subject}: {said}"
-            else: row |= dict(n=said.get("n", n), seconds=said[clock], peak_mb=said["peak_mb"], error=dict(errors).get(subject, nan), device=device_name(said.get("device", "cpu")))
+            else: row |= dict(n=said.get("n", n), seconds=said[clock], peak_mb=said["peak_mb"], error=dict(errors).get(subject, nan), device=device_name(said["device"]))
             self.rows.append(row)
         rows = pd.DataFrame(self.rows, columns=FIELDS)
         kept = self.kept[~self.kept.operation.isin(rows.operation)]
@@ -95,14 +102,21 @@ def said(why):
     return call
 
 
+def ceiling(b):
+    models, start = b.models(b.size["n"])
+    ways = {"reading": "read", "copying to the device": "copy", "product in float64": "float64", "product in float32": "float32"}
+    call = lambda what: b.call("ceiling", models=models, base=start, params=b.params, what=what, device="cpu" if what == "read" else b.device)
+    b.add("ceiling", b.rounds({subject: lambda what=what: call(what) for subject, what in ways.items()}), n=len(models))
+
+
 def similarity(b):
     n, file = b.size["n"], lambda way: str(b.work / f"{way}.pt")
     models, start = b.models(n)
     names = {"weightregions": "similarity", "weightregions, one model more": "extended", "weightregions, sketch of 4096 numbers": "sketched", "load, stack, multiply": "load_stack_matmul", "a streamed loop": "streamed_loop"}
-    ways = {subject: lambda way=way: b.call(way, models=models, base=start, out=file(way)) for subject, way in names.items()}
+    ways = {subject: lambda way=way: b.compute(way, models=models, base=start, out=file(way)) for subject, way in names.items()}
     for dtype in ("float64", "float32"):
-        ways[f"floor, product in {dtype}"] = lambda t=dtype: b.call("similarity_floor", models=models, base=start, params=b.params, dtype=t)
-    if (need := 8 * n * b.params) > 0.9 * free_memory():
+        ways[f"floor, product in {dtype}"] = lambda t=dtype: b.compute("similarity_floor", models=models, base=start, params=b.params, dtype=t)
+    if b.device == "cpu" and (need := 8 * n * b.params) > 0.9 * free_memory():
         ways["load, stack, multiply"] = said(f"not measured, it takes {need / 1e9:.1f} GB and {free_memory() / 1e9:.1f} GB are free")
     found = b.rounds(ways)
     b.call("cosines_float64", models=models, base=start, out=file("exact"))
@@ -136,16 +150,17 @@ def line(b):
     points, errors = b.size["points"], {}
     def kept(subject, call):
         def one():
-            found = call(str(b.work / "half.safetensors"))
-            if subject not in errors: errors[subject] = b.error("line_error", b.work / "half.safetensors", a=first, b=second)
+            found = call(str(b.work / "half.pt"))
+            if subject not in errors: errors[subject] = b.error("line_error", b.work / "half.pt", a=first, b=second)
             return found
         return one
     ends = dict(a=first, b=second, points=points)
-    ways = {"weightregions": lambda out: b.call("stand", out=out, **ends), "state dict, loaded": lambda out: b.call("state_dicts", out=out, **ends),
-            "model copied, state dict loaded": lambda out: b.call("state_dicts", out=out, copied=True, **ends), "loss-landscapes": lambda out: b.peer("walk", out=out, **ends)}
+    ways = {"weightregions": lambda out: b.compute("stand", out=out, **ends), "weightregions, models read from their files": lambda out: b.compute("stand", out=out, held=False, **ends),
+            "state dict, loaded": lambda out: b.compute("state_dicts", out=out, **ends), "model copied, state dict loaded": lambda out: b.compute("state_dicts", out=out, copied=True, **ends),
+            "loss-landscapes": lambda out: b.peer("walk", out=out, device=b.device, **ends)}
     found = b.rounds({subject: kept(subject, call) for subject, call in ways.items()}
-                     | {"floor": lambda: b.call("line_floor", params=b.params, points=points),
-                        f"an evaluation of {b.size['sentences']} sentences": lambda: b.call("evaluation", a=first, sentences=b.size["sentences"])})
+                     | {"floor": lambda: b.compute("line_floor", params=b.params, points=points),
+                        f"an evaluation of {b.size['sentences']} sentences": lambda: b.compute("evaluation", a=first, sentences=b.size["sentences"])})
     b.add("a point on a line", found, "floor", errors, n=2)
 
 
@@ -162,9 +177,9 @@ def _grown(b, n, layers=None):
     "Similarity of n models, or of their first layers."
     (models, start), last = b.models(n), {}
     def ours():
-        last.update(found := b.call("similarity", models=models, base=start, layers=layers))
+        last.update(found := b.compute("similarity", models=models, base=start, layers=layers))
         return found
-    def floor(): return b.call("similarity_floor", models=models, base=start, params=last["params"], dtype="float64")
+    def floor(): return b.compute("similarity_floor", models=models, base=start, params=last["params"], dtype="float64")
     found = b.rounds({"weightregions": ours, "floor": floor}, max(1, b.a.rounds - 1))
     b.add("similarity, growing", found, "floor", n=n, params=last["params"])
 
@@ -172,31 +187,32 @@ def _grown(b, n, layers=None):
 def probe(b):
     base = _base(b)
     names = {"weightregions": "probe", "a layer trained by Adam, rows encoded in each step": "probe_by_sgd", "floor": "probe_floor"}
-    found = b.rounds({subject: lambda way=way: b.call(way, base=base, size=b.a.size) for subject, way in names.items()})
+    found = b.rounds({subject: lambda way=way: b.compute(way, base=base, size=b.a.size) for subject, way in names.items()})
     best = min(said["objective"] for said in found.values() if "objective" in said)
-    b.add("the probe", found, "floor", {k: said["objective"] - best for k, said in found.items() if "objective" in said}, params=found["floor"]["params"])
+    b.add(f"the probe{b.of}", found, "floor", {k: said["objective"] - best for k, said in found.items() if "objective" in said}, params=found["floor"]["params"])
 
 
 def zoo(b):
-    base, cores = _base(b), os.cpu_count()
-    def ours(dtype, workers): return lambda: b.call("zoo", base=base, size=b.a.size, folder=str(b.work / "zoo"), dtype=dtype, workers=workers)
-    def plain(dtype, padding): return lambda: b.call("trainer", base=base, size=b.a.size, folder=str(b.work / "trained"), dtype=dtype, padding=padding)
-    found = b.rounds({"weightregions": ours("auto", None),
-                      "weightregions, float32": ours("float32", None),
-                      "weightregions, one process of one thread": ours("auto", 1),
-                      "Trainer, float32, padded to the longest allowed": plain("float32", "longest allowed"),
-                      "Trainer, float32, padded to the longest of a batch": plain("float32", "longest of a batch"),
-                      "Trainer, bfloat16, padded to the longest allowed": plain("bfloat16", "longest allowed")}, 1)
-    b.add(f"a model of a zoo, {cores} cores", found, clock="seconds", params=b.call("probe_floor", base=base, size=b.a.size)["params"])
+    from weightregions.finetuning import fast_bfloat16
+    base, (fast, other) = _base(b), ("float32", "bfloat16")[::-1 if fast_bfloat16(b.device) else 1]
+    def ours(**how): return lambda: b.compute("zoo", base=base, size=b.a.size, folder=str(b.work / "zoo"), **how)
+    def plain(padding): return lambda: b.compute("trainer", base=base, size=b.a.size, folder=str(b.work / "trained"), dtype=fast, padding=padding)
+    ways = {"weightregions": ours(), f"weightregions, {other}": ours(dtype=other)}
+    one = "weightregions, one process" + (" of one thread" if b.device == "cpu" else "")
+    if b.device == "cpu": ways |= {one: ours(workers=1), "weightregions, one process of all threads": ours(workers=1, one_thread=False)}
+    ways |= {f"{one}, rows of any length in a batch": ours(workers=1, like_length=False)}
+    ways |= {f"Trainer, {fast}, padded to the {padding}": plain(padding) for padding in ("longest allowed", "longest of a batch")}
+    where = f"{os.cpu_count()} cores" if b.device == "cpu" else f"{torch.cuda.device_count()} GPU"
+    b.add(f"a model of a zoo, {where}{b.of}", b.rounds(ways, 1), clock="seconds", params=b.call("probe_floor", base=base, size=b.a.size)["params"])
 
 
 def _base(b):
     "The encoder that is probed and fine-tuned."
     from ways import base_model
-    return base_model(b.a.size, b.work)
+    return base_model(b.a.size, b.work, b.a.base)
 
 
-PARTS = {"similarity": similarity, "average": average, "line": line, "growth": growth, "probe": probe, "zoo": zoo}
+PARTS = {"ceiling": ceiling, "similarity": similarity, "average": average, "line": line, "growth": growth, "probe": probe, "zoo": zoo}
 
 
 def room(size):
@@ -208,6 +224,8 @@ def room(size):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--size", choices=SIZES, default="base", help="of the checkpoints: RoBERTa-base's, or two small layers")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what multiplies, walks, encodes and trains")
+    p.add_argument("--base", choices=("minilm", "random"), default="minilm", help="what is probed and fine-tuned: MiniLM, or a RoBERTa of random weights, RoBERTa-base's size if checkpoints have it")
     p.add_argument("--only", nargs="*", choices=PARTS, default=[], metavar="PART", help=f"what to measure, of {', '.join(PARTS)} (all)")
     p.add_argument("--rows", type=Path, default=Path("out/bench.csv"), help="the file of rows")
     p.add_argument("--rounds", type=int, default=3, help="measurements of each way")
@@ -215,16 +233,23 @@ def main():
     p.add_argument("--store", default="", help="the folder to put checkpoints in")
     p.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="seconds by the clock, or of the processor where a machine has other users")
     a = p.parse_args()
+    if a.device == "cuda" and not torch.cuda.is_available(): p.error("torch finds no GPU")
+    if a.device == "cuda" and a.clock == "cpu": p.error("a GPU's work does not show in the processor's seconds")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and the checkpoints are removed
     with tempfile.TemporaryDirectory(prefix="weightregions-bench-", dir=a.store or room(a.size)) as work:
         b = Bench(a, Path(work))
-        print(f"{a.size} checkpoints in {'memory' if work.startswith('/dev/shm') else 'a folder'}, {device_name()}, "
+        print(f"{a.size} checkpoints in {'memory' if work.startswith('/dev/shm') else 'a folder'}, {'; '.join(dict.fromkeys([device_name(), device_name(a.device)]))}, "
               f"seconds {'by the clock' if a.clock == 'wall' else 'of the processor'}; peers {'installed' if b.peers else 'not installed: make bench PEERS=1'}", flush=True)
         for part, measure in PARTS.items():
             if part in a.only or not a.only: measure(b)
             if part == "growth": [shutil.rmtree(f) for f in b.work.glob("[0-9][0-9]")]
-    rows = read_bench(a.rows)
-    print(f"\n{beside(rows).to_string(index=False)}\n\n{goals(rows).to_string(index=False)}\n\n{len(rows)} rows in {a.rows}")
+    rows, told = read_bench(a.rows), lambda table: f"{table.to_string(index=False)}\n"
+    now = rows.operation.isin({row["operation"] for row in b.rows})
+    print("\nthis run\n")
+    for table in (beside, rates, throughput, goals):
+        if len(table(rows[now])): print(told(table(rows[now])))
+    if not now.all(): print(f"of earlier runs, kept in the file\n\n{told(beside(rows[~now]))}")
+    print(f"{len(rows)} rows in {a.rows}, {now.sum()} of them of this run")
 
 
 if __name__ == "__main__": main()

@@ -15,31 +15,35 @@ def merge(models, out):
     return took(begin)
 
 
-def walk(a, b, points, out):
-    "loss-landscapes' walk from one model to another, with a metric that costs nothing; what it passes at half way is kept."
+def walk(a, b, points, out, device="cpu"):
+    "loss-landscapes' walk from one model to another, with a metric that costs nothing; a second walk keeps what it passes at half way."
     import loss_landscapes
+    import torch
     from loss_landscapes.metrics.metric import Metric
-    from safetensors.torch import save_file
     from transformers import AutoModel
 
     class Nothing(Metric):
+        def __call__(self, wrapper): return 0.0
+
+    class Half(Metric):
         seen = 0
         def __call__(self, wrapper):
-            Nothing.seen += 1
-            if Nothing.seen == points // 2: self.half = {n: p.detach().clone() for n, p in wrapper.modules[0].named_parameters()}
+            self.seen += 1
+            if self.seen == points // 2: torch.save({n: p.detach() for n, p in wrapper.modules[0].named_parameters()}, out)
             return 0.0
 
-    first, second = (AutoModel.from_pretrained(m, add_pooling_layer=False) for m in (a, b))
-    metric = Nothing()
+    first, second = (AutoModel.from_pretrained(m, add_pooling_layer=False).to(device) for m in (a, b))
+    torch.ones(1, device=device).sum().item()
     begin = time.perf_counter(), time.process_time()
-    loss_landscapes.linear_interpolation(first, second, metric, points, deepcopy_model=True)
+    loss_landscapes.linear_interpolation(first, second, Nothing(), points, deepcopy_model=True)
     spent = took(begin)
-    save_file(metric.half, out)
+    loss_landscapes.linear_interpolation(first, second, Half(), points, deepcopy_model=True)
     return {k: v / points for k, v in spent.items()}
 
 
 def took(begin):
-    "Seconds by the clock, and of the processor, since `begin`."
+    "Seconds by the clock, and of the processor, since `begin`; what a GPU was asked to do is done."
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized(): torch.cuda.synchronize()
     return {"seconds": time.perf_counter() - begin[0], "cpu": time.process_time() - begin[1]}
 
 

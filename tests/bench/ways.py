@@ -2,26 +2,31 @@
 
 A way returns seconds by the clock and of the processor, of the operation alone: not of starting Python and importing. What a user would
 do today is written as a user would write it. A floor is the least that any way has to do: read the bytes once, multiply once, write once.
+What computes on a device takes its name, "cpu" or "cuda".
 """
 import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
+from unittest.mock import patch
 
 import torch
 from peers import took
 
 BUFFER = 2**20  # bytes that a floor reads or writes at a time
+BLOCK = 2**18  # weights of each model that are copied to a device at a time, as the package does
 THREADS = min(torch.get_num_threads(), 8)
 
 
-def now():
-    "Where the clocks stand; what transformers imports late is imported before they start."
+def now(device="cpu"):
+    "Where the clocks stand; what transformers imports late is imported before they start, and a GPU has started."
     if "transformers" in sys.modules: from transformers import RobertaForMaskedLM, RobertaModel  # noqa: F401
+    for dtype in (torch.float32, torch.float64): torch.ones(2, 2, dtype=dtype, device=device).mm(torch.ones(2, 2, dtype=dtype, device=device)).sum().item()
     return perf_counter(), process_time()
 
 
@@ -66,38 +71,38 @@ class Part:
 
 # --- (a) and (f): similarity -----------------------------------------------------------------------------------------
 
-def similarity(models, base, out=None, layers=None):
+def similarity(models, base, out=None, layers=None, device="cpu"):
     "The package's."
     from weightregions.checkpoints import open_checkpoint
     from weightregions.similarity import gram
-    begin = now()
+    begin = now(device)
     *opened, start = (c if layers is None else Part(c, layers) for c in map(open_checkpoint, [*models, base]))
-    found = gram(opened, start, progress=False)
+    found = gram(opened, start, progress=False, device=device)
     spent = took(begin)
     if out: torch.save(torch.from_numpy(found.cosine().to_numpy().copy()), out)
     return spent | {"params": start.layout.numel}
 
 
-def sketched(models, base, out):
+def sketched(models, base, out, device="cpu"):
     "The package's random projection."
     from weightregions.checkpoints import open_checkpoint
     from weightregions.similarity import sketch
-    begin = now()
-    found = sketch(map(open_checkpoint, models), open_checkpoint(base), progress=False)
+    begin = now(device)
+    found = sketch(map(open_checkpoint, models), open_checkpoint(base), progress=False, device=device)
     cosines = found.cosine()
     spent = took(begin)
     torch.save(torch.from_numpy(cosines.to_numpy().copy()), out)
     return spent
 
 
-def extended(models, base, out):
+def extended(models, base, out, device="cpu"):
     "The package's, of one model more than there were."
     from weightregions.checkpoints import open_checkpoint
     from weightregions.similarity import gram
     *opened, start = map(open_checkpoint, [*models, base])
-    known = gram(opened[:-1], start, progress=False)
-    begin = now()
-    found = known.extended(opened[-1:], opened[:-1], start, progress=False)
+    known = gram(opened[:-1], start, progress=False, device=device)
+    begin = now(device)
+    found = known.extended(opened[-1:], opened[:-1], start, progress=False, device=device)
     spent = took(begin)
     torch.save(torch.from_numpy(found.cosine().to_numpy().copy()), out)
     return spent
@@ -106,33 +111,33 @@ def extended(models, base, out):
 def body(file): return sorted(n for n in file.keys() if n.startswith("roberta."))
 
 
-def load_stack_matmul(models, base, out):
+def load_stack_matmul(models, base, out, device="cpu"):
     "Load all models, stack them, subtract, normalise, multiply."
     from safetensors.torch import load_file
     def flat(folder):
-        state = load_file(weights(folder))
+        state = load_file(weights(folder), device=device)
         return torch.cat([state[n].flatten() for n in body(state)])
-    begin = now()
+    begin = now(device)
     tvs = torch.stack([flat(m) for m in models]).sub_(flat(base))
     tvs.div_(tvs.norm(dim=1, keepdim=True))
-    cosines = tvs @ tvs.T
+    cosines = (tvs @ tvs.T).cpu()
     spent = took(begin)
     torch.save(cosines.double(), out)
     return spent
 
 
-def streamed_loop(models, base, out):
+def streamed_loop(models, base, out, device="cpu"):
     "Tensor after tensor: stack, subtract, multiply, add up."
     from safetensors import safe_open
-    begin = now()
-    files = [safe_open(weights(m), "pt") for m in [*models, base]]
-    products = torch.zeros(len(models), len(models))
+    begin = now(device)
+    files = [safe_open(weights(m), "pt", device=device) for m in [*models, base]]
+    products = torch.zeros(len(models), len(models), device=device)
     for name in body(files[0]):
         *tensors, start = (f.get_tensor(name).flatten() for f in files)
         tvs = torch.stack(tensors) - start
         products += tvs @ tvs.T
     norms = products.diag().sqrt()
-    cosines = products / norms.outer(norms)
+    cosines = (products / norms.outer(norms)).cpu()
     spent = took(begin)
     torch.save(cosines.double(), out)
     return spent
@@ -163,21 +168,34 @@ def read_once(files, size):
     in_threads(one, [(f, i) for f in files for i in range(0, size, 16 * BUFFER)])
 
 
-def multiply_once(n, params, dtype):
-    "The products of n vectors, from numbers that lie in the processor's cache."
-    columns = 2**12
+def copy_once(n, params, device):
+    "Copy n vectors to the device, to a GPU from pinned memory."
+    stored, there = torch.ones(n, BLOCK, pin_memory=device != "cpu"), torch.empty(n, BLOCK, device=device)
+    for _ in range(max(1, params // BLOCK)): there.copy_(stored, non_blocking=True)
+
+
+def multiply_once(n, params, dtype, device="cpu"):
+    "The products of n vectors, from numbers that lie in the processor's cache, or on the GPU."
+    columns, threads = (2**12, THREADS) if device == "cpu" else (BLOCK, 1)
     def one(times):
-        x, products = torch.ones(n, columns, dtype=dtype), torch.zeros(n, n, dtype=dtype)
+        x, products = torch.ones(n, columns, dtype=dtype, device=device), torch.zeros(n, n, dtype=dtype, device=device)
         for _ in range(times): products.addmm_(x, x.T)
-    in_threads(one, [params // columns // THREADS] * THREADS)
+    in_threads(one, [params // columns // threads] * threads)
 
 
-def similarity_floor(models, base, params, dtype):
-    "Read the bytes once and multiply once."
-    begin = now()
-    read_once([weights(m) for m in [*models, base]], 4 * params)
-    multiply_once(len(models) + 1, params, getattr(torch, dtype))
+def ceiling(models, base, params, what, device="cpu"):
+    "What similarity has to do, one thing alone: read, copy, or multiply in some type."
+    n, begin = len(models) + 1, now(device)
+    if what == "read": read_once([weights(m) for m in [*models, base]], 4 * params)
+    elif what == "copy": copy_once(n, params, device)
+    else: multiply_once(n, params, getattr(torch, what), device)
     return took(begin)
+
+
+def similarity_floor(models, base, params, dtype, device="cpu"):
+    "Read the bytes once and multiply once; with a GPU also copy them, all at the same time."
+    alone = [ceiling(models, base, params, what, device) for what in ("read", dtype) + ("copy",) * (device != "cpu")]
+    return {k: (sum if device == "cpu" else max)(one[k] for one in alone) for k in alone[0]}
 
 
 # --- (b): average ----------------------------------------------------------------------------------------------------
@@ -232,56 +250,59 @@ def average_error(out, models):
 
 # --- (c): a point on a line ------------------------------------------------------------------------------------------
 
-def each(path, go):
+def each(path, go, device):
     "Seconds of going to a point in the middle of a path, the median; the two ends are mere copies."
     spent = []
     for place in path:
-        begin = now()
+        begin = now(device)
         go(place)
         spent.append(took(begin))
     return {k: median(s[k] for s in spent[1:-1]) for k in spent[0]}
 
 
-def stand(a, b, points, out):
-    "The package's: one scratch model, refilled in place."
-    from safetensors.torch import save_file
+def keep(model, out):
+    "Write the weights of a model without a copy of them."
+    torch.save({n: p.detach() for n, p in model.named_parameters()}, out)
+
+
+def stand(a, b, points, out, held=True, device="cpu"):
+    "The package's: one scratch model, refilled in place from two models in memory, or from their files."
     from weightregions.checkpoints import open_checkpoint
     from weightregions.traversal import Stand, hold, line
-    held = [hold(open_checkpoint(m), head="drop") for m in (a, b)]
-    scratch = Stand(held[0])
-    spent = each([p for _, p in line(*held, [i / points for i in range(points + 1)])], scratch.at)
-    save_file({n: p.detach().clone() for n, p in next(scratch.at(p) for _, p in line(*held, [0.5])).named_parameters()}, out)
+    ends = [hold(c, head="drop", device=device) if held else c for c in map(open_checkpoint, (a, b))]
+    scratch = Stand(ends[0], device=device)
+    spent = each([p for _, p in line(*ends, [i / points for i in range(points + 1)])], scratch.at, device)
+    keep(next(scratch.at(p) for _, p in line(*ends, [0.5])), out)
     return spent
 
 
-def state_dicts(a, b, points, out, copied=False):
+def state_dicts(a, b, points, out, copied=False, device="cpu"):
     "A freshly computed state dict for each point, loaded into one model, or into a copy."
     from copy import deepcopy
-    from safetensors.torch import save_file
     from transformers import AutoModel
-    scratch, other = (AutoModel.from_pretrained(m, add_pooling_layer=False) for m in (a, b))
+    scratch, other = (AutoModel.from_pretrained(m, add_pooling_layer=False).to(device) for m in (a, b))
     ends = [{n: t.clone() for n, t in m.state_dict().items()} for m in (scratch, other)]
     def go(alpha):
         model = deepcopy(scratch) if copied else scratch
         model.load_state_dict({n: (1 - alpha) * t + alpha * ends[1][n] if t.is_floating_point() else t for n, t in ends[0].items()})
         return model
-    spent = each([i / points for i in range(points + 1)], go)
-    save_file({n: p.detach().clone() for n, p in go(0.5).named_parameters()}, out)
+    spent = each([i / points for i in range(points + 1)], go, device)
+    keep(go(0.5), out)
     return spent
 
 
-def line_floor(params, points):
+def line_floor(params, points, device="cpu"):
     "Stream two members through memory once, and write one."
-    a, b, c = torch.zeros(params), torch.ones(params), torch.empty(params)
-    return each([i / points for i in range(points + 1)], lambda alpha: torch.lerp(a, b, alpha, out=c))
+    a, b, c = torch.zeros(params, device=device), torch.ones(params, device=device), torch.empty(params, device=device)
+    return each([i / points for i in range(points + 1)], lambda alpha: torch.lerp(a, b, alpha, out=c), device)
 
 
-def evaluation(a, sentences):
+def evaluation(a, sentences, device="cpu"):
     "Encode sentences of 24 tokens."
     from transformers import AutoModel
-    model = AutoModel.from_pretrained(a, add_pooling_layer=False).eval()
-    ids = torch.randint(5, model.config.vocab_size, (sentences, 24), generator=torch.Generator().manual_seed(1))
-    begin = now()
+    model = AutoModel.from_pretrained(a, add_pooling_layer=False).eval().to(device)
+    ids = torch.randint(5, model.config.vocab_size, (sentences, 24), generator=torch.Generator().manual_seed(1)).to(device)
+    begin = now(device)
     with torch.inference_mode():
         for batch in ids.split(50): model(batch)
     return took(begin)
@@ -289,9 +310,8 @@ def evaluation(a, sentences):
 
 def line_error(out, a, b):
     "Largest difference from the middle in float64, as a share of the tensor's largest weight."
-    from safetensors.torch import load_file
     from weightregions.checkpoints import open_checkpoint
-    ends, found, worst = [open_checkpoint(m) for m in (a, b)], load_file(out), 0.0
+    ends, found, worst = [open_checkpoint(m) for m in (a, b)], torch.load(out, weights_only=True, map_location="cpu"), 0.0
     for n in ends[0].layout.names:
         exact = sum(m.read(n).double() for m in ends).reshape(found[n].shape) / 2
         worst = max(worst, float((found[n].double() - exact).abs().max() / exact.abs().max()))
@@ -300,52 +320,54 @@ def line_error(out, a, b):
 
 # --- (d): the probe --------------------------------------------------------------------------------------------------
 
-def base_model(size, folder):
-    "MiniLM where it is to be had, else, or if small, the tiny base; its folder."
-    from weightregions.bases import minilm, tiny_base
+def base_model(size, folder, kind="minilm"):
+    "MiniLM where it is to be had, else, or if small, the tiny base; or a RoBERTa of random weights, with its size; the folder."
+    from weightregions.bases import minilm, plain_texts, tiny_base, tiny_tokenizer
+    if kind == "random":
+        from transformers import RobertaConfig, RobertaForMaskedLM
+        torch.manual_seed(0)
+        for part in (RobertaForMaskedLM(RobertaConfig(**CONFIGS[size])), tiny_tokenizer(plain_texts(250))): part.save_pretrained(Path(folder) / "random")
+        return str(Path(folder) / "random")
     if size != "small":
         try: return str(minilm())
         except FileNotFoundError: pass
     return str(tiny_base(Path(folder) / "tiny"))
 
 
-def on_device(): return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def probed(base, size):
+def probed(base, size, device):
     "An encoder, and a target of 400 rows to fit on and 300 to test on."
     from transformers import AutoModel
     from weightregions.corpora import load_corpora
     from weightregions.probing import Target
     n_train, n_test = (60, 40) if size == "small" else (400, 300)
     corpus = load_corpora("builtin", names=["films"], n_train=n_train, n_test=n_test)["films"]
-    model = AutoModel.from_pretrained(base).eval().to(on_device())
-    return model, Target(corpus, base), {"params": sum(p.numel() for p in model.parameters()), "n": n_train + n_test, "device": on_device()}
+    model = AutoModel.from_pretrained(base).eval().to(device)
+    return model, Target(corpus, base), {"params": sum(p.numel() for p in model.parameters()), "n": n_train + n_test}
 
 
-def probe(base, size):
+def probe(base, size, device="cpu"):
     "The package's: encode once, then the optimum of a convex problem."
     from weightregions.probing import generalized_loss
-    model, target, about = probed(base, size)
-    begin = now()
+    model, target, about = probed(base, size, device)
+    begin = now(device)
     found = generalized_loss(model, target)
     return took(begin) | about | {"objective": found["objective"]}
 
 
-def probe_by_sgd(base, size):
+def probe_by_sgd(base, size, device="cpu"):
     "A linear layer on the frozen encoder, trained by Adam on 200 batches of 32 rows, each encoded when it is its turn."
     from weightregions.probing import sgd_probe
-    model, target, about = probed(base, size)
-    begin = now()
+    model, target, about = probed(base, size, device)
+    begin = now(device)
     found = sgd_probe(model, target, steps=10 if size == "small" else 200)
     return took(begin) | about | {"objective": found["objective"]}
 
 
-def probe_floor(base, size):
+def probe_floor(base, size, device="cpu"):
     "Encode all rows once."
     from weightregions.probing import encode
-    model, target, about = probed(base, size)
-    begin = now()
+    model, target, about = probed(base, size, device)
+    begin = now(device)
     for split in (target.train, target.test): encode(model, split)
     return took(begin) | about
 
@@ -366,24 +388,28 @@ def corpora_of(size):
     return load_corpora("builtin", names=names, n_train=80 if size == "small" else 2000, n_test=40 if size == "small" else 300)
 
 
-def zoo(base, size, folder, dtype, workers):
-    "The package's: batches of like length, several processes of one thread each; their start, once a zoo, is part of it."
+def zoo(base, size, folder, dtype="auto", workers=None, one_thread=True, like_length=True, device="cpu"):
+    "The package's: batches of like length, several processes of one thread each; their start, once a zoo, is part of it. One process can do without either."
     from shutil import rmtree
+    from transformers import Trainer
+    from weightregions import finetuning
     from weightregions.zoo import build_zoo
     corpora = corpora_of(size)
-    begin = now()
-    build_zoo(folder, base, corpora, recipe_of(size, dtype), SEEDS, workers=workers)
+    threads = nullcontext() if one_thread else patch.object(finetuning, "one_thread", nullcontext)
+    batches = nullcontext() if like_length else patch.object(finetuning.BucketTrainer, "_get_train_sampler", Trainer._get_train_sampler)
+    begin = now(device)
+    with threads, batches: build_zoo(folder, base, corpora, recipe_of(size, dtype), SEEDS, workers=workers)
     spent = took(begin)
     rmtree(folder)
     return per_model(spent, len(corpora) * len(SEEDS))
 
 
-def trainer(base, size, folder, dtype, padding):
+def trainer(base, size, folder, dtype, padding, device="cpu"):
     "A plain Trainer, one model after the other in all threads, rows padded to the longest allowed or to the longest of the batch."
     from shutil import rmtree
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
     from weightregions.finetuning import evaluate, quiet
-    corpora, recipe, begin = corpora_of(size), recipe_of(size, dtype), now()
+    corpora, recipe, begin = corpora_of(size), recipe_of(size, dtype), now(device)
     tokenizer = AutoTokenizer.from_pretrained(base)
     class Rows(list): lengths = property(lambda self: [len(row["input_ids"]) for row in self])
     def rows(table):
@@ -392,7 +418,7 @@ def trainer(base, size, folder, dtype, padding):
     for corpus, seed in product(corpora.values(), SEEDS):
         with quiet(): model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(corpus.labels))
         arguments = TrainingArguments(output_dir=folder, max_steps=recipe.steps, per_device_train_batch_size=recipe.batch_size, learning_rate=recipe.learning_rate,
-                                      seed=seed, bf16=dtype == "bfloat16", use_cpu=on_device() == "cpu", logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True)
+                                      seed=seed, bf16=dtype == "bfloat16", use_cpu=device == "cpu", logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True)
         t = Trainer(model=model, args=arguments, train_dataset=rows(corpus.train), data_collator=DataCollatorWithPadding(tokenizer))
         t.remove_callback(PrinterCallback)
         t.train()
@@ -405,7 +431,7 @@ def trainer(base, size, folder, dtype, padding):
 
 def per_model(spent, models):
     "Seconds a model."
-    return {k: v / models for k, v in spent.items()} | {"n": models, "device": on_device()}
+    return {k: v / models for k, v in spent.items()} | {"n": models}
 
 
 if __name__ == "__main__":
