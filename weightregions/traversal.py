@@ -35,7 +35,7 @@ from .space import BLOCK, Layout, dot, patch
 
 # %% ../nbs/22_traversal.ipynb #470b3a54
 _STRETCH = 2**16 # weights of each member that are added up at a time, few enough for the processor's cache
-_ROOM = 2**24 # weights of all members together that are read from files at a time
+_ROOM = 2**22 # weights of all members together that are read from files at a time
 
 def _combine(tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> Tensor:
     "Fill `out` with the weighted sum of flat tensors of one dtype and device; weights sum to one, or there is but one."
@@ -76,7 +76,7 @@ def _in_memory(model: Checkpoint, name: str) -> bool:
     return isinstance(stored, Held) and stored.file is None
 
 def _pieces(models: Sequence[Checkpoint], name: str, span: range) -> "Iterator[tuple[int, list[Tensor]]]":
-    "The same weights of some models, flat: all of `span` where they are in memory, else in stretches of 64 MB together; and where in the span they begin."
+    "The same weights of some models, flat: all of `span` where they are in memory, else in stretches of 16 MB together; and where in the span they begin."
     step = max(len(span), 1) if all(_in_memory(m, name) for m in models) else max(1, _ROOM // (_STRETCH * len(models))) * _STRETCH
     for i in range(span.start, span.stop, step):
         j = min(i + step, span.stop)
