@@ -171,4 +171,4 @@ def test_rows_that_travel_are_those_that_a_target_draws(made):
     corpus = made[2]["films"]
     few = drawn(corpus, 30, 12)
     for split, n in (("train", 30), ("test", 12)): pd.testing.assert_frame_equal(getattr(few, split).reset_index(drop=True), _rows(corpus, split, n, 0).reset_index(drop=True))
-    assert drawn(corpus, 1000).train is corpus.train
+    pd.testing.assert_frame_equal(drawn(corpus, 1000).train, corpus.train)
