@@ -221,5 +221,6 @@ def growth_figure(
     axes[1].axhline(1000, ls=":", color="#888888", label="goal")
     for ax, title, what in zip(axes, ("Time", "Memory"), ("seconds", "peak of anonymous memory, MB")):
         ax.set(title=title, xlabel="N x P, billions of weights", ylabel=what, xlim=(0, None), ylim=(0, None))
-        ax.legend()
+        ax.set_ylim(0, 1.4 * ax.get_ylim()[1]) # room for the legend
+        ax.legend(loc="upper left")
     return axes
