@@ -351,7 +351,7 @@ def test_a_full_disk(world, stage, unbroken, tmp_path, tried):
             shutil.rmtree(folder)
             faults += ended
     assert faults
-    tried("a full disk", stage.name, faults, "an error that names the file; with room again, the same bytes", exact=mounted)  # a limit is on each file, not on all together
+    tried("a full disk", stage.name, faults, "an error that names the file; with room again, the same bytes", exact=False)  # how much a file takes is the file system's affair
 
 
 @contextmanager
