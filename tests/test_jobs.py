@@ -10,6 +10,7 @@ import time
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from queue import SimpleQueue
 
 import pandas as pd
 import pytest
@@ -117,6 +118,18 @@ def test_a_worker_that_dies_costs_its_own_job_only(tmp_path, backend, workers, r
         for name, tries in run_jobs(killed, {name: (str(tmp_path / str(i)), n) for i, (name, n) in enumerate(deaths.items())}, workers, backend): found[name] = tries
     assert found == {"films": 1, "headlines": 2, ("meals", 2): 1}
     assert (tmp_path / "2").stat().st_size == 2
+
+
+@pytest.mark.timeout(120)
+def test_a_worker_that_dies_is_seen_where_an_idle_one_has_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "_WORKERS", {}), monkeypatch.setattr(jobs, "IDLE", 1)
+    free = SimpleQueue()
+    free.put(places(1, [])[0])
+    job = lambda function, *args: jobs._at_a_place(free, "films", str(tmp_path), function, args)[1]
+    assert job(os.getpid) != os.getpid()
+    [worker] = jobs._WORKERS.values()
+    while worker._processes: time.sleep(0.1)
+    with pytest.warns(RuntimeWarning, match="the worker of the job films died"): assert isinstance(job(signal.raise_signal, signal.SIGKILL), jobs._Died)
 
 
 def killed_in_a_step(*job):
