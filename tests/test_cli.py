@@ -183,6 +183,7 @@ def test_a_dry_run_tells_the_plan_and_makes_nothing(here):
     assert out == well("study --scale paper --data hub --dry-run", here) and "(builtin)" in well("study --dry-run", here)
     assert "measured: " in well("study --scale tiny --measure --out planned", here) and not (here / "planned").exists()
     assert cli("study --dry-run --device abacus", here)[0] == 2
+    assert "give one of them" in cli("study --measure --device H100", here)[2]
 
 
 @pytest.mark.parametrize("line, problem", [

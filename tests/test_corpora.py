@@ -503,3 +503,11 @@ def test_builtin():
     assert (len(one.train), len(one.test), one.source) == (40, 20, "builtin, seed 1")
     assert one.sha256 == load_corpora("builtin", [name], seed=1, n_train=40, n_test=20)[name].sha256 != load_corpora("builtin", [name], seed=2, n_train=40, n_test=20)[name].sha256
     with pytest.raises(ValueError, match="no dataset 'x' in builtin"): load_corpora("builtin", ["x"])
+
+
+def test_at_most_keeps_the_rows_that_a_target_draws():
+    from weightregions.probing import _rows
+    corpus = load_corpora("builtin", names=["films"], n_train=40, n_test=30)["films"]
+    few = corpora.at_most(corpus, 30, 12)
+    for split, n in (("train", 30), ("test", 12)): pd.testing.assert_frame_equal(getattr(few, split), _rows(corpus, split, n, 0).reset_index(drop=True))
+    assert corpora.at_most(corpus, 1000) is corpus

@@ -213,7 +213,7 @@ def test_buffers_keep_to_their_memory_whatever_the_number_of_models(many, memory
         rooms.append(self.stored.nbytes + self.wide.nbytes)
     monkeypatch.setattr(similarity._Room, "__init__", watched)
     g = gram(models, base, progress=False, threads=8, memory=memory, block=2**13)
-    each = max(rooms) + 16 * (many + 1)**2  # and the products of a stretch, with those of another that wait to be added
+    each = max(rooms) + 16 * (many + 1) * max(many + 1, min(2**13, 2**26 // (8 * (many + 1))))  # and the products of a stretch, with those of another that wait to be added
     assert len(rooms) == min(8, max(1, memory // each)) and max(rooms) <= 2 * 2**26
     assert (g.products()[:-1, :-1] == 2**16).all()
 

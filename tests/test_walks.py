@@ -10,8 +10,7 @@ import torch
 from weightregions.bases import tiny_base
 from weightregions.corpora import load_corpora
 from weightregions.finetuning import Recipe
-from weightregions.probing import _rows
-from weightregions.walks import Reach, Walk, along, compared, drawn, gain_interval, granularities, inside_gain, leading, lines_of, one_each, pairs, plan, take_all
+from weightregions.walks import Reach, Walk, along, compared, gain_interval, granularities, inside_gain, leading, lines_of, one_each, pairs, plan, take_all
 from weightregions.zoo import build_zoo, open_zoo
 
 pytestmark = pytest.mark.xdist_group("walks")  # one process makes what all of these tests look at
@@ -165,10 +164,3 @@ def test_a_task_without_strangers_is_left_out():
 def test_members_that_stay_in_their_files_give_the_same_rows(made, unbroken, tmp_path, monkeypatch):
     monkeypatch.setattr("weightregions.walks.hold_what_fits", lambda members, **options: members)
     pd.testing.assert_frame_equal(walked(made, tmp_path)[0], unbroken[0])
-
-
-def test_rows_that_travel_are_those_that_a_target_draws(made):
-    corpus = made[2]["films"]
-    few = drawn(corpus, 30, 12)
-    for split, n in (("train", 30), ("test", 12)): pd.testing.assert_frame_equal(getattr(few, split).reset_index(drop=True), _rows(corpus, split, n, 0).reset_index(drop=True))
-    pd.testing.assert_frame_equal(drawn(corpus, 1000).train, corpus.train)

@@ -218,6 +218,7 @@ def traverse(
     options: argparse.Namespace, # folder, base, data, target, points, beyond, hull, rows, max_length, out
 ):
     "The generalized loss between two checkpoints, beyond them, in the plane of three or in the hull of several."
+    from weightregions.corpora import at_most
     from weightregions.finetuning import one_thread, usable
     from weightregions.probing import Probing, Target, pooling_of
     from weightregions.traversal import Stand, hold_what_fits, traverse
@@ -226,7 +227,7 @@ def traverse(
     for m in models: m.require_started_from(base)
     device = usable()
     kind, path, draw = _path(options, hold_what_fits(models, head="drop", device=device))
-    target = Target(corpus, base.folder, min(options.rows, len(corpus.train)), min(options.rows, len(corpus.test)), options.max_length)
+    target = Target(at_most(corpus, options.rows, options.rows), base.folder, max_length=options.max_length)
     metric, stand = Probing(target, pooling_of(base.folder)), Stand(models[0], base, device=device)
     with one_thread(device):
         rows = traverse(path, metric, stand, out/f"{kind}.jsonl", about=f"{corpus.source} {corpus.sha256[:12]}, length {options.max_length}")
@@ -326,6 +327,7 @@ def study(
     options: argparse.Namespace, # scale, data, out, min_rows, workers, dry_run, device, measure
 ):
     "Put the paper's claims to the test, and write one page with the verdicts; a stopped run goes on."
+    if options.measure and options.device: raise ValueError("--measure tells the cost for this machine, --device for another: give one of them")
     if options.dry_run or options.measure:
         from weightregions.plan import SCALES, plan_of, plan_text, this_device
         device = this_device(SCALES[options.scale]) if options.measure else options.device

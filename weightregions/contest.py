@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from .advice import advised, candidates, recommend
 from .centering import Centroid, save_centroid
-from .corpora import Corpus
+from .corpora import Corpus, at_most
 from .files import write_whole
 from .finetuning import Recipe
 from .jobs import run_jobs
 from .starting import Search, compare_starts
-from .walks import drawn, leading
+from .walks import leading
 from .zoo import Zoo
 
 # %% ../nbs/49_contest.ipynb #60a5c0ec
@@ -119,7 +119,7 @@ def hold_contest(
     jobs = {name: (zoo, c, base, folder/name, contest, [d for d in sharing(shared, name) if d in set(zoo.models.dataset)]) for name, c in corpora.items()}
     found = dict(tqdm(run_jobs(prepare, jobs, workers), total=len(jobs), desc="advice", unit="target"))
     ready = {name: found[name] for name in corpora}
-    targets = {name: drawn(c, None, contest.n_test) for name, c in corpora.items()}
+    targets = {name: at_most(c, None, contest.n_test) for name, c in corpora.items()}
     rows = [pd.DataFrame()]
     for names, wanted, seeds in ((list(targets), contest.sizes, range(1, contest.seeds + 1)), (list(targets)[:contest.curve_targets], contest.curve, [1])):
         for able, sizes in _able({n: targets[n] for n in names}, wanted, seeds, contest.search).items():

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SURROGATE', 'READERS', 'SEP', 'text_fault', 'label_fault', 'check_split', 'check_name', 'check_labels', 'draw',
-           'check_corpus', 'Corpus', 'digest', 'subsample', 'letters', 'texts', 'overlap', 'shared_rows', 'read_jsonl',
-           'read_csv', 'read_parquet', 'to_frame', 'as_number', 'encode', 'find_split', 'read_corpus', 'read_list',
-           'read_families', 'in_folder', 'hub_rows', 'hub_split', 'hub_corpus', 'from_hub', 'builtin_corpus', 'sources',
-           'load_corpora', 'describe', 'hub_entries', 'hub_table']
+           'check_corpus', 'Corpus', 'digest', 'subsample', 'at_most', 'letters', 'texts', 'overlap', 'shared_rows',
+           'read_jsonl', 'read_csv', 'read_parquet', 'to_frame', 'as_number', 'encode', 'find_split', 'read_corpus',
+           'read_list', 'read_families', 'in_folder', 'hub_rows', 'hub_split', 'hub_corpus', 'from_hub',
+           'builtin_corpus', 'sources', 'load_corpora', 'describe', 'hub_entries', 'hub_table']
 
 # %% ../nbs/10_corpora.ipynb #0444b54a
 import csv, hashlib, io, json, math, re, unicodedata, warnings
@@ -174,6 +174,16 @@ def subsample(
     if n > len(y): raise ValueError(f"dataset {corpus.name}: {n} training rows asked for, there are {len(y)}")
     if n < classes: raise ValueError(f"dataset {corpus.name}: {n} training rows cannot hold its {classes} classes")
     return replace(corpus, train=corpus.train.iloc[draw(y, n, seed)], source=f"{corpus.source}, {n} training rows, seed {seed}")
+
+def at_most(
+    corpus: Corpus, # to draw from
+    n_train: "int | None" = None, # training rows to keep at most; None: all
+    n_test: "int | None" = None, # test rows to keep at most; None: all
+) -> Corpus: # the very rows that a `Target` of that many rows draws
+    "A corpus with no more rows than these."
+    if n_train is not None and n_train < len(corpus.train): corpus = subsample(corpus, n_train)
+    if n_test is not None and n_test < len(corpus.test): corpus = replace(corpus, test=corpus.test.iloc[draw(corpus.test.label.to_numpy(), n_test, 0)])
+    return corpus
 
 # %% ../nbs/10_corpora.ipynb #af66f78f
 def letters(

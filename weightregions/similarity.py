@@ -107,6 +107,7 @@ def norms(
 
 # %% ../nbs/04_similarity.ipynb #3a23b790
 _ROOM = 2**26 # bytes of weights that a thread holds, of all models together
+_MEMORY = 7.5e8 # bytes that the buffers of all threads may take, unless told otherwise
 _CHUNK = 2**13 # weights of each model that are multiplied at a time: few enough for the processor's cache, and for sums that lose no digits
 
 def _stretches(layout: Layout, block: int) -> "Iterator[tuple[str, int, int]]":
@@ -206,7 +207,7 @@ def _passed(work: Callable, models: Sequence[Checkpoint], block: "int | None", c
     if block < 1: raise ValueError(f"block must be at least 1 weight: got {block}")
     tasks = list(_stretches(layout, block))
     block = min(block, max(layout.sizes))
-    each = len(models) * (block * _stored_dtype(models).itemsize + min(block, chunk) * dtype.itemsize + 16 * len(models)) # buffers, and products that wait to be added
+    each = len(models) * (block * _stored_dtype(models).itemsize + min(block, chunk) * dtype.itemsize + 16 * max(len(models), chunk)) # buffers, and results that wait to be added: as wide as the models are many, or as a chunk
     n = max(1, min(threads or min(torch.get_num_threads(), 8), len(tasks), int(memory // each)))
     rooms = [_Room(models, block, chunk, device, dtype) for _ in range(n)]
     with tqdm(total=layout.numel, desc=what, unit=" weights", unit_scale=True, **({} if progress else {"disable": True})) as bar:
@@ -214,7 +215,7 @@ def _passed(work: Callable, models: Sequence[Checkpoint], block: "int | None", c
             yield name, found
             bar.update(stop - start)
 
-def _cells(models: Sequence[Checkpoint], by: "Callable | None", rows: int, block: "int | None", progress: bool, threads: "int | None", device, memory: float) -> dict:
+def _cells(models: Sequence[Checkpoint], by: "Callable | None", rows: int, block: "int | None" = None, progress: bool = True, threads: "int | None" = None, device="cpu", memory: float = _MEMORY) -> dict:
     "Products of all stretches, added up by the labels of their tensors."
     cells = {}
     work = lambda *stretch: _stretch_products(*stretch, rows)
@@ -233,7 +234,7 @@ def gram(
     progress: bool = True, # show a progress bar, in weights
     threads: "int | None" = None, # None: as many as torch would use, at most 8
     device: str = "cpu", # what multiplies: "cpu" or "cuda"
-    memory: float = 7.5e8, # bytes of all buffers together; a thread for which there is no room is not started
+    memory: float = _MEMORY, # bytes of all buffers together; a thread for which there is no room is not started
 ) -> Gram:
     "Inner products of all task vectors and the base, in one pass over the weights."
     models = _checked_models(checkpoints, base)
@@ -299,12 +300,11 @@ def extended(
     **kwargs, # block, progress, threads, device and memory: see `gram`
 ) -> Gram:
     "The same products and those of some models more, which come behind the known ones."
-    options = {"block": None, "progress": True, "threads": None, "device": "cpu", "memory": 7.5e8} | kwargs
     opened = {c.name: c for c in (c if hasattr(c, "layout") else open_checkpoint(c) for c in known)}
     if odd := sorted(opened.keys() ^ set(self.names)): raise ValueError(f"known models and products do not match: {odd[0]!r} is only in one of them")
     fresh = [c if hasattr(c, "layout") else open_checkpoint(c) for c in new]
     if not fresh: return self
-    cells = _cells(_checked_models([*fresh, *(opened[n] for n in self.names)], base), by, len(fresh), **options)
+    cells = _cells(_checked_models([*fresh, *(opened[n] for n in self.names)], base), by, len(fresh), **kwargs)
     if cells.keys() != self.cells.keys(): raise ValueError(f"other labels than those of the products: {next(iter(cells.keys() ^ self.cells.keys()))}")
     names = (*self.names, *(c.name for c in fresh))
     return Gram(names, {key: _bordered(self.cells[key], rows, names) for key, rows in cells.items()})
@@ -329,7 +329,7 @@ def cross_similarity(
     progress: bool = True, # show a progress bar, in weights
     threads: "int | None" = None, # None: as many as torch would use, at most 8
     device: str = "cpu", # what multiplies: "cpu" or "cuda"
-    memory: float = 7.5e8, # bytes of all buffers together; a thread for which there is no room is not started
+    memory: float = _MEMORY, # bytes of all buffers together; a thread for which there is no room is not started
 ) -> pd.DataFrame: # (N, M) cosines; NaN for a model that did not move
     "Cosines between the task vectors of two zoos."
     left, right = (_checked_models(side, base, 1) for side in (left, right))
@@ -431,7 +431,7 @@ def sketch(
     progress: bool = True, # show a progress bar, in weights
     threads: "int | None" = None, # None: as many as torch would use, at most 8
     device: str = "cpu", # what multiplies: "cpu" or "cuda"
-    memory: float = 7.5e8, # bytes of all buffers together; a thread for which there is no room is not started
+    memory: float = _MEMORY, # bytes of all buffers together; a thread for which there is no room is not started
 ) -> Sketch:
     "Project task vectors at random, in one pass over the weights."
     if k < 256 or k % 256: raise ValueError(f"k must be a multiple of 256, not {k}")

@@ -145,6 +145,10 @@ class _Watch(TrainerCallback):
         if self.waited >= self.patience: control.should_training_stop = True
 
 # %% ../nbs/34_starting.ipynb #6f624e21
+def _in_steps(recipe):
+    "Refuse a recipe that says of itself when a run ends."
+    if recipe.epochs or recipe.patience: raise ValueError("the search says how long a run is, not the recipe's epochs and patience")
+
 def _run(model, tokenizer, rows, held, recipe, method, rate, seed, search, device):
     "Train once at one rate; what the watch saw."
     steps = search.steps(recipe, len(rows))
@@ -185,7 +189,7 @@ def tune(
 ) -> Tuned:
     "Fine-tune `start` at each learning rate, keep what is best on a validation part, and look at the test split once."
     search, method = search or Search(), _known(method or recipe.trains)
-    if recipe.epochs or recipe.patience: raise ValueError("the search says how long a run is, not the recipe's epochs and patience")
+    _in_steps(recipe)
     device = usable(device)
     given = corpus if recipe.rows is None else corpus.subsample(recipe.rows, seed)
     part, held = search.split(given, seed)
@@ -241,7 +245,7 @@ def _tasks(starts, corpora, sizes, seeds, recipe, search, method):
     if not corpora: raise ValueError("there are no targets")
     if odd := [n for n in sizes if n is not None and not isinstance(n, (int, np.integer))]: raise ValueError(f"a size is a number of rows, or None for all, not {odd[0]!r}")
     if not sizes or not seeds: raise ValueError(f"there are no {'seeds' if sizes else 'sizes'}")
-    if recipe.epochs or recipe.patience: raise ValueError("the search says how long a run is, not the recipe's epochs and patience")
+    _in_steps(recipe)
     if recipe.rows is not None: raise ValueError(f"the sizes say how many rows to train on, not the recipe (rows={recipe.rows})")
     drawn = {key: corpora[key[0]] if key[1] is None else corpora[key[0]].subsample(*key[1:]) for key in product(corpora, sizes, seeds)} # no more rows than a worker needs
     for (_, _, seed), corpus in drawn.items(): search.split(corpus, seed)

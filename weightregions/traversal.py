@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from .checkpoints import Checkpoint, Held, _layout, _reading, body_parameters, open_checkpoint, write_checkpoint
 from .files import append_line
-from .similarity import gram
+from .similarity import _MEMORY, gram
 from .space import BLOCK, Layout, dot, patch
 
 # %% ../nbs/22_traversal.ipynb #470b3a54
@@ -161,8 +161,9 @@ def read(
     span = range(self.layout.sizes[i])[start:stop]
     if out is not None and len(out) != len(span): raise ValueError(f"{len(span)} weights do not fit a buffer of {len(out)}")
     flat = torch.empty(len(span), dtype=self.layout.dtypes[i])
-    if all(_alike(parts) for _, parts in _pieces(members, name, span)): members, weights = members[:1], weights[:1]
-    for at, parts in _pieces(members, name, span): _combine([t.to("cpu", flat.dtype) for t in parts], weights, flat[at:at + len(parts[0])])
+    with _reading.stay_open():
+        if all(_alike(parts) for _, parts in _pieces(members, name, span)): members, weights = members[:1], weights[:1]
+        for at, parts in _pieces(members, name, span): _combine([t.to("cpu", flat.dtype) for t in parts], weights, flat[at:at + len(parts[0])])
     if self.noise: flat += _direction(self.noise, self.layout.sizes, i)[start:stop].to(flat.dtype)
     return out.copy_(flat) if out is not None else flat.reshape(self.layout.shapes[i]) if start is stop is None else flat
 
@@ -420,12 +421,12 @@ def hold(
 # %% ../nbs/22_traversal.ipynb #ceb42345
 def hold_what_fits(
     models: Iterable, # checkpoints, points, or what `open_checkpoint` takes
-    memory: "float | None" = None, # bytes that those in memory may take together; None: 7.5e8, on a GPU half of what is free there
+    memory: "float | None" = None, # bytes that those in memory may take together; None: as many as similarity takes for its buffers, on a GPU half of what is free there
     head: "str | None" = None, # see `hold`
     device: str = "cpu", # where to hold them
 ) -> list: # the same models in the same order
     "Models read into memory, first ones first; those for which there is no room stay where they are, and are read in stretches."
-    if memory is None: memory = torch.cuda.mem_get_info(device)[0] / 2 if device.startswith("cuda") else 7.5e8
+    if memory is None: memory = torch.cuda.mem_get_info(device)[0] / 2 if device.startswith("cuda") else _MEMORY
     found = []
     for model in map(_opened, models):
         memory -= sum(size * _wide([dtype]).itemsize for size, dtype in zip(model.layout.sizes, model.layout.dtypes))
@@ -577,10 +578,10 @@ def at(
     "Go to a point: put its weights into the scratch model."
     if not isinstance(point, Point): point = Point((point,), (1.,), "one model")
     members, ages = point.members, tuple(map(_age, point.members))
-    if self._path is None or ages != self._path[1] or list(map(id, members)) != list(map(id, self._path[0])):
-        self._path, self._written = None, {}
-        self._differ, self._path = _inspect(self, members, ages), (members, ages)
     with torch.no_grad(), _reading.stay_open():
+        if self._path is None or ages != self._path[1] or list(map(id, members)) != list(map(id, self._path[0])):
+            self._path, self._written = None, {}
+            self._differ, self._path = _inspect(self, members, ages), (members, ages)
         for i, (name, differ) in enumerate(self._differ.items()):
             p, whole = self.body[name], point.noise or self._written.get(name) != self.body[name]._version
             if differ is False and whole: _fill(p, members[:1], name, [1.])

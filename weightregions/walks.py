@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EXAMPLES', 'TASKS', 'Reach', 'Walk', 'leading', 'one_each', 'granularities', 'pairs', 'lines_of', 'plan', 'points_of',
-           'drawn', 'take', 'take_all', 'compared', 'along', 'inside_gain', 'gain_interval']
+           'take', 'take_all', 'compared', 'along', 'inside_gain', 'gain_interval']
 
 # %% ../nbs/48_walks.ipynb #c9933bfa
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .checkpoints import open_checkpoint
 from .comparison import Groups, _twins, groups_of
-from .corpora import Corpus, draw
+from .corpora import at_most
 from .finetuning import one_thread, usable
 from .jobs import run_jobs
 from .probing import Probing, Target, pooling_of
@@ -163,19 +163,10 @@ def points_of(
 # %% ../nbs/48_walks.ipynb #535a380b
 _TARGETS = {} # of one process, by what they are made of
 
-def drawn(
-    corpus: Corpus,      # a dataset
-    n_train: "int | None" = None, # training rows to keep at most; None: all
-    n_test: "int | None" = None, # test rows to keep at most; None: all
-) -> Corpus: # with the rows that a `Target` of that many rows draws
-    "A dataset with no more rows than are measured on."
-    part = lambda rows, n: rows if n is None or n >= len(rows) else rows.iloc[draw(rows.label.to_numpy(), n, 0)]
-    return replace(corpus, train=part(corpus.train, n_train), test=part(corpus.test, n_test))
-
 def _target(base: str, corpus, reach: Reach) -> Target:
     "A target, tokenized once in a process."
-    key = base, corpus.sha256, reach.n_train, reach.n_test, reach.max_length
-    if key not in _TARGETS: _TARGETS[key] = Target(corpus, base, min(reach.n_train, len(corpus.train)), min(reach.n_test, len(corpus.test)), reach.max_length)
+    key = base, corpus.sha256, reach.max_length
+    if key not in _TARGETS: _TARGETS[key] = Target(corpus, base, max_length=reach.max_length)
     return _TARGETS[key]
 
 @lru_cache(maxsize=1)
@@ -187,7 +178,7 @@ def take(
     walk: Walk,      # what to visit
     paths: dict,     # name of a model -> its folder or hub id
     base: str,       # folder or hub id of the pretrained model
-    corpora: dict,   # name -> Corpus, the targets among them
+    corpora: dict,   # name -> Corpus, of the targets, with just the rows that are measured on
     reach: Reach,    # rows of probe and test
     file: Path,      # .jsonl file of the walk's rows, see `traverse`
 ) -> tuple: # a row a point and target; of a plane, the places of its models, their centroid and the base
@@ -213,7 +204,7 @@ def take_all(
     "Take some walks, several at a time, and gather their rows."
     file = lambda walk: Path(folder)/f"{walk.name.replace(',', '').replace(' ', '-')}.jsonl"
     if twice := [pair for pair in combinations(walks, 2) if file(pair[0]) == file(pair[1])]: raise ValueError(f"the walks {' and '.join(repr(w.name) for w in twice[0])} would share a file: rename a dataset")
-    targets = {t: drawn(corpora[t], reach.n_train, reach.n_test) for t in {t for w in walks for t in w.targets}} # what is not measured on need not travel to a worker
+    targets = {t: at_most(corpora[t], reach.n_train, reach.n_test) for t in {t for w in walks for t in w.targets}} # what is not measured on need not travel to a worker
     jobs = {w.name: (w, {m: paths[m] for m in w.members}, base, {t: targets[t] for t in w.targets}, reach, file(w)) for w in walks}
     found = dict(tqdm(run_jobs(take, jobs, workers), total=len(walks), desc="walks", unit="walk"))
     rows, marks = zip(*(found[name] for name in jobs)) # not in the order in which they end

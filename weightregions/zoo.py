@@ -180,7 +180,7 @@ def _built(folder):
     for file in sorted(folder.glob("*/seed-*/manifest.json")):
         if not (m := _told(file)): raise ValueError(f"{file}: not the manifest of a model that was fine-tuned here")
         if (named := f"{m['dataset']}/seed-{m['seed']}") != file.parent.relative_to(folder).as_posix(): raise ValueError(f"{file}: is the manifest of {named!r}")
-        rows.append({"model": f"{m['dataset']}/seed-{m['seed']}", "path": str(file.parent), "revision": ""} | m)
+        rows.append({"model": named, "path": str(file.parent), "revision": ""} | m)
     return pd.DataFrame(rows, columns=COLUMNS)
 
 # %% ../nbs/14_zoo.ipynb #2cd2525c
