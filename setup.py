@@ -1,4 +1,5 @@
 "Packaging. Every value lives in settings.ini, the file that nbdev 2 reads too."
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -24,7 +25,10 @@ class SdistWithSettings(sdist):
         super().make_distribution()
 
 
-extras = {extra: words(f"{extra}_requirements") for extra in ("dev", "offline", "study", "docs", "ray", "lora")}
+extras = {
+    extra: words(f"{extra}_requirements")
+    for extra in ("dev", "offline", "study", "docs", "ray", "lora")
+}
 extras["all"] = sorted({word for part in extras.values() for word in part})
 readme = here / "README.md"
 

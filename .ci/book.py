@@ -3,6 +3,7 @@
 Nothing is run. The pages are the notebooks less their hidden cells; names of the package become links to where they are
 defined; a reference lists them all. Sphinx with `-W`: a broken link or picture fails the build.
 """
+
 import ast
 import os
 import re
@@ -27,9 +28,16 @@ def natural(path):
 
 def notebooks():
     "The notebooks in reading order, by their address in the book without suffix."
-    found = {p.relative_to(NBS).with_suffix("").as_posix(): p for p in sorted(nbglob(as_path=True), key=natural)}
+    found = {
+        p.relative_to(NBS).with_suffix("").as_posix(): p
+        for p in sorted(nbglob(as_path=True), key=natural)
+    }
     chapters = {page: p for page, p in found.items() if page[0].isdigit()}
-    return {"index": found.pop("index")} | chapters | {page: p for page, p in found.items() if page not in chapters}
+    return (
+        {"index": found.pop("index")}
+        | chapters
+        | {page: p for page, p in found.items() if page not in chapters}
+    )
 
 
 def doc(node):
@@ -40,10 +48,14 @@ def doc(node):
 def symbols(cell):
     "The public functions, classes and methods that a cell exports: name -> first line of the docstring."
     found = {}
-    if not directives(cell).keys() & {"export", "exports"}: return found
+    if not directives(cell).keys() & {"export", "exports"}:
+        return found
     for node in ast.parse(cell.source).body:
-        if not isinstance(node, DEFINES) or node.name.startswith("_"): continue
-        if any(isinstance(d, ast.Name) and d.id.startswith("patch") for d in node.decorator_list):
+        if not isinstance(node, DEFINES) or node.name.startswith("_"):
+            continue
+        if any(
+            isinstance(d, ast.Name) and d.id.startswith("patch") for d in node.decorator_list
+        ):
             found[f"{ast.unparse(node.args.args[0].annotation)}.{node.name}"] = doc(node)
             continue
         found[node.name] = doc(node)
@@ -55,7 +67,11 @@ def symbols(cell):
 
 def defined_in(path):
     "All that the notebook at `path` exports."
-    return {name: what for cell in nbformat.read(path, as_version=4).cells for name, what in symbols(cell).items()}
+    return {
+        name: what
+        for cell in nbformat.read(path, as_version=4).cells
+        for name, what in symbols(cell).items()
+    }
 
 
 def link(page, name, home):
@@ -66,27 +82,44 @@ def link(page, name, home):
 
 def dress(nb, page, path, homes):
     "Make one visible notebook a page: names and addresses become links, definitions get anchors."
+
     def there(address):
         target = from_root(path.parent)(address)
-        return address if target.startswith(f"{NBS.name}/") else f"{CFG.git_url}/blob/{CFG.branch}/{target}"
+        return (
+            address
+            if target.startswith(f"{NBS.name}/")
+            else f"{CFG.git_url}/blob/{CFG.branch}/{target}"
+        )
 
     def named(match):
         home = homes.get(match[1])
         return link(page, match[1], home) if home else match[0]
 
     def prose(text):
-        parts = re.split(r"(^```.*?^```|^#+ .*?$)", links(text, there), flags=re.M | re.S)  # not in code, not in headings
-        return "".join(p if i % 2 else re.sub(r"(?<!`)`([\w.]+)(?:\(\))?`(?!`)", named, p) for i, p in enumerate(parts))
+        parts = re.split(
+            r"(^```.*?^```|^#+ .*?$)", links(text, there), flags=re.M | re.S
+        )  # not in code, not in headings
+        return "".join(
+            p if i % 2 else re.sub(r"(?<!`)`([\w.]+)(?:\(\))?`(?!`)", named, p)
+            for i, p in enumerate(parts)
+        )
 
     cells = []
     for cell in nb.cells:
-        shown = [out["data"]["text/markdown"] for out in cell.get("outputs", []) if "text/markdown" in out.get("data", {})]
-        if cell.cell_type == "markdown": cell.source = prose(cell.source)
+        shown = [
+            out["data"]["text/markdown"]
+            for out in cell.get("outputs", [])
+            if "text/markdown" in out.get("data", {})
+        ]
+        if cell.cell_type == "markdown":
+            cell.source = prose(cell.source)
         elif shown and not cell.source:  # a table that a hidden piece of code wrote: prose
             cell = nbformat.v4.new_markdown_cell(prose("\n\n".join(shown)))
-        elif not cell.source: cell.metadata["tags"], cell.source = ["remove-input"], "pass"
+        elif not cell.source:
+            cell.metadata["tags"], cell.source = ["remove-input"], "pass"
         anchors = "".join(f'<span id="{name}"></span>' for name in cell.get("defines", []))
-        if anchors: cells.append(nbformat.v4.new_markdown_cell(anchors))
+        if anchors:
+            cells.append(nbformat.v4.new_markdown_cell(anchors))
         cell.pop("defines", None)
         cells.append(cell)
     nb.cells = cells
@@ -95,20 +128,39 @@ def dress(nb, page, path, homes):
 
 def contents(pages):
     "The table of contents, filled into contents.md: the chapters, then the study's notebooks."
-    part = {"chapters": [p for p in pages if p[0].isdigit()], "study": [p for p in pages if p.startswith("study/")]}
+    part = {
+        "chapters": [p for p in pages if p[0].isdigit()],
+        "study": [p for p in pages if p.startswith("study/")],
+    }
     text = (HERE / "contents.md").read_text(encoding="utf-8")
     return re.sub(r"^\{(\w+)\}$", lambda m: "\n".join(part[m[1]]), text, flags=re.M)
 
 
 def reference(pages, defined):
     "The page that lists every public name of the package, by chapter."
-    text = ["# Reference", "", "Every public function and class of the package, and the chapter that builds it."]
+    text = [
+        "# Reference",
+        "",
+        "Every public function and class of the package, and the chapter that builds it.",
+    ]
     for page, names in defined.items():
-        if not names: continue
+        if not names:
+            continue
         rows = [f"| {link('reference', name, page)} | {what} |" for name, what in names.items()]
-        module = next(line.split()[-1] for c in nbformat.read(pages[page], as_version=4).cells
-                      for line in c.source.splitlines() if line.startswith("#| default_exp"))
-        text += ["", f"## {CFG.lib_name}.{module}", "", "| name | what it is |", "|---|---|", *rows]
+        module = next(
+            line.split()[-1]
+            for c in nbformat.read(pages[page], as_version=4).cells
+            for line in c.source.splitlines()
+            if line.startswith("#| default_exp")
+        )
+        text += [
+            "",
+            f"## {CFG.lib_name}.{module}",
+            "",
+            "| name | what it is |",
+            "|---|---|",
+            *rows,
+        ]
     return "\n".join(text) + "\n"
 
 
@@ -121,20 +173,36 @@ def build(dest):
     homes = {name: page for page, names in defined.items() for name in names}
     for page, path in pages.items():
         nb = dress(visible(path, note=symbols), page, path, homes)
-        if page == "index": nb.cells.append(nbformat.v4.new_markdown_cell(contents(pages)))
+        if page == "index":
+            nb.cells.append(nbformat.v4.new_markdown_cell(contents(pages)))
         file = SOURCE / f"{page}.ipynb"
         file.parent.mkdir(exist_ok=True)
         nbformat.write(nb, file)
     (SOURCE / "reference.md").write_text(reference(pages, defined), encoding="utf-8")
     shutil.rmtree(dest, ignore_errors=True)
-    try: return sphinx(["-W", "--keep-going", "-q", "-b", "html", "-d", str(SOURCE / ".doctrees"), str(SOURCE), str(dest)])
+    try:
+        return sphinx(
+            [
+                "-W",
+                "--keep-going",
+                "-q",
+                "-b",
+                "html",
+                "-d",
+                str(SOURCE / ".doctrees"),
+                str(SOURCE),
+                str(dest),
+            ]
+        )
     finally:
-        for left in (SOURCE, dest.parent / "jupyter_execute"): shutil.rmtree(left, ignore_errors=True)
+        for left in (SOURCE, dest.parent / "jupyter_execute"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 if __name__ == "__main__":
     os.chdir(ROOT)
     dest = Path(sys.argv[1] if len(sys.argv) > 1 else "_book").resolve()
     code = build(dest)
-    if code == 0: print(f"{dest / 'index.html'}: {len(list(dest.rglob('*.html')))} pages")
+    if code == 0:
+        print(f"{dest / 'index.html'}: {len(list(dest.rglob('*.html')))} pages")
     sys.exit(code)

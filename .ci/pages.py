@@ -1,4 +1,5 @@
 "What a reader sees of a notebook, shared by the README and the book."
+
 import os
 import re
 from pathlib import Path
@@ -9,12 +10,18 @@ from nbdev.process import extract_directives
 
 CFG = get_config(path=Path(__file__).resolve().parent.parent)
 ROOT, NBS = CFG.config_path, CFG.nbs_path
-LINK = re.compile(r"(!?\[[^\]]*\]\()(?!\w+:|#)([^)#\s]+)")  # [text](relative/path, the address up to its # or bracket
+LINK = re.compile(
+    r"(!?\[[^\]]*\]\()(?!\w+:|#)([^)#\s]+)"
+)  # [text](relative/path, the address up to its # or bracket
 
 
 def directives(cell):
     "The `#|` lines of a code cell, as a dict; nothing for other cells."
-    return extract_directives(nbformat.from_dict(dict(cell)), remove=False) if cell.cell_type == "code" else {}
+    return (
+        extract_directives(nbformat.from_dict(dict(cell)), remove=False)
+        if cell.cell_type == "code"
+        else {}
+    )
 
 
 def visible(path, without=(), note=lambda cell: {}):
@@ -23,15 +30,22 @@ def visible(path, without=(), note=lambda cell: {}):
     keep = []
     for cell in nb.cells:
         said = directives(cell)
-        if said.keys() & {"hide", *without}: continue
+        if said.keys() & {"hide", *without}:
+            continue
         if cell.cell_type == "code":
             cell.defines = list(note(cell))
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
-            if said.get("echo:") == ["false"]: cell.source = ""
-            if said.get("code-fold:") == ["true"]: cell.metadata["tags"] = ["hide-input"]
-        if cell.source or cell.get("outputs"): keep.append(cell)
+            if said.get("echo:") == ["false"]:
+                cell.source = ""
+            if said.get("code-fold:") == ["true"]:
+                cell.metadata["tags"] = ["hide-input"]
+        if cell.source or cell.get("outputs"):
+            keep.append(cell)
     nb.cells = keep
-    nb.metadata["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}  # nbdev_clean drops it
+    nb.metadata["language_info"] = {
+        "name": "python",
+        "pygments_lexer": "ipython3",
+    }  # nbdev_clean drops it
     return nb
 
 
@@ -42,4 +56,6 @@ def links(markdown, there):
 
 def from_root(folder):
     "A function for `links`: addresses relative to `folder` become relative to the repository."
-    return lambda address: Path(os.path.normpath(Path(folder).relative_to(ROOT) / address)).as_posix()
+    return lambda address: Path(
+        os.path.normpath(Path(folder).relative_to(ROOT) / address)
+    ).as_posix()

@@ -1,4 +1,5 @@
 "Attacks on the built-in corpora: determinism, leaks between splits, ill-formed texts, contradictory labels."
+
 import hashlib
 import json
 import os
@@ -30,22 +31,30 @@ def sides(row):
 
 def digest(names, seed):
     "A checksum of all rows of some datasets."
-    return hashlib.sha256(json.dumps([generate(name, 200, 60, seed) for name in names]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([generate(name, 200, 60, seed) for name in names]).encode()
+    ).hexdigest()
 
 
 def test_families_and_classes():
     families = Counter(spec.family for spec in BUILTIN.values())
-    assert set(families) == {"sentiment", "topic", "nli", "social"} and min(families.values()) >= 3
+    assert (
+        set(families) == {"sentiment", "topic", "nli", "social"} and min(families.values()) >= 3
+    )
     assert {len(spec.labels) for spec in BUILTIN.values()} >= {2, 3, 4, 5, 6}
     assert all(0 < spec.noise <= 0.1 for spec in BUILTIN.values())
 
 
 @pytest.mark.parametrize("hash_seed", ["0", "1", "4242"])
 def test_the_same_rows_in_every_process(hash_seed):
-    code = ("import hashlib, json; from weightregions.builtin import BUILTIN, generate;"
-            "print(hashlib.sha256(json.dumps([generate(n, 200, 60, 3) for n in BUILTIN]).encode()).hexdigest())")
+    code = (
+        "import hashlib, json; from weightregions.builtin import BUILTIN, generate;"
+        "print(hashlib.sha256(json.dumps([generate(n, 200, 60, 3) for n in BUILTIN]).encode()).hexdigest())"
+    )
     env = os.environ | {"PYTHONHASHSEED": hash_seed}
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    ).stdout
     assert out.strip() == digest(NAMES, 3)
 
 
@@ -60,7 +69,12 @@ def test_the_global_generator_is_left_alone():
 
 def test_the_package_imports_no_torch_for_text():
     code = "import sys, weightregions.builtin; print('torch' in sys.modules, 'numpy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False"] * 2
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.split()
+        == ["False"] * 2
+    )
 
 
 @each_dataset
@@ -70,7 +84,9 @@ def test_no_sentence_is_shared_by_any_two_splits(name):
     test = {row["text"].casefold() for _, rows in drawn for row in rows}
     assert not train & test
     squeezed = [{re.sub(r"\W+", " ", text) for text in split} for split in (train, test)]
-    assert len(squeezed[0] & squeezed[1]) <= 0.01 * len(test)  # even without punctuation, hardly one
+    assert len(squeezed[0] & squeezed[1]) <= 0.01 * len(
+        test
+    )  # even without punctuation, hardly one
     for rows in (rows for pair in drawn for rows in pair):
         assert len({row["text"] for row in rows}) == len(rows)
 
@@ -89,7 +105,9 @@ def test_labels_are_in_range_and_all_there(name):
 def test_texts_are_well_formed(name):
     spec = BUILTIN[name]
     for row in (row for rows in written(name) for row in rows):
-        assert set(row) == {"text", "label"} | ({"text_pair"} if spec.family == "nli" else set())
+        assert set(row) == {"text", "label"} | (
+            {"text_pair"} if spec.family == "nli" else set()
+        )
         for text in sides(row):
             assert text and text == text.strip() and text.isascii(), row
             assert not re.search(r"[{}|<>;=]|//|  | [,.:?!]|[,:]$|\.\.|[?!]\.", text), row
@@ -104,7 +122,9 @@ def test_articles_agree(name):
     vowel_but_consonant_sound = r"(?:one\b|once|uni[tvqfo]|us[eu]|eu)"
     for row in (row for rows in written(name) for row in rows):
         for text in sides(row):
-            assert not re.search(rf"\b[Aa] (?!{vowel_but_consonant_sound})[aeiouAEIOU]", text), text
+            assert not re.search(
+                rf"\b[Aa] (?!{vowel_but_consonant_sound})[aeiouAEIOU]", text
+            ), text
             assert not re.search(r"\b[Aa]n (?!hour|honest)[^aeiouAEIOU]", text), text
             assert not re.search(rf"\b[Aa]n {vowel_but_consonant_sound}", text), text
             assert not re.search(r"\b(\w+) \1\b", text, re.I), text  # no word twice in a row
@@ -113,7 +133,11 @@ def test_articles_agree(name):
 @each_dataset
 def test_a_text_never_changes_its_label(name):
     labels = {}
-    for rows in (*written(name), *generate(name, 600, 150, seed=1), *generate(name, 600, 150, seed=2)):
+    for rows in (
+        *written(name),
+        *generate(name, 600, 150, seed=1),
+        *generate(name, 600, 150, seed=2),
+    ):
         for row in rows:
             labels.setdefault(tuple(sides(row)), set()).add(row["label"])
     assert sum(len(found) > 1 for found in labels.values()) == 0
@@ -127,20 +151,32 @@ def test_noise_is_as_stated_in_both_splits(name):
         assert [sides(row) for row in noisy] == [sides(row) for row in clean]
         assert abs(wrong - spec.noise) < 4 * (spec.noise * (1 - spec.noise) / len(noisy)) ** 0.5
     everything_wrong = generate(name, 100, 0, noise=1)[0]
-    assert all(a["label"] != b["label"] for a, b in zip(everything_wrong, generate(name, 100, 0, noise=0)[0]))
+    assert all(
+        a["label"] != b["label"]
+        for a, b in zip(everything_wrong, generate(name, 100, 0, noise=0)[0])
+    )
 
 
 @each_dataset
 def test_held_out_words_stay_out_of_training(name):
     spec = BUILTIN[name]
+
     def vocabulary(rows):
-        return {word for row in rows for text in sides(row) for word in re.findall(r"[a-z]+", text.lower())}
+        return {
+            word
+            for row in rows
+            for text in sides(row)
+            for word in re.findall(r"[a-z]+", text.lower())
+        }
+
     train, test = written(name)
     new = vocabulary(test) - vocabulary(train)
     assert len(new) >= 8
     touched = sum(bool(vocabulary([row]) & new) for row in test) / len(test)
     assert 0.1 < touched < 0.95
-    assert spec.held_out and not set(spec.held_out) & {way for ways in spec.rules("train").values() for way in ways}
+    assert spec.held_out and not set(spec.held_out) & {
+        way for ways in spec.rules("train").values() for way in ways
+    }
 
 
 @each_dataset
@@ -175,14 +211,18 @@ def test_more_rows_append_and_thousands_can_be_had(name):
     assert (len(train), len(test)) == (3500, 700)
 
 
-@pytest.mark.parametrize("name", ["stays", "emotion"])  # the two grammars that repeat themselves most
+@pytest.mark.parametrize(
+    "name", ["stays", "emotion"]
+)  # the two grammars that repeat themselves most
 def test_the_ceiling_is_reached(name):
     train, test = generate(name, MAX_ROWS, MAX_ROWS // 4)
     assert len({row["text"] for row in train}) == MAX_ROWS and len(test) == MAX_ROWS // 4
 
 
-@pytest.mark.parametrize("n_train, n_test, culprit", [(-1, 5, "-1 train"), (5, -2, "-2 test"), (MAX_ROWS + 1, 0, "train"),
-                                                     (0, 10**12, "test")])
+@pytest.mark.parametrize(
+    "n_train, n_test, culprit",
+    [(-1, 5, "-1 train"), (5, -2, "-2 test"), (MAX_ROWS + 1, 0, "train"), (0, 10**12, "test")],
+)
 def test_bad_sizes_are_refused(n_train, n_test, culprit):
     with pytest.raises(ValueError, match=f"scenes: .*{culprit}"):
         generate("scenes", n_train, n_test)
@@ -194,7 +234,11 @@ def test_unknown_names_are_refused_with_the_known_ones():
 
 
 def test_a_small_grammar_runs_dry_with_an_error(monkeypatch):
-    monkeypatch.setitem(BUILTIN, "toy", Spec("topic", ("a", "b"), "", "a: {x} one.\nb: {x} two.\nx: {p|q|r|s|t|u}"))
+    monkeypatch.setitem(
+        BUILTIN,
+        "toy",
+        Spec("topic", ("a", "b"), "", "a: {x} one.\nb: {x} two.\nx: {p|q|r|s|t|u}"),
+    )
     with pytest.raises(ValueError, match="toy: 100 train rows asked, this grammar gives about"):
         generate("toy", 100, 0)
 
@@ -205,7 +249,14 @@ def test_unmatched_braces_are_refused(bad):
         tree(bad)
 
 
-@pytest.mark.parametrize("raw, fit", [("a  old , a useful,a hour", "An old, a useful,an hour"), ("ok .  is a eye?", "Ok. Is an eye?"), ("", "")])
+@pytest.mark.parametrize(
+    "raw, fit",
+    [
+        ("a  old , a useful,a hour", "An old, a useful,an hour"),
+        ("ok .  is a eye?", "Ok. Is an eye?"),
+        ("", ""),
+    ],
+)
 def test_polish(raw, fit):
     assert polish(raw) == fit
     assert polish(fit) == fit

@@ -1,4 +1,5 @@
 "The commands: each once, as a process of its own; what they refuse, and what an interrupt leaves."
+
 import json
 import multiprocessing
 import os
@@ -36,7 +37,12 @@ RECIPE = "--steps 3 --batch-size 8 --workers 1"
 def _child(words, folder):
     os.chdir(folder)
     torch.set_num_threads(1)
-    with open("out.txt", "w") as out, open("err.txt", "w") as err, redirect_stdout(out), redirect_stderr(err):
+    with (
+        open("out.txt", "w") as out,
+        open("err.txt", "w") as err,
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
         code = main(words)
     os._exit(code)
 
@@ -61,68 +67,121 @@ def here(tmp_path_factory):
     "A folder with two bases, texts, a zoo, and copies of its models of which nothing is told."
     here = tmp_path_factory.mktemp("cli")
     tiny_base(here / "base", steps=2), tiny_base(here / "other", seed=1, steps=1)
-    for name, c in load_corpora("builtin", ["films", "headlines", "meals"], n_train=60, n_test=40).items():
+    for name, c in load_corpora(
+        "builtin", ["films", "headlines", "meals"], n_train=60, n_test=40
+    ).items():
         (here / "texts" / name).mkdir(parents=True)
-        for split in ("train", "test"): getattr(c, split).to_csv(here / "texts" / name / f"{split}.csv", index=False)
-    (here / "texts" / "families.csv").write_text("name,family\nfilms,sentiment\nmeals,sentiment\nheadlines,topic\n")
+        for split in ("train", "test"):
+            getattr(c, split).to_csv(here / "texts" / name / f"{split}.csv", index=False)
+    (here / "texts" / "families.csv").write_text(
+        "name,family\nfilms,sentiment\nmeals,sentiment\nheadlines,topic\n"
+    )
     out = well(f"zoo base --data texts --datasets films,headlines {RECIPE}", here)
     assert "films/seed-3" in out and "learned" in out
     for i, path in enumerate(open_zoo(here / "zoo").models.path):
-        shutil.copytree(path, here / "heap" / f"run-{i}", ignore=shutil.ignore_patterns("manifest.json"))
+        shutil.copytree(
+            path, here / "heap" / f"run-{i}", ignore=shutil.ignore_patterns("manifest.json")
+        )
     return here
 
 
 def test_help_needs_nothing_heavy():
     code = "import sys, weightregions.cli as c; c.parser().format_help(); assert not {'torch', 'pandas', 'numpy', 'transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
-    done = subprocess.run([PROGRAM, "traverse", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [PROGRAM, "traverse", "--help"], capture_output=True, text=True, check=True
+    )
     assert "--beyond" in done.stdout and not done.stderr
 
 
-@pytest.mark.parametrize("name", ["zoo", "similarity", "traverse", "center", "locate", "recommend", "study"])
+@pytest.mark.parametrize(
+    "name", ["zoo", "similarity", "traverse", "center", "locate", "recommend", "study"]
+)
 def test_every_option_is_explained(name, capsys):
-    with pytest.raises(SystemExit) as end: main([name, "--help"])
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0 and "None" not in text
 
 
 def test_as_a_program(here):
-    done = subprocess.run([PROGRAM, "similarity", "zoo", "--base", "base", "--out", "program"], cwd=here, capture_output=True, text=True)
+    done = subprocess.run(
+        [PROGRAM, "similarity", "zoo", "--base", "base", "--out", "program"],
+        cwd=here,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    assert "Scores of 6 models in 2 clusters" in done.stdout and "written: program/similarity.csv" in done.stderr and "Warning" not in done.stderr
+    assert (
+        "Scores of 6 models in 2 clusters" in done.stdout
+        and "written: program/similarity.csv" in done.stderr
+        and "Warning" not in done.stderr
+    )
     zoo = open_zoo(here / "zoo")
-    ours, theirs = pd.read_csv(here / "program" / "similarity.csv", index_col="model"), cosine_similarity(zoo.checkpoints(), open_checkpoint(here / "base"), progress=False)
+    ours, theirs = (
+        pd.read_csv(here / "program" / "similarity.csv", index_col="model"),
+        cosine_similarity(zoo.checkpoints(), open_checkpoint(here / "base"), progress=False),
+    )
     pd.testing.assert_frame_equal(ours, theirs, check_names=False, rtol=1e-12)
     groups = pd.read_csv(here / "program" / "groups.csv")
-    assert groups.model.tolist() == zoo.models.model.tolist() and set(groups.found) <= {"films", "headlines"}
-    assert {"scores.csv", "similarity.png", "map.png"} <= {f.name for f in (here / "program").iterdir()}
+    assert groups.model.tolist() == zoo.models.model.tolist() and set(groups.found) <= {
+        "films",
+        "headlines",
+    }
+    assert {"scores.csv", "similarity.png", "map.png"} <= {
+        f.name for f in (here / "program").iterdir()
+    }
 
 
 def test_models_of_which_nothing_is_told(here):
     out = well("similarity heap --base base --out untold", here)
     groups = pd.read_csv(here / "untold" / "groups.csv")
-    assert groups.model.tolist() == [f"run-{i}" for i in range(6)] and 1 < groups.cluster.nunique() < 6 and "Scores" not in out
-    assert not (here / "untold" / "scores.csv").exists() and (here / "untold" / "map.png").is_file()
+    assert (
+        groups.model.tolist() == [f"run-{i}" for i in range(6)]
+        and 1 < groups.cluster.nunique() < 6
+        and "Scores" not in out
+    )
+    assert (
+        not (here / "untold" / "scores.csv").exists()
+        and (here / "untold" / "map.png").is_file()
+    )
     well("similarity heap --base base --out three --clusters 3", here)
     assert pd.read_csv(here / "three" / "groups.csv").cluster.nunique() == 3
     same = pd.read_csv(here / "three" / "similarity.csv", index_col=0).to_numpy()
     well("similarity heap/run-4 heap/run-1 --base base --out two", here)
-    np.testing.assert_allclose(pd.read_csv(here / "two" / "similarity.csv", index_col=0), same[np.ix_([4, 1], [4, 1])], rtol=1e-12)
+    np.testing.assert_allclose(
+        pd.read_csv(here / "two" / "similarity.csv", index_col=0),
+        same[np.ix_([4, 1], [4, 1])],
+        rtol=1e-12,
+    )
 
 
-@pytest.mark.parametrize("words, kind, n", [
-    ("zoo/films/seed-1 zoo/films/seed-2 --points 3", "line", 3),
-    ("zoo/films/seed-1 zoo/films/seed-2 --points 2 --beyond 4", "beyond", 13),
-    ("heap/run-0 heap/run-1 heap/run-3 --points 2", "plane", 4),
-    ("zoo --hull 2", "hull", 8),
-])
+@pytest.mark.parametrize(
+    "words, kind, n",
+    [
+        ("zoo/films/seed-1 zoo/films/seed-2 --points 3", "line", 3),
+        ("zoo/films/seed-1 zoo/films/seed-2 --points 2 --beyond 4", "beyond", 13),
+        ("heap/run-0 heap/run-1 heap/run-3 --points 2", "plane", 4),
+        ("zoo --hull 2", "hull", 8),
+    ],
+)
 def test_traverse(here, words, kind, n):
     line = f"traverse {words} --base base --data texts --target meals --rows 40 --out walk"
     assert "pretrained model on meals (folder texts): loss " in well(line, here)
-    rows, kept = pd.read_csv(here / "walk" / f"{kind}.csv"), (here / "walk" / f"{kind}.jsonl").read_bytes()
-    assert len(rows) == n and np.isfinite(rows.loss).all() and (here / "walk" / f"{kind}.png").is_file()
-    if kind != "line": return
-    (here / "walk" / f"{kind}.jsonl").write_bytes(kept[:-20])  # the last point is torn, as by a kill
+    rows, kept = (
+        pd.read_csv(here / "walk" / f"{kind}.csv"),
+        (here / "walk" / f"{kind}.jsonl").read_bytes(),
+    )
+    assert (
+        len(rows) == n
+        and np.isfinite(rows.loss).all()
+        and (here / "walk" / f"{kind}.png").is_file()
+    )
+    if kind != "line":
+        return
+    (here / "walk" / f"{kind}.jsonl").write_bytes(
+        kept[:-20]
+    )  # the last point is torn, as by a kill
     well(line, here)
     assert (here / "walk" / f"{kind}.jsonl").read_bytes() == kept
     pd.testing.assert_frame_equal(pd.read_csv(here / "walk" / f"{kind}.csv"), rows)
@@ -132,13 +191,27 @@ def test_center(here):
     well("center zoo --base base --without films --out centre", here)
     zoo = open_zoo(here / "zoo")
     rest = leave_out(zoo, "films").checkpoints()
-    for name, tensor in centroid(rest).items(): torch.testing.assert_close(open_checkpoint(here / "centre")[name], tensor, rtol=0, atol=0)
-    assert "# Centroid" in (here / "centre" / "README.md").read_text() and len(pd.read_csv(here / "centre" / "members.csv")) == 3
-    well("center zoo --base base --for texts:meals --weights accuracy --dtype bfloat16 --out weighted", here)
-    assert {t.dtype for _, t in open_checkpoint(here / "weighted").tensors()} == {torch.bfloat16}
+    for name, tensor in centroid(rest).items():
+        torch.testing.assert_close(
+            open_checkpoint(here / "centre")[name], tensor, rtol=0, atol=0
+        )
+    assert (
+        "# Centroid" in (here / "centre" / "README.md").read_text()
+        and len(pd.read_csv(here / "centre" / "members.csv")) == 3
+    )
+    well(
+        "center zoo --base base --for texts:meals --weights accuracy --dtype bfloat16 --out weighted",
+        here,
+    )
+    assert {t.dtype for _, t in open_checkpoint(here / "weighted").tensors()} == {
+        torch.bfloat16
+    }
     weight = pd.read_csv(here / "weighted" / "members.csv").weight
     np.testing.assert_allclose(weight, zoo.models.accuracy / zoo.models.accuracy.sum())
-    assert "some of them have seen films" in well("center zoo --base base --for texts:films --saw-target --family sentiment --out seen", here)
+    assert "some of them have seen films" in well(
+        "center zoo --base base --for texts:films --saw-target --family sentiment --out seen",
+        here,
+    )
 
 
 def test_locate(here):
@@ -147,31 +220,62 @@ def test_locate(here):
     pd.testing.assert_frame_equal(pd.read_csv(here / "place.csv"), theirs)
     code, _, err = cli("locate zoo/films/seed-1 --zoo zoo --base base --out own.csv", here)
     assert code == 0 and "zoo/films/seed-1 is a model of zoo, and left out of its region" in err
-    assert pd.read_csv(here / "own.csv").set_index("region").cosine["films"] < theirs.set_index("region").cosine["films"]
+    assert (
+        pd.read_csv(here / "own.csv").set_index("region").cosine["films"]
+        < theirs.set_index("region").cosine["films"]
+    )
 
 
 def test_recommend(here):
-    out = well("recommend zoo --base base --data texts --target meals --rows 40 --write best", here)
+    out = well(
+        "recommend zoo --base base --data texts --target meals --rows 40 --write best", here
+    )
     rows = pd.read_csv(here / "recommend.csv")
     assert {"pretrained", "centroid"} <= set(rows.start) and rows.loss.is_monotonic_increasing
     name = advised(rows)
-    assert f"{name} (best)" in out if "centroid" in name else f"advice: start from {name}" in out
+    assert (
+        f"{name} (best)" in out if "centroid" in name else f"advice: start from {name}" in out
+    )
     assert (here / "best").exists() == ("centroid" in name)
-    if "centroid" in name: open_checkpoint(here / "best")
+    if "centroid" in name:
+        open_checkpoint(here / "best")
 
 
 def test_the_whole_recipe_can_be_given(here):
-    well("zoo base --data texts --datasets films --seeds 1 --out told --workers 1 --epochs 2 --patience 256000 --batch-size 8 --learning-rate 5e-5 --head-rate 5e-5 "
-         "--weight-decay 0.01 --warmup 0.06 --max-length 30 --head random", here)
-    assert json.loads((here / "told" / "zoo.json").read_text())["recipe"] == Recipe(epochs=2, patience=256_000, batch_size=8, learning_rate=5e-5, head_rate=5e-5, weight_decay=0.01,
-                                                                                  warmup=0.06, max_length=30, head="random").as_dict()
-    assert json.loads((here / "told" / "films" / "seed-1" / "manifest.json").read_text())["metrics"]["steps"] == 16
+    well(
+        "zoo base --data texts --datasets films --seeds 1 --out told --workers 1 --epochs 2 --patience 256000 --batch-size 8 --learning-rate 5e-5 --head-rate 5e-5 "
+        "--weight-decay 0.01 --warmup 0.06 --max-length 30 --head random",
+        here,
+    )
+    assert (
+        json.loads((here / "told" / "zoo.json").read_text())["recipe"]
+        == Recipe(
+            epochs=2,
+            patience=256_000,
+            batch_size=8,
+            learning_rate=5e-5,
+            head_rate=5e-5,
+            weight_decay=0.01,
+            warmup=0.06,
+            max_length=30,
+            head="random",
+        ).as_dict()
+    )
+    assert (
+        json.loads((here / "told" / "films" / "seed-1" / "manifest.json").read_text())[
+            "metrics"
+        ]["steps"]
+        == 16
+    )
 
 
 def test_roberta_stands_beside_what_was_published(here):
     assert "published" not in pd.read_csv(here / "zoo" / "learned.csv")
     shutil.copytree(here / "base", here / "roberta-base")
-    shutil.copytree(here / "texts" / "films", here / "more" / "rte"), shutil.copytree(here / "texts" / "meals", here / "more" / "meals")
+    (
+        shutil.copytree(here / "texts" / "films", here / "more" / "rte"),
+        shutil.copytree(here / "texts" / "meals", here / "more" / "meals"),
+    )
     well(f"zoo roberta-base --data more --seeds 1 --out reference {RECIPE}", here)
     table = pd.read_csv(here / "reference" / "learned.csv").set_index("dataset")
     assert table.published["rte"] == pytest.approx(0.724) and pd.isna(table.published["meals"])
@@ -179,55 +283,131 @@ def test_roberta_stands_beside_what_was_published(here):
 
 def test_a_dry_run_tells_the_plan_and_makes_nothing(here):
     out = well("study --scale paper --out planned --dry-run", here)
-    assert "35 datasets (hub) x 5 seeds" in out and "10 epochs" in out and "hours of one H100" in out and not (here / "planned").exists()
-    assert out == well("study --scale paper --data hub --dry-run", here) and "(builtin)" in well("study --dry-run", here)
-    assert "measured: " in well("study --scale tiny --measure --out planned", here) and not (here / "planned").exists()
+    assert (
+        "35 datasets (hub) x 5 seeds" in out
+        and "10 epochs" in out
+        and "hours of one H100" in out
+        and not (here / "planned").exists()
+    )
+    assert out == well(
+        "study --scale paper --data hub --dry-run", here
+    ) and "(builtin)" in well("study --dry-run", here)
+    assert (
+        "measured: " in well("study --scale tiny --measure --out planned", here)
+        and not (here / "planned").exists()
+    )
     assert cli("study --dry-run --device abacus", here)[0] == 2
     assert "give one of them" in cli("study --measure --device H100", here)[2]
 
 
-@pytest.mark.parametrize("line, problem", [
-    ("zoo nowhere --data texts --datasets films", "nowhere"),
-    ("zoo base --data nowhere", "source 'nowhere' is neither"),
-    ("zoo base --data texts --datasets films,opera --out new", "no dataset 'opera' in texts: there are films"),
-    ("zoo base --data texts --out new --rows 61", "dataset films: 61 training rows asked for, there are 60"),
-    ("zoo base --data texts --out new --seeds 0", "no seeds"),
-    ("zoo base --data texts --out new --epochs nan", "recipe: epochs must be a positive number, not nan"),
-    ("zoo base --data texts --out new --patience 0", "recipe: patience must be at least 1, not 0"),
-    ("zoo base --data texts --out new --weight-decay -1", "recipe: weight_decay must not be below 0"),
-    ("zoo base --data texts --steps 4", "zoo is a zoo of another recipe: steps is 3 there and 4 here"),
-    ("zoo other --data texts --steps 3 --batch-size 8", "zoo is a zoo of another base"),
-    ("similarity nowhere --base base", "nowhere: there is no such folder"),
-    ("similarity texts --base base", "texts: no checkpoint"),
-    ("similarity zoo --base nowhere", "nowhere"),
-    ("similarity heap/run-0 --base base", "heap/run-0: is the only checkpoint"),
-    ("similarity heap/run-0 heap/run-0 --base base", "run-0: is given twice"),
-    ("similarity heap/run-0 other --base base --out bad", "come from different pretrained models"),
-    ("similarity heap/run-0 heap/run-1 --base other --out bad", "run-0 was not fine-tuned from other"),
-    ("similarity heap/run-0 heap/run-1 base --base base --out bad", "row of 'base'"),
-    ("similarity heap --base base --clusters 9 --out bad", "k must lie between 1 and the number of models, 6"),
-    ("similarity torn --base base", "torn/run-1/model.safetensors: damaged or truncated"),
-    ("traverse heap/run-0 --base base --data texts --target films", "is the only checkpoint"),
-    ("traverse heap/run-0 other --base base --data texts --target films --out bad", "other was not fine-tuned from base"),
-    ("traverse zoo --base base --data texts --target films", "a line takes two checkpoints and a plane three, not 6"),
-    ("traverse heap/run-0 heap/run-1 --base base --data texts --target opera", "no dataset 'opera'"),
-    ("traverse heap/run-0 heap/run-1 --base base --data texts --target films --hull 0", "--hull takes the number of points, at least 1, not 0"),
-    ("traverse heap/run-0 heap/run-1 --base base --data texts --target films --hull 2 --beyond", "--hull and --beyond are two kinds of path"),
-    ("traverse heap/run-0 heap/run-1 heap/run-2 --base base --data texts --target films --beyond 4", "--beyond goes along a line"),
-    ("traverse heap/run-0 heap/run-1 --base base --data texts --target films --beyond 0", "goes beyond 1"),
-    ("locate heap/run-0 --zoo heap --base base", "a region takes at least two models, and no dataset has them"),
-    ("center zoo --base base --out texts", "texts: exists already"),
-    ("center zoo --base other --out new", "films/seed-1 was not fine-tuned from other"),
-    ("center zoo --base base --out new --without opera", "no dataset 'opera', only films, headlines"),
-    ("center zoo --base base --out new --for texts:films", "films/seed-1 has seen films; --without leaves it out, --saw-target allows it"),
-    ("center zoo --base base --out new --for films", "--for takes DATA:NAME"),
-    ("locate nowhere --zoo zoo --base base", "nowhere"),
-    ("locate other --zoo zoo --base base", "other was not fine-tuned from base"),
-    ("locate base --zoo zoo --base base", "base equals base"),
-    ("recommend zoo --base base --data texts --target opera", "no dataset 'opera'"),
-    ("recommend zoo --base base --data texts --target meals --write texts", "texts: exists already"),
-    ("study --data nowhere --out new", "source 'nowhere' is neither"),
-])
+@pytest.mark.parametrize(
+    "line, problem",
+    [
+        ("zoo nowhere --data texts --datasets films", "nowhere"),
+        ("zoo base --data nowhere", "source 'nowhere' is neither"),
+        (
+            "zoo base --data texts --datasets films,opera --out new",
+            "no dataset 'opera' in texts: there are films",
+        ),
+        (
+            "zoo base --data texts --out new --rows 61",
+            "dataset films: 61 training rows asked for, there are 60",
+        ),
+        ("zoo base --data texts --out new --seeds 0", "no seeds"),
+        (
+            "zoo base --data texts --out new --epochs nan",
+            "recipe: epochs must be a positive number, not nan",
+        ),
+        (
+            "zoo base --data texts --out new --patience 0",
+            "recipe: patience must be at least 1, not 0",
+        ),
+        (
+            "zoo base --data texts --out new --weight-decay -1",
+            "recipe: weight_decay must not be below 0",
+        ),
+        (
+            "zoo base --data texts --steps 4",
+            "zoo is a zoo of another recipe: steps is 3 there and 4 here",
+        ),
+        ("zoo other --data texts --steps 3 --batch-size 8", "zoo is a zoo of another base"),
+        ("similarity nowhere --base base", "nowhere: there is no such folder"),
+        ("similarity texts --base base", "texts: no checkpoint"),
+        ("similarity zoo --base nowhere", "nowhere"),
+        ("similarity heap/run-0 --base base", "heap/run-0: is the only checkpoint"),
+        ("similarity heap/run-0 heap/run-0 --base base", "run-0: is given twice"),
+        (
+            "similarity heap/run-0 other --base base --out bad",
+            "come from different pretrained models",
+        ),
+        (
+            "similarity heap/run-0 heap/run-1 --base other --out bad",
+            "run-0 was not fine-tuned from other",
+        ),
+        ("similarity heap/run-0 heap/run-1 base --base base --out bad", "row of 'base'"),
+        (
+            "similarity heap --base base --clusters 9 --out bad",
+            "k must lie between 1 and the number of models, 6",
+        ),
+        ("similarity torn --base base", "torn/run-1/model.safetensors: damaged or truncated"),
+        (
+            "traverse heap/run-0 --base base --data texts --target films",
+            "is the only checkpoint",
+        ),
+        (
+            "traverse heap/run-0 other --base base --data texts --target films --out bad",
+            "other was not fine-tuned from base",
+        ),
+        (
+            "traverse zoo --base base --data texts --target films",
+            "a line takes two checkpoints and a plane three, not 6",
+        ),
+        (
+            "traverse heap/run-0 heap/run-1 --base base --data texts --target opera",
+            "no dataset 'opera'",
+        ),
+        (
+            "traverse heap/run-0 heap/run-1 --base base --data texts --target films --hull 0",
+            "--hull takes the number of points, at least 1, not 0",
+        ),
+        (
+            "traverse heap/run-0 heap/run-1 --base base --data texts --target films --hull 2 --beyond",
+            "--hull and --beyond are two kinds of path",
+        ),
+        (
+            "traverse heap/run-0 heap/run-1 heap/run-2 --base base --data texts --target films --beyond 4",
+            "--beyond goes along a line",
+        ),
+        (
+            "traverse heap/run-0 heap/run-1 --base base --data texts --target films --beyond 0",
+            "goes beyond 1",
+        ),
+        (
+            "locate heap/run-0 --zoo heap --base base",
+            "a region takes at least two models, and no dataset has them",
+        ),
+        ("center zoo --base base --out texts", "texts: exists already"),
+        ("center zoo --base other --out new", "films/seed-1 was not fine-tuned from other"),
+        (
+            "center zoo --base base --out new --without opera",
+            "no dataset 'opera', only films, headlines",
+        ),
+        (
+            "center zoo --base base --out new --for texts:films",
+            "films/seed-1 has seen films; --without leaves it out, --saw-target allows it",
+        ),
+        ("center zoo --base base --out new --for films", "--for takes DATA:NAME"),
+        ("locate nowhere --zoo zoo --base base", "nowhere"),
+        ("locate other --zoo zoo --base base", "other was not fine-tuned from base"),
+        ("locate base --zoo zoo --base base", "base equals base"),
+        ("recommend zoo --base base --data texts --target opera", "no dataset 'opera'"),
+        (
+            "recommend zoo --base base --data texts --target meals --write texts",
+            "texts: exists already",
+        ),
+        ("study --data nowhere --out new", "source 'nowhere' is neither"),
+    ],
+)
 def test_what_can_be_mended_is_one_line(here, line, problem):
     if "torn" in line:
         shutil.copytree(here / "heap", here / "torn")
@@ -235,23 +415,48 @@ def test_what_can_be_mended_is_one_line(here, line, problem):
     before = {f: file_sha256(f) for f in (here / "zoo").rglob("*.safetensors")}
     code, _, err = cli(line, here)
     last = err.splitlines()[-1]
-    assert code == 2 and last.startswith("weightregions: ") and problem in last and "Traceback" not in err, err
+    assert (
+        code == 2
+        and last.startswith("weightregions: ")
+        and problem in last
+        and "Traceback" not in err
+    ), err
     assert {f: file_sha256(f) for f in (here / "zoo").rglob("*.safetensors")} == before
-    assert not any((here / name / f).exists() for name in ("new", "bad") for f in ("config.json", "similarity.csv", "zoo.json"))
+    assert not any(
+        (here / name / f).exists()
+        for name in ("new", "bad")
+        for f in ("config.json", "similarity.csv", "zoo.json")
+    )
     assert not any(f.name.startswith(".") for f in here.iterdir())
 
 
 def test_an_interrupt_loses_nothing(here):
     line = "zoo base --data texts --datasets films --out long --seeds 6 --steps 12 --workers 1".split()
-    child = subprocess.Popen([PROGRAM, *line], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # in the background a shell has it ignored
-    while child.poll() is None and len(list((here / "long").glob("*/seed-*/manifest.json"))) < 1: time.sleep(0.02)
+    child = subprocess.Popen(
+        [PROGRAM, *line],
+        cwd=here,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # in the background a shell has it ignored
+    while (
+        child.poll() is None and len(list((here / "long").glob("*/seed-*/manifest.json"))) < 1
+    ):
+        time.sleep(0.02)
     os.killpg(child.pid, signal.SIGINT)
     _, err = child.communicate()
-    assert child.returncode == 130 and err.splitlines()[-1] == "weightregions: interrupted; run the same command again to go on", err
+    assert (
+        child.returncode == 130
+        and err.splitlines()[-1]
+        == "weightregions: interrupted; run the same command again to go on"
+    ), err
     assert "Traceback" not in err
     done = {f: file_sha256(f) for f in (here / "long").glob("*/seed-*/model.safetensors")}
     assert 1 <= len(done) < 6
-    assert not [f for f in (here / "long").glob("*/.seed-*") if f.is_dir()], "a half-written model is left"
+    assert not [f for f in (here / "long").glob("*/.seed-*") if f.is_dir()], (
+        "a half-written model is left"
+    )
     well(" ".join(line), here)
     assert len(open_zoo(here / "long")) == 6 and {f: file_sha256(f) for f in done} == done

@@ -1,4 +1,5 @@
 """Attacks on weightregions.clustering: invariances, parity with scikit-learn and brute force, degenerate inputs."""
+
 from itertools import permutations
 
 import numpy as np
@@ -8,10 +9,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 from sklearn.cluster import SpectralClustering
-from sklearn.metrics import accuracy_score, adjusted_rand_score, f1_score, normalized_mutual_info_score, precision_score, recall_score
+from sklearn.metrics import (
+    accuracy_score,
+    adjusted_rand_score,
+    f1_score,
+    normalized_mutual_info_score,
+    precision_score,
+    recall_score,
+)
 
-from weightregions.clustering import (bootstrap, bootstrap_f1, cluster_report, embed_map, gaussian_affinity, least_p, match_clusters, permutation_p,
-                                      score, spectral_clusters, within_between)
+from weightregions.clustering import (
+    bootstrap,
+    bootstrap_f1,
+    cluster_report,
+    embed_map,
+    gaussian_affinity,
+    least_p,
+    match_clusters,
+    permutation_p,
+    score,
+    spectral_clusters,
+    within_between,
+)
 
 FIGURES = ["n", "k", "accuracy", "ari", "nmi", "perfect"]
 
@@ -36,7 +55,12 @@ def partitions(draw):
     clusters = draw(st.lists(st.integers(0, 4), min_size=n, max_size=n))
     groups = draw(st.lists(st.sampled_from("vwxyz"), min_size=n, max_size=n))
     index = [f"m{i}" for i in range(n)]
-    return pd.Series(clusters, index), pd.Series(groups, index), draw(st.permutations(range(n))), draw(st.permutations(range(5)))
+    return (
+        pd.Series(clusters, index),
+        pd.Series(groups, index),
+        draw(st.permutations(range(n))),
+        draw(st.permutations(range(5))),
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -45,15 +69,23 @@ def test_scores_do_not_depend_on_labels_or_order(case):
     clusters, groups, order, numbers = case
     one = score(clusters, groups)
     other = score(clusters.map(dict(enumerate(numbers))).iloc[order], groups)
-    assert {f: one.row()[f] for f in FIGURES} == pytest.approx({f: other.row()[f] for f in FIGURES}, abs=1e-12)
-    pd.testing.assert_frame_equal(one.table.drop(columns="cluster"), other.table.drop(columns="cluster"))
+    assert {f: one.row()[f] for f in FIGURES} == pytest.approx(
+        {f: other.row()[f] for f in FIGURES}, abs=1e-12
+    )
+    pd.testing.assert_frame_equal(
+        one.table.drop(columns="cluster"), other.table.drop(columns="cluster")
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @given(partitions())
 def test_accuracy_is_the_best_over_all_matchings(case):
     clusters, groups, _, _ = case
-    counts = pd.crosstab(clusters, groups).reindex(index=range(5), columns=list("vwxyz"), fill_value=0).to_numpy()
+    counts = (
+        pd.crosstab(clusters, groups)
+        .reindex(index=range(5), columns=list("vwxyz"), fill_value=0)
+        .to_numpy()
+    )
     best = max(sum(counts[c, g] for c, g in enumerate(p)) for p in permutations(range(5)))
     assert score(clusters, groups).accuracy == pytest.approx(best / len(groups))
 
@@ -68,8 +100,14 @@ def test_parity_with_sklearn(case):
     assert s.accuracy == accuracy_score(groups, found)
     assert s.ari == pytest.approx(adjusted_rand_score(groups, clusters))
     assert s.nmi == pytest.approx(normalized_mutual_info_score(groups, clusters))
-    for name, metric in [("precision", precision_score), ("recall", recall_score), ("f1", f1_score)]:
-        np.testing.assert_allclose(s.table[name], metric(groups, found, labels=names, average=None, zero_division=0))
+    for name, metric in [
+        ("precision", precision_score),
+        ("recall", recall_score),
+        ("f1", f1_score),
+    ]:
+        np.testing.assert_allclose(
+            s.table[name], metric(groups, found, labels=names, average=None, zero_division=0)
+        )
     matched = s.matching.dropna()
     assert matched.is_unique and len(matched) == min(clusters.nunique(), groups.nunique())
 
@@ -82,14 +120,19 @@ def test_bounds_and_perfection(case):
     low, high = bootstrap(clusters, groups, n=50)
     assert 0 <= low <= high <= 1 and (0 < low or s.accuracy < 1)
     assert 0 < permutation_p(clusters, groups, n=20) <= 1
-    assert score(pd.Series(pd.factorize(groups)[0], groups.index), groups).perfect == groups.nunique()
+    assert (
+        score(pd.Series(pd.factorize(groups)[0], groups.index), groups).perfect
+        == groups.nunique()
+    )
     assert (s.perfect == groups.nunique()) == (s.ari == 1.0 and s.accuracy == 1.0)
 
 
 def test_parity_with_sklearn_spectral_clustering():
     matrix, groups = zoo()
     ours = spectral_clusters(matrix, 4)
-    theirs = SpectralClustering(4, affinity="precomputed", assign_labels="discretize", random_state=0).fit_predict(matrix.clip(lower=0))
+    theirs = SpectralClustering(
+        4, affinity="precomputed", assign_labels="discretize", random_state=0
+    ).fit_predict(matrix.clip(lower=0))
     assert adjusted_rand_score(ours, theirs) == 1 == adjusted_rand_score(ours, groups)
 
 
@@ -103,12 +146,19 @@ def test_partition_does_not_depend_on_order_even_without_structure(assign):
         order = matrix.sample(frac=1, random_state=seed).index
         other = spectral_clusters(matrix.loc[order, order], 5, assign=assign)
         assert adjusted_rand_score(one, other.reindex(one.index)) == 1
-        assert list(other.drop_duplicates()) == list(range(other.nunique()))  # numbered in order of appearance
+        assert list(other.drop_duplicates()) == list(
+            range(other.nunique())
+        )  # numbered in order of appearance
 
 
 @pytest.mark.parametrize("k", range(1, 7))
 def test_small_and_disconnected_graphs(k):
-    for values in (np.eye(6), np.kron(np.eye(3), np.ones((2, 2))), np.ones((6, 6)), -np.ones((6, 6)) + 2 * np.eye(6)):
+    for values in (
+        np.eye(6),
+        np.kron(np.eye(3), np.ones((2, 2))),
+        np.ones((6, 6)),
+        -np.ones((6, 6)) + 2 * np.eye(6),
+    ):
         assert 1 <= spectral_clusters(labelled(values), k).nunique() <= k
 
 
@@ -119,7 +169,10 @@ def test_no_warning_reaches_the_user(recwarn):
 
 def test_k_other_than_the_number_of_groups():
     matrix, groups = zoo()
-    many, few = cluster_report(matrix, groups, k=6, n=20), cluster_report(matrix, groups, k=2, n=20)
+    many, few = (
+        cluster_report(matrix, groups, k=6, n=20),
+        cluster_report(matrix, groups, k=2, n=20),
+    )
     assert many.accuracy < 1 and few.accuracy <= 0.5 and few.table["recall"].eq(0).sum() == 2
     assert many.matching.isna().sum() == many.k - 4
 
@@ -127,8 +180,15 @@ def test_k_other_than_the_number_of_groups():
 def test_permutation_p_is_uniform_without_structure():
     rng = np.random.default_rng(0)
     index = range(24)
-    p = [permutation_p(pd.Series(rng.integers(3, size=24), index), pd.Series(np.repeat(list("abc"), 8), index), n=60, seed=s)
-         for s in range(80)]
+    p = [
+        permutation_p(
+            pd.Series(rng.integers(3, size=24), index),
+            pd.Series(np.repeat(list("abc"), 8), index),
+            n=60,
+            seed=s,
+        )
+        for s in range(80)
+    ]
     assert np.mean(np.array(p) <= 0.1) < 0.2 and np.mean(p) > 0.4
 
 
@@ -136,10 +196,17 @@ def test_permutation_of_units_is_stricter_than_of_models():
     "Datasets that cluster but whose families do not: seeds shuffled one by one would see structure, datasets do not."
     matrix, datasets = zoo(groups=8)
     families = datasets.map({f"d{i}": "even" if i % 2 == 0 else "odd" for i in range(8)})
-    clusters = spectral_clusters(matrix, 8).map({i: i // 4 for i in range(8)})  # pairs of whole datasets, blind to the family
+    clusters = spectral_clusters(matrix, 8).map(
+        {i: i // 4 for i in range(8)}
+    )  # pairs of whole datasets, blind to the family
     assert permutation_p(clusters, families, n=200, by=datasets) > 0.3
     lucky = families.map({"even": 0, "odd": 1})
-    assert permutation_p(lucky, families, n=500) < 0.01 < permutation_p(lucky, families, n=500, by=datasets) < 0.1  # 2 of 70 splits
+    assert (
+        permutation_p(lucky, families, n=500)
+        < 0.01
+        < permutation_p(lucky, families, n=500, by=datasets)
+        < 0.1
+    )  # 2 of 70 splits
 
 
 def test_bootstrap_against_the_binomial():
@@ -147,7 +214,9 @@ def test_bootstrap_against_the_binomial():
     groups = pd.Series(["a"] * 100 + ["b"] * 100, index)
     clusters = pd.Series([0] * 80 + [1] * 20 + [1] * 80 + [0] * 20, index)
     low, high = bootstrap(clusters, groups, n=4000)
-    assert (low, high) == pytest.approx(tuple(binom.ppf([0.025, 0.975], 200, 0.8) / 200), abs=0.01)
+    assert (low, high) == pytest.approx(
+        tuple(binom.ppf([0.025, 0.975], 200, 0.8) / 200), abs=0.01
+    )
     by = pd.Series(np.arange(200) // 20, index)  # ten units, two of them all wrong
     wide = bootstrap(clusters, groups, n=4000, by=by)
     assert wide.high - wide.low > 2 * (high - low)
@@ -156,32 +225,52 @@ def test_bootstrap_against_the_binomial():
 def test_bootstrap_where_nothing_varies():
     groups = pd.Series(list("aabb"))
     assert bootstrap(pd.Series([0, 0, 1, 1]), groups) == pytest.approx((0.025**0.25, 1.0))
-    assert bootstrap(pd.Series([0, 0, 1, 1]), groups, by=groups) == pytest.approx((0.025**0.5, 1.0))
+    assert bootstrap(pd.Series([0, 0, 1, 1]), groups, by=groups) == pytest.approx(
+        (0.025**0.5, 1.0)
+    )
     assert (bootstrap_f1(pd.Series([0, 0, 1, 1]), groups) == 1).all(axis=None)
 
 
 def test_everything_is_deterministic_for_a_seed():
     matrix, groups = zoo(cosine=0.03, dim=300)
-    one, two = cluster_report(matrix, groups, seed=5, n=50), cluster_report(matrix, groups, seed=5, n=50)
+    one, two = (
+        cluster_report(matrix, groups, seed=5, n=50),
+        cluster_report(matrix, groups, seed=5, n=50),
+    )
     assert one.row() == two.row()
     pd.testing.assert_frame_equal(one.table, two.table)
     for kind in ("tsne", "mds"):
-        pd.testing.assert_frame_equal(embed_map(matrix, kind, seed=5), embed_map(matrix, kind, seed=5))
+        pd.testing.assert_frame_equal(
+            embed_map(matrix, kind, seed=5), embed_map(matrix, kind, seed=5)
+        )
 
 
 def test_maps_keep_groups_together():
     matrix, groups = zoo()
     distances = np.sqrt((2 - 2 * matrix).clip(lower=0))
-    for kind, metric, m in [("tsne", "cosine", matrix), ("mds", "cosine", matrix), ("mds", "euclidean", distances), ("tsne", "euclidean", distances)]:
+    for kind, metric, m in [
+        ("tsne", "cosine", matrix),
+        ("mds", "cosine", matrix),
+        ("mds", "euclidean", distances),
+        ("tsne", "euclidean", distances),
+    ]:
         xy = embed_map(m, kind, metric)
         assert list(xy.index) == list(m.index) and np.isfinite(xy.to_numpy()).all()
         assert xy.groupby(groups).std().mean(axis=None) < 0.5 * xy.std().mean()
 
 
 def test_within_between_by_hand():
-    m = labelled(np.array([[1, .5, .1, .2], [.5, 1, .3, .0], [.1, .3, 1, .4], [.2, .0, .4, 1]]))
+    m = labelled(
+        np.array(
+            [[1, 0.5, 0.1, 0.2], [0.5, 1, 0.3, 0.0], [0.1, 0.3, 1, 0.4], [0.2, 0.0, 0.4, 1]]
+        )
+    )
     t = within_between(m, list("aabb"))
-    assert t.loc["a", "within"] == pytest.approx(.5) and t.loc["b", "between"] == pytest.approx(.15) and t["neighbour"].eq(1).all()
+    assert (
+        t.loc["a", "within"] == pytest.approx(0.5)
+        and t.loc["b", "between"] == pytest.approx(0.15)
+        and t["neighbour"].eq(1).all()
+    )
 
 
 def test_gaussian_affinity_of_equal_points_names_the_width():
@@ -189,16 +278,29 @@ def test_gaussian_affinity_of_equal_points_names_the_width():
         gaussian_affinity(labelled(np.zeros((3, 3))))
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda m, g: (m, g.drop("m03")), "'m03'"),
-    (lambda m, g: (m, g.where(g.index != "m03")), "'m03'"),
-    (lambda m, g: (m, pd.concat([g, g.iloc[:1]])), "'m00' occurs twice"),
-    (lambda m, g: (m.where(pd.DataFrame(np.add.outer(m.index == "m03", m.index == "m03") == 0, m.index, m.index)), g), "'m03'"),
-    (lambda m, g: (m.iloc[:, 1:], g), "20 x 19"),
-    (lambda m, g: (m.rename(index={"m03": "x"}), g), "same names"),
-    (lambda m, g: (m.to_numpy(), g), "DataFrame"),
-    (lambda m, g: (m, ["a"] * 3), "3 entries for 20 models"),
-])
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda m, g: (m, g.drop("m03")), "'m03'"),
+        (lambda m, g: (m, g.where(g.index != "m03")), "'m03'"),
+        (lambda m, g: (m, pd.concat([g, g.iloc[:1]])), "'m00' occurs twice"),
+        (
+            lambda m, g: (
+                m.where(
+                    pd.DataFrame(
+                        np.add.outer(m.index == "m03", m.index == "m03") == 0, m.index, m.index
+                    )
+                ),
+                g,
+            ),
+            "'m03'",
+        ),
+        (lambda m, g: (m.iloc[:, 1:], g), "20 x 19"),
+        (lambda m, g: (m.rename(index={"m03": "x"}), g), "same names"),
+        (lambda m, g: (m.to_numpy(), g), "DataFrame"),
+        (lambda m, g: (m, ["a"] * 3), "3 entries for 20 models"),
+    ],
+)
 def test_faults_are_named(spoil, message):
     with pytest.raises(ValueError, match=message):
         cluster_report(*spoil(*zoo()))
@@ -206,12 +308,23 @@ def test_faults_are_named(spoil, message):
 
 def test_match_with_string_clusters_and_integer_groups():
     s = score(pd.Series(["p", "q", "q"]), pd.Series([7, 8, 8]))
-    assert s.accuracy == 1 and match_clusters(s.clusters, s.groups).to_dict() == {"p": 7, "q": 8}
+    assert s.accuracy == 1 and match_clusters(s.clusters, s.groups).to_dict() == {
+        "p": 7,
+        "q": 8,
+    }
 
 
-@pytest.mark.parametrize("sizes, least", [((3, 3), 1 / 10), ((2, 2, 2), 1 / 15), ((1, 4), 1 / 5), ((5, 5, 5), 1 / 1001)])
+@pytest.mark.parametrize(
+    "sizes, least",
+    [((3, 3), 1 / 10), ((2, 2, 2), 1 / 15), ((1, 4), 1 / 5), ((5, 5, 5), 1 / 1001)],
+)
 def test_the_least_p_counts_the_ways_to_deal(sizes, least):
     groups = pd.Series([f"g{i}" for i, n in enumerate(sizes) for _ in range(n)])
     assert least_p(groups) == pytest.approx(least)
-    assert least_p(groups.repeat(3).reset_index(drop=True), by=pd.Series(np.repeat(np.arange(len(groups)), 3))) == pytest.approx(least)
-    assert permutation_p(pd.Series(pd.factorize(groups)[0]), groups, n=2000) == pytest.approx(max(least, 1 / 2001), abs=0.04)
+    assert least_p(
+        groups.repeat(3).reset_index(drop=True),
+        by=pd.Series(np.repeat(np.arange(len(groups)), 3)),
+    ) == pytest.approx(least)
+    assert permutation_p(pd.Series(pd.factorize(groups)[0]), groups, n=2000) == pytest.approx(
+        max(least, 1 / 2001), abs=0.04
+    )

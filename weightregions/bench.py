@@ -30,197 +30,432 @@ def _family(pid: int) -> "list[int]":
     "A process and all that it started."
     found = [pid]
     for one in found:
-        try: found += [int(word) for file in Path(f"/proc/{one}/task").glob("*/children") for word in file.read_text().split()]
-        except OSError: pass  # it has ended meanwhile
+        try:
+            found += [
+                int(word)
+                for file in Path(f"/proc/{one}/task").glob("*/children")
+                for word in file.read_text().split()
+            ]
+        except OSError:
+            pass  # it has ended meanwhile
     return found
+
 
 def _anonymous(pid: int) -> int:
     "Bytes of a process's anonymous memory; 0 of one that has ended, and where there is no /proc."
-    try: found = re.search(r"^RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M)
-    except OSError: return 0
+    try:
+        found = re.search(
+            r"^RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M
+        )
+    except OSError:
+        return 0
     return int(found[1]) * 1024 if found else 0
 
 # %% ../nbs/56_bench.ipynb #52b21dc7
 @dataclass(frozen=True)
 class Run:
     "What one process took."
-    seconds: float # by the clock, from its start to its end
-    cpu_seconds: float # of the processors, its children's included
-    peak_mb: float # most anonymous memory at a time, in 10^6 bytes, children included; NaN where the system does not tell
-    output: str # what it wrote
+
+    seconds: float  # by the clock, from its start to its end
+    cpu_seconds: float  # of the processors, its children's included
+    peak_mb: float  # most anonymous memory at a time, in 10^6 bytes, children included; NaN where the system does not tell
+    output: str  # what it wrote
+
 
 def alone(
-    command: "Sequence[str]", # program and arguments
-    every: float = 0.01, # seconds between two looks at its memory
-    env: "dict | None" = None, # its environment; this one's if not given
+    command: "Sequence[str]",  # program and arguments
+    every: float = 0.01,  # seconds between two looks at its memory
+    env: "dict | None" = None,  # its environment; this one's if not given
 ) -> Run:
     "Run a command in a process of its own, and measure it."
     with tempfile.TemporaryFile() as said:
         begin = time.perf_counter()
-        try: process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=env)
-        except OSError as e: raise ValueError(f"{command[0]}: cannot be run ({e.strerror})") from None
-        try: peak, status, used = _watched(process.pid, every)
+        try:
+            process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=env)
+        except OSError as e:
+            raise ValueError(f"{command[0]}: cannot be run ({e.strerror})") from None
+        try:
+            peak, status, used = _watched(process.pid, every)
         except BaseException:
             process.kill(), process.wait()
             raise
-        seconds, process.returncode = time.perf_counter() - begin, os.waitstatus_to_exitcode(status)
+        seconds, process.returncode = (
+            time.perf_counter() - begin,
+            os.waitstatus_to_exitcode(status),
+        )
         said.seek(0)
         output = said.read().decode(errors="replace")
-    if process.returncode: raise ValueError(f"{Path(command[0]).name} ended with {process.returncode}: {(output.strip().splitlines() or ['no message'])[-1]}")
+    if process.returncode:
+        raise ValueError(
+            f"{Path(command[0]).name} ended with {process.returncode}: {(output.strip().splitlines() or ['no message'])[-1]}"
+        )
     return Run(seconds, used.ru_utime + used.ru_stime, peak / 1e6 or nan, output)
 
+# %% ../nbs/56_bench.ipynb #fe2d2dcc
 def _watched(pid: int, every: float) -> tuple:
     "Wait for a process; its peak, how it ended, and what it used."
     peak, family, due = 0, [pid], 0.0
     while True:
-        if time.perf_counter() >= due: family, due = _family(pid), time.perf_counter() + 0.3
+        if time.perf_counter() >= due:
+            family, due = _family(pid), time.perf_counter() + 0.3
         peak = max(peak, sum(map(_anonymous, family)))
         ended, status, used = os.wait4(pid, os.WNOHANG)
-        if ended: return peak, status, used
+        if ended:
+            return peak, status, used
         time.sleep(every)
 
 # %% ../nbs/56_bench.ipynb #4c397a51
-FIELDS = ["operation", "subject", "n", "params", "seconds", "floor_seconds", "peak_mb", "error", "device"]
+FIELDS = [
+    "operation",
+    "subject",
+    "n",
+    "params",
+    "seconds",
+    "floor_seconds",
+    "peak_mb",
+    "error",
+    "device",
+]
+
 
 def device_name(
-    kind: str = "cpu", # "cpu" or "cuda"
-) -> str: # the processor and how many threads torch uses, or the GPU
+    kind: str = "cpu",  # "cpu" or "cuda"
+) -> str:  # the processor and how many threads torch uses, or the GPU
     "What computes."
-    if kind == "cuda": return torch.cuda.get_device_name()
-    try: found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError: found = None
+    if kind == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        found = None
     threads = torch.get_num_threads()
     return f"{found[1] if found else 'CPU'}, {threads} thread{'s' * (threads > 1)}"
 
+
 def write_bench(
-    rows: pd.DataFrame, # with the columns of FIELDS
-    file: "str | Path", # a name that ends in .csv
+    rows: pd.DataFrame,  # with the columns of FIELDS
+    file: "str | Path",  # a name that ends in .csv
 ) -> Path:
     "Keep rows, four digits of each measured number."
-    measured = {c: rows[c].map(lambda v: "" if pd.isna(v) else f"{v:.4g}") for c in ("seconds", "floor_seconds", "peak_mb", "error")}
+    measured = {
+        c: rows[c].map(lambda v: "" if pd.isna(v) else f"{v:.4g}")
+        for c in ("seconds", "floor_seconds", "peak_mb", "error")
+    }
     write_whole(file, rows.assign(**measured)[FIELDS].to_csv(index=False, lineterminator="\n"))
     return Path(file)
 
+# %% ../nbs/56_bench.ipynb #be1d5020
 def read_bench(
-    file: "str | Path", # what `write_bench` wrote
-) -> pd.DataFrame: # a row a measurement: see FIELDS
+    file: "str | Path",  # what `write_bench` wrote
+) -> pd.DataFrame:  # a row a measurement: see FIELDS
     "The rows that were kept."
     rows = pd.read_csv(file)
-    if missing := [c for c in FIELDS if c not in rows]: raise ValueError(f"{file}: no column {', '.join(missing)}")
+    if missing := [c for c in FIELDS if c not in rows]:
+        raise ValueError(f"{file}: no column {', '.join(missing)}")
     for c in ("n", "params", "seconds", "floor_seconds", "peak_mb", "error"):
         numbers = pd.to_numeric(rows[c], errors="coerce")
-        if (bad := numbers.isna() & rows[c].notna()).any(): raise ValueError(f"{file}, row {bad.idxmax() + 2}: {c} is {rows[c][bad.idxmax()]!r}, no number")
+        if (bad := numbers.isna() & rows[c].notna()).any():
+            raise ValueError(
+                f"{file}, row {bad.idxmax() + 2}: {c} is {rows[c][bad.idxmax()]!r}, no number"
+            )
         rows[c] = numbers if c in ("n", "params") else numbers.astype(float)
     return rows[FIELDS]
 
 # %% ../nbs/56_bench.ipynb #9a4b31ad
 def _printed(table: pd.DataFrame, how: dict) -> pd.DataFrame:
     "Numbers of some columns as text, unknown ones empty."
-    return table.assign(**{column: table[column].map(lambda v: "" if pd.isna(v) else form.format(v)) for column, form in how.items()})
+    return table.assign(
+        **{
+            column: table[column].map(lambda v: "" if pd.isna(v) else form.format(v))
+            for column, form in how.items()
+        }
+    )
+
 
 def beside(
-    rows: pd.DataFrame, # with the columns of FIELDS
-) -> pd.DataFrame: # a row a measurement, as it is printed; with the device, if there are several
+    rows: pd.DataFrame,  # with the columns of FIELDS
+) -> (
+    pd.DataFrame
+):  # a row a measurement, as it is printed; with the device, if there are several
     "Rows with their ratios to the floor and to the package."
     key = ["operation", "n", "params"]
     ours = rows[rows.subject == "weightregions"].drop_duplicates(key).set_index(key).seconds
     own = rows[key].apply(tuple, axis=1).map(ours.to_dict()).astype(float)
-    shown = rows[["operation", "subject", "n"]].assign(**{"M weights": rows.params / 1e6, "seconds": rows.seconds, "of the floor": rows.seconds / rows.floor_seconds,
-                                                         "of ours": rows.seconds / own, "peak MB": rows.peak_mb, "error": rows.error})
-    if rows.device.nunique() > 1: shown["device"] = rows.device
-    return _printed(shown, {"M weights": "{:.1f}", "seconds": "{:.3g}", "of the floor": "{:.2f}", "of ours": "{:.2f}", "peak MB": "{:.0f}", "error": "{:.1e}"})
+    shown = rows[["operation", "subject", "n"]].assign(
+        **{
+            "M weights": rows.params / 1e6,
+            "seconds": rows.seconds,
+            "of the floor": rows.seconds / rows.floor_seconds,
+            "of ours": rows.seconds / own,
+            "peak MB": rows.peak_mb,
+            "error": rows.error,
+        }
+    )
+    if rows.device.nunique() > 1:
+        shown["device"] = rows.device
+    return _printed(
+        shown,
+        {
+            "M weights": "{:.1f}",
+            "seconds": "{:.3g}",
+            "of the floor": "{:.2f}",
+            "of ours": "{:.2f}",
+            "peak MB": "{:.0f}",
+            "error": "{:.1e}",
+        },
+    )
 
 # %% ../nbs/56_bench.ipynb #09817162
-def _value(rows: pd.DataFrame, operation: str, subject: str, column: str = "seconds", **where) -> float:
+def _value(
+    rows: pd.DataFrame, operation: str, subject: str, column: str = "seconds", **where
+) -> float:
     "One number of the rows, of a subject or of what its name begins with; NaN if it was not measured."
-    found = rows[(rows.operation == operation) & ((rows.subject == subject) | rows.subject.str.startswith(f"{subject} "))]
-    for name, value in where.items(): found = found[found[name] == value]
+    found = rows[
+        (rows.operation == operation)
+        & ((rows.subject == subject) | rows.subject.str.startswith(f"{subject} "))
+    ]
+    for name, value in where.items():
+        found = found[found[name] == value]
     return float(found[column].iloc[0]) if len(found) else nan
 
+
 def rates(
-    rows: pd.DataFrame, # with the columns of FIELDS; those of "ceiling" are taken
-) -> pd.DataFrame: # a row a ceiling: GB/s, or GFLOP/s of a product, and the share of similarity's seconds that it takes alone
+    rows: pd.DataFrame,  # with the columns of FIELDS; those of "ceiling" are taken
+) -> pd.DataFrame:  # a row a ceiling: GB/s, or GFLOP/s of a product, and the share of similarity's seconds that it takes alone
     "How fast the machine reads, copies and multiplies."
     found = rows[rows.operation == "ceiling"]
     vectors, product = found.n + 1, found.subject.str.startswith("product")
     work = (4 * vectors * found.params).where(~product, 2 * vectors**2 * found.params)
-    shown = found[["subject", "seconds"]].assign(rate=work / 1e9 / found.seconds, unit=product.map({True: "GFLOP/s", False: "GB/s"}),
-                                                 **{"of similarity": found.seconds / _value(rows, "similarity", "weightregions"), "device": found.device})
-    return _printed(shown, {"seconds": "{:.3g}", "rate": "{:.1f}", "of similarity": "{:.2f}"}).reset_index(drop=True)
+    shown = found[["subject", "seconds"]].assign(
+        rate=work / 1e9 / found.seconds,
+        unit=product.map({True: "GFLOP/s", False: "GB/s"}),
+        **{
+            "of similarity": found.seconds / _value(rows, "similarity", "weightregions"),
+            "device": found.device,
+        },
+    )
+    return _printed(
+        shown, {"seconds": "{:.3g}", "rate": "{:.1f}", "of similarity": "{:.2f}"}
+    ).reset_index(drop=True)
 
 # %% ../nbs/56_bench.ipynb #67895d52
 def throughput(
-    rows: pd.DataFrame, # with the columns of FIELDS; those of a zoo are taken
-) -> pd.DataFrame: # a row a way: models an hour, and how many times those of the fastest plain Trainer of either padding
+    rows: pd.DataFrame,  # with the columns of FIELDS; those of a zoo are taken
+) -> pd.DataFrame:  # a row a way: models an hour, and how many times those of the fastest plain Trainer of either padding
     "Models an hour of each way to make a zoo."
     found = rows[rows.operation.str.startswith("a model of a zoo") & rows.seconds.notna()]
-    shown = found[["operation", "subject", "seconds"]].assign(**{"models an hour": 3600 / found.seconds})
+    shown = found[["operation", "subject", "seconds"]].assign(
+        **{"models an hour": 3600 / found.seconds}
+    )
     for padding in ("the longest allowed", "the longest of a batch"):
-        plain = found[found.subject.str.startswith("Trainer") & found.subject.str.endswith(f"padded to {padding}")]
-        shown[f"of a Trainer padding to {padding}"] = found.operation.map(plain.groupby("operation").seconds.min()).astype(float) / found.seconds
-    return _printed(shown, {c: "{:.0f}" if c == "models an hour" else "{:.2f}" for c in shown.columns[2:]}).reset_index(drop=True)
+        plain = found[
+            found.subject.str.startswith("Trainer")
+            & found.subject.str.endswith(f"padded to {padding}")
+        ]
+        shown[f"of a Trainer padding to {padding}"] = (
+            found.operation.map(plain.groupby("operation").seconds.min()).astype(float)
+            / found.seconds
+        )
+    return _printed(
+        shown, {c: "{:.0f}" if c == "models an hour" else "{:.2f}" for c in shown.columns[2:]}
+    ).reset_index(drop=True)
 
 # %% ../nbs/56_bench.ipynb #5809c919
 def _sweeps(rows: pd.DataFrame) -> dict:
     "The two sweeps of similarity as it grows: over N, of whole models; and over P, of equally many models."
-    rows = rows[(rows.operation == "similarity, growing") & (rows.subject == "weightregions")].sort_values(["n", "params"])
+    rows = rows[
+        (rows.operation == "similarity, growing") & (rows.subject == "weightregions")
+    ].sort_values(["n", "params"])
     whole = rows.params == rows.params.max()
     return {"N": rows[whole], "P": rows[rows.n.isin(rows.n[~whole])]}
 
+
 def straightness(
-    rows: pd.DataFrame, # of one sweep, the package's
-    column: str = "seconds", # what grows
-) -> tuple: # R squared of a straight line in N x P, and the largest residual as a share of what was measured; NaN for less than three points
+    rows: pd.DataFrame,  # of one sweep, the package's
+    column: str = "seconds",  # what grows
+) -> tuple:  # R squared of a straight line in N x P, and the largest residual as a share of what was measured; NaN for less than three points
     "How straight a line the cost is in the numbers read."
     x, y = (rows.n * rows.params).to_numpy(float), rows[column].to_numpy(float)
-    if len(x) < 3: return nan, nan
-    return float(np.corrcoef(x, y)[0, 1] ** 2), float(np.max(np.abs(1 - np.polyval(np.polyfit(x, y, 1), x) / y)))
+    if len(x) < 3:
+        return nan, nan
+    return float(np.corrcoef(x, y)[0, 1] ** 2), float(
+        np.max(np.abs(1 - np.polyval(np.polyfit(x, y, 1), x) / y))
+    )
 
+# %% ../nbs/56_bench.ipynb #9b9bd331
 def goals(
-    rows: pd.DataFrame, # with the columns of FIELDS
-) -> pd.DataFrame: # goal, measured, met
+    rows: pd.DataFrame,  # with the columns of FIELDS
+) -> pd.DataFrame:  # goal, measured, met
     "What was aimed at, and what was measured."
-    v, ours, process = lambda *a, **w: _value(rows, *a, **w), "weightregions", "average of 5, with the start of Python"
-    zoo = next((o for o in rows.operation if o.startswith("a model of a zoo")), "a model of a zoo")
+    v, ours, process = (
+        lambda *a, **w: _value(rows, *a, **w),
+        "weightregions",
+        "average of 5, with the start of Python",
+    )
+    zoo = next(
+        (o for o in rows.operation if o.startswith("a model of a zoo")), "a model of a zoo"
+    )
     peaks = rows[rows.subject.str.startswith(ours)].groupby("operation").peak_mb.max()
     lines = {what: straightness(part) for what, part in _sweeps(rows).items()}
-    listed = [("similarity: at most 2 times reading and a product in float64", v("similarity", ours) / v("similarity", ours, "floor_seconds"), "<=", 2),
-              ("similarity: at most 2 times reading and a product in float32", v("similarity", ours) / v("similarity", "floor, product in float32"), "<=", 2),
-              ("similarity: at least 5 times faster than load, stack, multiply", v("similarity", "load, stack, multiply") / v("similarity", ours), ">=", 5),
-              ("similarity: cosines within 1e-6 of float64", v("similarity", ours, "error"), "<", 1e-6),
-              *((f"similarity: seconds a straight line in {what}, R squared", line[0], ">=", 0.95) for what, line in lines.items()),
-              *((f"similarity: seconds a straight line in {what}, largest residual in %", 100 * line[1], "<=", 10) for what, line in lines.items()),
-              ("average: at most 2 times the floor", v("average of 5", ours) / v("average of 5", ours, "floor_seconds"), "<=", 2),
-              ("average: at least 3 times faster than mergekit, process against process", v(process, "mergekit") / v(process, ours), ">=", 3),
-              ("average: the same, call against call", v("average of 5", "mergekit") / v("average of 5", ours), "", nan),
-              ("average: float32 rounding at most", v("average of 5", ours, "error"), "<=", 1.2e-7),
-              ("a point: at most 1 % of an evaluation, in %", 100 * v("a point on a line", ours) / v("a point on a line", "an evaluation"), "<=", 1),
-              ("the probe: at least 10 times faster than by Adam", v("the probe", "a layer") / v("the probe", ours), ">=", 10),
-              *((f"{operation}: at most 1000 MB of its own", float(peaks.get(operation, nan)), "<=", 1000)
-                for operation in ("similarity", "similarity, growing", "average of 5", "the probe", zoo)),
-              *((f"a point on a line, {how}: at most 1000 MB of its own", v("a point on a line", subject, "peak_mb"), "<=", 1000)
-                for how, subject in (("models held in memory", ours), ("models read from their files", f"{ours}, models read from their files")))]
-    met = lambda value, sign, bound: "not measured" if np.isnan(value) else "no goal" if not sign else "yes" if {"<=": value <= bound, ">=": value >= bound, "<": value < bound}[sign] else "no"
-    return pd.DataFrame([{"goal": goal, "measured": "" if np.isnan(value) else f"{value:.0f}" if value >= 1000 else f"{value:.3g}", "met": met(value, sign, bound)} for goal, value, sign, bound in listed])
+    listed = [
+        (
+            "similarity: at most 2 times reading and a product in float64",
+            v("similarity", ours) / v("similarity", ours, "floor_seconds"),
+            "<=",
+            2,
+        ),
+        (
+            "similarity: at most 2 times reading and a product in float32",
+            v("similarity", ours) / v("similarity", "floor, product in float32"),
+            "<=",
+            2,
+        ),
+        (
+            "similarity: at least 5 times faster than load, stack, multiply",
+            v("similarity", "load, stack, multiply") / v("similarity", ours),
+            ">=",
+            5,
+        ),
+        (
+            "similarity: cosines within 1e-6 of float64",
+            v("similarity", ours, "error"),
+            "<",
+            1e-6,
+        ),
+        *(
+            (f"similarity: seconds a straight line in {what}, R squared", line[0], ">=", 0.95)
+            for what, line in lines.items()
+        ),
+        *(
+            (
+                f"similarity: seconds a straight line in {what}, largest residual in %",
+                100 * line[1],
+                "<=",
+                10,
+            )
+            for what, line in lines.items()
+        ),
+        (
+            "average: at most 2 times the floor",
+            v("average of 5", ours) / v("average of 5", ours, "floor_seconds"),
+            "<=",
+            2,
+        ),
+        (
+            "average: at least 3 times faster than mergekit, process against process",
+            v(process, "mergekit") / v(process, ours),
+            ">=",
+            3,
+        ),
+        (
+            "average: the same, call against call",
+            v("average of 5", "mergekit") / v("average of 5", ours),
+            "",
+            nan,
+        ),
+        ("average: float32 rounding at most", v("average of 5", ours, "error"), "<=", 1.2e-7),
+        (
+            "a point: at most 1 % of an evaluation, in %",
+            100 * v("a point on a line", ours) / v("a point on a line", "an evaluation"),
+            "<=",
+            1,
+        ),
+        (
+            "the probe: at least 10 times faster than by Adam",
+            v("the probe", "a layer") / v("the probe", ours),
+            ">=",
+            10,
+        ),
+        *(
+            (
+                f"{operation}: at most 1000 MB of its own",
+                float(peaks.get(operation, nan)),
+                "<=",
+                1000,
+            )
+            for operation in (
+                "similarity",
+                "similarity, growing",
+                "average of 5",
+                "the probe",
+                zoo,
+            )
+        ),
+        *(
+            (
+                f"a point on a line, {how}: at most 1000 MB of its own",
+                v("a point on a line", subject, "peak_mb"),
+                "<=",
+                1000,
+            )
+            for how, subject in (
+                ("models held in memory", ours),
+                ("models read from their files", f"{ours}, models read from their files"),
+            )
+        ),
+    ]
+    met = lambda value, sign, bound: (
+        "not measured"
+        if np.isnan(value)
+        else "no goal"
+        if not sign
+        else "yes"
+        if {"<=": value <= bound, ">=": value >= bound, "<": value < bound}[sign]
+        else "no"
+    )
+    return pd.DataFrame(
+        [
+            {
+                "goal": goal,
+                "measured": ""
+                if np.isnan(value)
+                else f"{value:.0f}"
+                if value >= 1000
+                else f"{value:.3g}",
+                "met": met(value, sign, bound),
+            }
+            for goal, value, sign, bound in listed
+        ]
+    )
 
 # %% ../nbs/56_bench.ipynb #e324f58d
 def growth_figure(
-    rows: pd.DataFrame, # with the columns of FIELDS; those of "similarity, growing" are drawn
-    axes: "Sequence[Axes] | None" = None, # two, for time and memory
-) -> "Sequence[Axes]": # the two
+    rows: pd.DataFrame,  # with the columns of FIELDS; those of "similarity, growing" are drawn
+    axes: "Sequence[Axes] | None" = None,  # two, for time and memory
+) -> "Sequence[Axes]":  # the two
     "Seconds and peak memory of similarity against the numbers read, with the floor of each sweep."
     sweeps = {what: part for what, part in _sweeps(rows).items() if len(part)}
-    if not sweeps: raise ValueError("bench: no rows of 'similarity, growing' by weightregions")
+    if not sweeps:
+        raise ValueError("bench: no rows of 'similarity, growing' by weightregions")
     axes = plt.subplots(1, 2, figsize=(9.5, 3.8))[1] if axes is None else axes
     for (what, part), colour, marker in zip(sweeps.items(), ("#2a7f9e", "#d98c3f"), "os"):
-        read, n, p = part.n * part.params / 1e9, part.n.drop_duplicates(), (part.params / 1e6).drop_duplicates()
+        read, n, p = (
+            part.n * part.params / 1e9,
+            part.n.drop_duplicates(),
+            (part.params / 1e6).drop_duplicates(),
+        )
         label = f"N = {', '.join(map(str, n))}; P = {', '.join(f'{x:.0f}' for x in p)} million"
-        for ax, column in zip(axes, ("seconds", "peak_mb")): ax.plot(read, part[column], marker, color=colour, label=label)
+        for ax, column in zip(axes, ("seconds", "peak_mb")):
+            ax.plot(read, part[column], marker, color=colour, label=label)
         for times, style, name in ((1, "--", "floor"), (2, ":", "twice the floor")):
-            axes[0].plot(read, times * part.floor_seconds, style, color=colour, label=name if what == "N" else None)
+            axes[0].plot(
+                read,
+                times * part.floor_seconds,
+                style,
+                color=colour,
+                label=name if what == "N" else None,
+            )
     axes[1].axhline(1000, ls=":", color="#888888", label="goal")
-    for ax, title, what in zip(axes, ("Time", "Memory"), ("seconds", "peak of anonymous memory, MB")):
-        ax.set(title=title, xlabel="N x P, billions of weights", ylabel=what, xlim=(0, None), ylim=(0, None))
-        ax.set_ylim(0, 1.4 * ax.get_ylim()[1]) # room for the legend
+    for ax, title, what in zip(
+        axes, ("Time", "Memory"), ("seconds", "peak of anonymous memory, MB")
+    ):
+        ax.set(
+            title=title,
+            xlabel="N x P, billions of weights",
+            ylabel=what,
+            xlim=(0, None),
+            ylim=(0, None),
+        )
+        ax.set_ylim(0, 1.4 * ax.get_ylim()[1])  # room for the legend
         ax.legend(loc="upper left")
     return axes

@@ -19,13 +19,17 @@ def ways(
     text: str,  # alternatives separated by semicolons or line ends, each perhaps weighted: "3 * {clause}."
 ) -> list[str]:  # the alternatives, repeated by their weight
     "Split alternatives and repeat the weighted ones."
-    parts = (re.fullmatch(r"(?:(\d+) \* )?(.*)", part.strip()) for part in re.split(r"[;\n]", text))
+    parts = (
+        re.fullmatch(r"(?:(\d+) \* )?(.*)", part.strip()) for part in re.split(r"[;\n]", text)
+    )
     return [part[2] for part in parts for _ in range(int(part[1] or 1)) if part[2]]
 
 # %% ../nbs/08_builtin.ipynb #c177ef64
 def parse(
     text: str,  # rules, one a line, "name: way; way // held-out way"
-) -> dict[str, tuple[list[str], list[str]]]:  # rule -> (ways of both splits, ways of the test split only)
+) -> dict[
+    str, tuple[list[str], list[str]]
+]:  # rule -> (ways of both splits, ways of the test split only)
     "Read a grammar; a rule named twice gains the ways of both."
     rules = {}
     for line in re.sub(r"\n +", " ", text.strip()).splitlines():
@@ -50,7 +54,9 @@ class Slot(NamedTuple):
 @cache
 def tree(
     template: str,  # text with braces
-) -> tuple | str:  # of str, Slot and, for a choice, list of trees; a template without braces is its own tree
+) -> (
+    tuple | str
+):  # of str, Slot and, for a choice, list of trees; a template without braces is its own tree
     "Parse the braces of a template."
     tokens = iter(re.findall(r"[{}|]|[^{}|]+", template))
 
@@ -63,7 +69,10 @@ def tree(
                 found.append([])
             else:
                 found[-1].append(braces() if token == "{" else token)
-        return [branch[0] if len(branch) == 1 and isinstance(branch[0], str) else tuple(branch) for branch in found]
+        return [
+            branch[0] if len(branch) == 1 and isinstance(branch[0], str) else tuple(branch)
+            for branch in found
+        ]
 
     def braces():
         options = branches()
@@ -94,8 +103,16 @@ class Writer:
         "The words of a tree."
         if isinstance(branch, str):
             return branch
-        return "".join([part if isinstance(part, str) else self.fill(*part) if isinstance(part, Slot)
-                        else self.text(self.choose(part)) for part in branch])
+        return "".join(
+            [
+                part
+                if isinstance(part, str)
+                else self.fill(*part)
+                if isinstance(part, Slot)
+                else self.text(self.choose(part))
+                for part in branch
+            ]
+        )
 
     def choose(self, options: Sequence):
         "One of the options, all equally likely."
@@ -139,8 +156,13 @@ def cross(
     labels: Sequence[str],  # the labels to put in their places
 ) -> str:  # one grammar rule per label
     "Write the frames for every label against every other."
+
     def cast(x, y):
-        return "; ".join(re.sub(r"\b[XY](?= )", lambda role: {"X": x, "Y": y}[role[0]], way) for way in ways(frames))
+        return "; ".join(
+            re.sub(r"\b[XY](?= )", lambda role: {"X": x, "Y": y}[role[0]], way)
+            for way in ways(frames)
+        )
+
     return "\n".join(f"{x}: {cast(x, y)}" for x in labels for y in labels if x != y)
 
 # %% ../nbs/08_builtin.ipynb #1dc6d3f1
@@ -149,11 +171,15 @@ class Spec:
     "One built-in dataset: its family, labels and grammar."
 
     family: str  # sentiment, topic, nli or social
-    labels: tuple[str, ...]  # label names; a row's label is an index into them, and a name is also a rule of the grammar
+    labels: tuple[
+        str, ...
+    ]  # label names; a row's label is an index into them, and a name is also a rule of the grammar
     description: str  # what the texts are and what is asked of them
     grammar: str = field(repr=False)  # the rules
     noise: float = 0.0  # share of rows whose label is replaced by another, in both splits
-    weights: tuple[float, ...] | None = None  # how often each label is drawn; None: equally often
+    weights: tuple[float, ...] | None = (
+        None  # how often each label is drawn; None: equally often
+    )
 
     @property
     def casual(self) -> bool:
@@ -165,7 +191,10 @@ class Spec:
         split: str,  # "train" or "test"
     ) -> dict[str, list[str]]:  # rule -> ways open to that split
         "The ways of saying that a split may use: the test split knows them all."
-        return {name: shared + held_out * (split == "test") for name, (shared, held_out) in parse(self.grammar).items()}
+        return {
+            name: shared + held_out * (split == "test")
+            for name, (shared, held_out) in parse(self.grammar).items()
+        }
 
     @property
     def held_out(self) -> list[str]:
@@ -178,10 +207,16 @@ BUILTIN: dict[str, Spec] = {}  # every built-in dataset by its name
 # %% ../nbs/08_builtin.ipynb #f1d981e5
 def fate(
     text: str,  # a sentence; its case does not matter
-) -> tuple[str, float, int]:  # its split, a number in [0, 1) to hold against the noise rate, and which wrong label it takes
+) -> tuple[
+    str, float, int
+]:  # its split, a number in [0, 1) to hold against the noise rate, and which wrong label it takes
     "What a sentence's checksum decides about it."
     digest = sha256(text.lower().encode()).digest()
-    return "train" if digest[0] % 4 else "test", int.from_bytes(digest[1:5], "big") / 2**32, digest[5]
+    return (
+        "train" if digest[0] % 4 else "test",
+        int.from_bytes(digest[1:5], "big") / 2**32,
+        digest[5],
+    )
 
 # %% ../nbs/08_builtin.ipynb #1e1c7772
 def _draw(
@@ -189,12 +224,16 @@ def _draw(
     split: str,  # "train" or "test"
     n: int,  # how many
     rng: Random,  # the source of chance
-) -> list[tuple[tuple[str, ...], int]]:  # (texts of a row, index of the true label): n of them, fewer if the grammar runs dry
+) -> list[
+    tuple[tuple[str, ...], int]
+]:  # (texts of a row, index of the true label): n of them, fewer if the grammar runs dry
     "Draw distinct texts of one split."
     write, classes, drawn, idle = Writer(spec.rules(split), rng), range(len(spec.labels)), {}, 0
     while len(drawn) < n and idle < 2000:
-        label, = rng.choices(classes, spec.weights)
-        texts = tuple(polish(part, spec.casual) for part in write(f"{{{spec.labels[label]}}}").split("=>"))
+        (label,) = rng.choices(classes, spec.weights)
+        texts = tuple(
+            polish(part, spec.casual) for part in write(f"{{{spec.labels[label]}}}").split("=>")
+        )
         if texts[0] not in drawn and fate(texts[0])[0] == split:
             drawn[texts[0]], idle = (texts, label), 0
         idle += 1
@@ -222,8 +261,11 @@ def generate(
     n_train: int,  # rows of the train split, 0 to MAX_ROWS
     n_test: int,  # rows of the test split, 0 to MAX_ROWS
     seed: int = 0,  # other seeds draw other sentences from the same grammar
-    noise: float | None = None,  # label noise instead of the dataset's own; 0 gives the true labels of the same texts
-) -> tuple[list[dict], list[dict]]:  # train and test rows: {"text", "text_pair" for pairs only, "label"}
+    noise: float
+    | None = None,  # label noise instead of the dataset's own; 0 gives the true labels of the same texts
+) -> tuple[
+    list[dict], list[dict]
+]:  # train and test rows: {"text", "text_pair" for pairs only, "label"}
     "Write one built-in dataset."
     if name not in BUILTIN:
         raise ValueError(f"no built-in dataset {name!r}; there are {', '.join(BUILTIN)}")
@@ -234,7 +276,9 @@ def generate(
             raise ValueError(f"{name}: {n} {split} rows asked, a grammar gives 0 to {MAX_ROWS}")
         drawn = _draw(spec, split, n, Random(f"{name}-{seed}-{split}"))
         if len(drawn) < n:
-            raise ValueError(f"{name}: {n} {split} rows asked, this grammar gives about {len(drawn)}")
+            raise ValueError(
+                f"{name}: {n} {split} rows asked, this grammar gives about {len(drawn)}"
+            )
         rows[split] = [_row(spec, texts, label, noise) for texts, label in drawn]
     return rows["train"], rows["test"]
 
@@ -256,8 +300,12 @@ _review = """
 """
 
 # %% ../nbs/08_builtin.ipynb #87e7fcfa
-BUILTIN["films"] = Spec("sentiment", ("negative", "positive"), "film reviews: does the reviewer like the film?", cross(
-    _review, ("negative", "positive")) + """
+BUILTIN["films"] = Spec(
+    "sentiment",
+    ("negative", "positive"),
+    "film reviews: does the reviewer like the film?",
+    cross(_review, ("negative", "positive"))
+    + """
 positive clause: 4 * the {scene} {is|feels|stays} {positive word}; the {crew} {positive deed}
 negative clause: 4 * the {scene} {is|feels|stays} {negative word}; the {crew} {negative deed}
 scene: plot; pacing; script; soundtrack; camerawork; dialogue; love story; opening act; villain; humour; editing; sequel;
@@ -275,11 +323,17 @@ positive verdict: I {left the cinema|walked home} {smiling|humming|in happy tear
   twice}; it {deserves|will win} {an award|a wide audience}; my heart is still racing // I was {riveted|enchanted|on the edge of my seat}
 negative verdict: I {checked my watch|looked for the exit} {twice|all evening}; I want {my money|those two hours} back; it {deserves
   |will find} {no prize|an empty house}; my popcorn was the highlight // I was {nodding off|cringing|counting the ceiling lamps}
-""", noise=0.05)
+""",
+    noise=0.05,
+)
 
 # %% ../nbs/08_builtin.ipynb #818fdb3c
-BUILTIN["meals"] = Spec("sentiment", ("negative", "neutral", "positive"), "restaurant reviews: is the guest content?", cross(
-    _review, ("negative", "positive")) + """
+BUILTIN["meals"] = Spec(
+    "sentiment",
+    ("negative", "neutral", "positive"),
+    "restaurant reviews: is the guest content?",
+    cross(_review, ("negative", "positive"))
+    + """
 neutral: 2 * {fact}. ; {fact}, and {fact}. ; the {dish} was neither {positive word} nor {negative word}. ; {positive clause},
   {negative clause}: {it evens out|hard to judge|a draw}. ; {negative clause}, {positive clause}: {it evens out|a draw}.
 fact: we {booked|took|were given} a table {by the window|upstairs|for four} {on Monday|on Friday|at eight}; the {dish} comes with {side};
@@ -301,11 +355,18 @@ positive word: delicious; tasty; juicy; crisp; fragrant; buttery; hearty; well s
   aromatic; tangy; freshly made; heavenly; comforting // succulent; moreish; zesty; mouth-watering; scrumptious; flaky; nutty
 negative word: stone cold; greasy; bland; soggy; burnt; too salty; rubbery; watery; undercooked; stale; sour; tiny; mushy; oily; charred;
   tough as leather; lukewarm // rancid; gristly; flavourless; limp; inedible; gloopy; curdled
-""", noise=0.05, weights=(4, 3, 5))
+""",
+    noise=0.05,
+    weights=(4, 3, 5),
+)
 
 # %% ../nbs/08_builtin.ipynb #dcd68bac
-BUILTIN["gadgets"] = Spec("sentiment", ("unhappy", "happy"), "customers on devices: is the buyer happy?", cross(
-    _review, ("unhappy", "happy")) + """
+BUILTIN["gadgets"] = Spec(
+    "sentiment",
+    ("unhappy", "happy"),
+    "customers on devices: is the buyer happy?",
+    cross(_review, ("unhappy", "happy"))
+    + """
 happy clause: 4 * the {part} {is|looks} {happy word}; the {device} {starts in a second|has never let me down|does just what the box
   says|saves me an hour a week|pairs at once} // the {device} {runs like clockwork|punches above its weight|sips power}
 unhappy clause: 4 * the {part} {is|looks} {unhappy word}; the {device} {needs three restarts a day|broke within a week|eats batteries
@@ -322,10 +383,17 @@ happy word: fast; sturdy; reliable; quiet; precise; responsive; well built; slee
   energy-saving; solid; waterproof // robust; seamless; silky smooth; ergonomic; dependable; user-friendly; crystal clear
 unhappy word: flimsy; slow; deafening; faulty; sluggish; unreliable; overpriced; fiddly; buggy; useless; scratched; blurry; cracked;
   badly made; confusing; loose; outdated // defective; glitchy; shoddy; temperamental; wobbly; unresponsive; brittle
-""", noise=0.05, weights=(3, 4))
+""",
+    noise=0.05,
+    weights=(3, 4),
+)
 
 # %% ../nbs/08_builtin.ipynb #0a376896
-BUILTIN["stays"] = Spec("sentiment", ("terrible", "poor", "fair", "good", "superb"), "hotel reviews: one to five stars", """
+BUILTIN["stays"] = Spec(
+    "sentiment",
+    ("terrible", "poor", "fair", "good", "superb"),
+    "hotel reviews: one to five stars",
+    """
 terrible: 2 * {awful clause}. ; {awful clause} and {bad clause}. ; {awful clause}, {although|even if} {plain clause}. ;
   I would not say that {great clause}: {awful clause}.
 poor: 2 * {bad clause}. ; {bad clause} and {plain clause}. ; {awful clause}, but at least {nice clause}. ;
@@ -353,7 +421,9 @@ place: room; bed; balcony; breakfast hall; lobby; bathroom; pool; garden; cabin;
   // suite; terrace; sauna; attic; veranda; chalet
 where: in {town}; near {the beach|the station|{town}}; on the {first|top} floor // {above the bay|outside {town}}
 town: Lisbon; Bergen; Split; Naples; Ghent; Cork; Riga; Porto; Rome; Graz; Seville // Tallinn; Valletta; Oban; Trieste; Bruges
-""", noise=0.03)
+""",
+    noise=0.03,
+)
 
 # %% ../nbs/08_builtin.ipynb #d1667fd9
 _headline = """
@@ -365,8 +435,12 @@ _headline = """
     {despite|on the eve of} the {Y date}, {X person} {X event}.
     {X person} {place} {X figure}.
 """
-BUILTIN["headlines"] = Spec("topic", ("politics", "business", "sport", "science"), "news headlines: which section?", cross(
-    _headline, ("politics", "business", "sport", "science")) + """
+BUILTIN["headlines"] = Spec(
+    "topic",
+    ("politics", "business", "sport", "science"),
+    "news headlines: which section?",
+    cross(_headline, ("politics", "business", "sport", "science"))
+    + """
 politics person: minister; senator; mayor; diplomat; governor; president; councillor // chancellor; lawmaker; envoy; whip
 politics event: {backed|rejected|delayed|amended} {a bill on rents|the border treaty|new voting rules|a lobbying ban|the school reform};
   {won|lost|conceded} {the by-election|the recount|a confidence vote} // {vetoed|ratified|repealed} the {coalition pact|asylum decree}
@@ -389,7 +463,10 @@ science date: eclipse; rocket launch; lab fire; moon landing // return of the co
 science figure: {strikes gold|hits the jackpot} {in a cave|under the ice} // {wins the race|tackles the riddle} of {dark matter|ageing}
 place: in {city}; in {city}; from {city} // near {city}
 city: Leeds; Osaka; Lima; Turin; Accra; Perth; Oslo; Quito; Hull; Kyiv; Delhi; Lyon; Tampa; Bonn // Lagos; Malmo; Davos; Basel; Tampere
-""", noise=0.1, weights=(3, 3, 4, 3))
+""",
+    noise=0.1,
+    weights=(3, 3, 4, 3),
+)
 
 # %% ../nbs/08_builtin.ipynb #3002ea0b
 _question = """
@@ -401,8 +478,12 @@ _question = """
     was it {because of|the fault of} {Y scene} that {X problem}?
     {X problem}, and I {stopped|had to give up} {Y scene}. {ask}?
 """
-BUILTIN["questions"] = Spec("topic", ("health", "money", "computers", "travel", "cooking", "gardening"),
-    "forum questions: which board?", cross(_question, ("health", "money", "computers", "travel", "cooking", "gardening")) + """
+BUILTIN["questions"] = Spec(
+    "topic",
+    ("health", "money", "computers", "travel", "cooking", "gardening"),
+    "forum questions: which board?",
+    cross(_question, ("health", "money", "computers", "travel", "cooking", "gardening"))
+    + """
 ask: what should I do; any advice; is that normal; who can help; how do I deal with that; has anybody seen this before
 health scene: {stretching|resting} my {back|legs}; waiting for the {dentist|nurse}; taking my pills // seeing my {optician|surgeon}
 health problem: my {knee|ear|left wrist|shoulder|throat} {hurt|itched|swelled|went numb}; I {could not sleep|felt dizzy|kept coughing|had
@@ -422,7 +503,9 @@ cooking problem: the {sauce|custard|jam} {split|turned lumpy|would not thicken};
 gardening scene: {pruning|watering} the {roses|hedge}; {raking|mowing} the lawn; sowing peas // repotting {a fern|my orchids}
 gardening problem: the {tomatoes|tulips|beans} {wilted|got brown spots|were full of greenfly}; the {apple tree|ivy|vine} {lost its leaves
   |stopped growing} // the {hydrangea|rhubarb|seedlings} {drooped|went mouldy|ran to seed}
-""", noise=0.1)
+""",
+    noise=0.1,
+)
 
 # %% ../nbs/08_builtin.ipynb #39c0038f
 _lecture = """
@@ -434,9 +517,12 @@ _lecture = """
     no {Y tool} this time: we turn to {X question}.
     students who know {Y tool} will learn {X question}.
 """
-BUILTIN["lectures"] = Spec("topic", ("biology", "physics", "economics", "history", "linguistics"),
-    "lecture announcements: which department?", cross(
-    _lecture, ("biology", "physics", "economics", "history", "linguistics")) + """
+BUILTIN["lectures"] = Spec(
+    "topic",
+    ("biology", "physics", "economics", "history", "linguistics"),
+    "lecture announcements: which department?",
+    cross(_lecture, ("biology", "physics", "economics", "history", "linguistics"))
+    + """
 biology question: how {cells|bees|mosses|birds|whales|bacteria} {divide|migrate|store energy|choose mates|fight infection|adapt to salt}
   // why {fungi|octopuses|lichens} {regenerate|form colonies|go dormant}
 biology tool: gene trees; microscopes; blood samples; dissected frogs // petri dishes; DNA barcodes
@@ -452,10 +538,17 @@ history tool: old maps; parish registers; letters from the front; royal seals //
 linguistics question: how {vowels|verbs|dialects|children's sentences|pronouns|accents} {change|lose their endings|carry meaning|borrow
   from neighbours} // why {creoles|clauses|loanwords} {simplify|shift stress|spread}
 linguistics tool: word lists; tape recordings of speech; syntax trees; rhymes // pronunciation atlases; glossaries
-""", noise=0.1, weights=(4, 3, 3, 4, 3))
+""",
+    noise=0.1,
+    weights=(4, 3, 3, 4, 3),
+)
 
 # %% ../nbs/08_builtin.ipynb #dd886a5e
-BUILTIN["scenes"] = Spec("nli", ("entailment", "neutral", "contradiction"), "pictures described: does the claim follow?", """
+BUILTIN["scenes"] = Spec(
+    "nli",
+    ("entailment", "neutral", "contradiction"),
+    "pictures described: does the claim follow?",
+    """
 bare: {w=who} is {a=act} {p=place}
 timed: {w=who} is {a=act} {p=place} {t=time}; {t=time}, {w=who} is {a=act} {p=place}
 reasoned: {w=who} is {a=act} {p=place} {r=reason}
@@ -481,10 +574,16 @@ place: near the harbour > by the water; outside a bakery > close to a shop; behi
 time: at dawn > early in the morning; at noon > in the middle of the day; after sunset > in the evening // at midnight > late at night
 reason: to win a bet; for the first time; as a favour; to earn some money; to pass the time; for a film; to impress a friend; before a
   long trip // out of boredom; for charity; to cheer up a neighbour
-""", noise=0.04)
+""",
+    noise=0.04,
+)
 
 # %% ../nbs/08_builtin.ipynb #c48d2e2c
-BUILTIN["quantities"] = Spec("nli", ("entailment", "neutral", "contradiction"), "figures and comparisons: does the claim follow?", """
+BUILTIN["quantities"] = Spec(
+    "nli",
+    ("entailment", "neutral", "contradiction"),
+    "figures and comparisons: does the claim follow?",
+    """
 trend: the price of {g=good} in {p=port} {m=move} {span}; {g=good} prices in {p=port} {m=move}; {span}, {g=good} prices in {p=port} {m=move}
 count: {p=port} {ordered} {n=number} {unit} of {g=good}; last {season} {p=port} {ordered} {n=number} {unit} of {g=good}
 share: {k=part} the {g=good} in {p=port} is {q=quality}
@@ -513,10 +612,16 @@ part: {nearly all|the bulk|the better part} of > most of > little of; {almost no
   // {the lion's share|nine tenths} of > most of > little of; {a sliver|a fraction} of > little of > most of
 quality: damp; imported; of the best grade; already sold; stored in cellars; home-made // spoiled; on its way north; under lock and key
 than: dearer > cheaper; cheaper > dearer; scarcer > easier to find; heavier > lighter; lighter > heavier // rarer > more common
-""", noise=0.03)
+""",
+    noise=0.03,
+)
 
 # %% ../nbs/08_builtin.ipynb #70d86867
-BUILTIN["answers"] = Spec("nli", ("answered", "unanswered"), "a question and a sentence: does it answer the question?", """
+BUILTIN["answers"] = Spec(
+    "nli",
+    ("answered", "unanswered"),
+    "a question and a sentence: does it answer the question?",
+    """
 answered: {e=it.0}{yes}
 unanswered: {e=it.0}{no}
 yes: 8 * {r=fact}? => {r.2}. ; 2 * {r=fact}? => {r.2}, and {s=fact.2}. ; 2 * {r=fact}? => {s=fact.2}, and {r.2}. ;
@@ -543,7 +648,10 @@ year: 1781; 1634; 1902; 1853; 1717 // 1690; 1888; 1925
 spot: {behind the market|on a hill|by the river|in the next valley|on an island} // {below the cliffs|near the salt marsh}
 cause: {a railway|a flood|a royal visit|an old legend|a ghost} // {an earthquake|a famous duel}
 figure: thirty; ninety-six; two hundred; forty-four; a hundred and ten // seventy-seven; five hundred
-""", noise=0.04, weights=(5, 4))
+""",
+    noise=0.04,
+    weights=(5, 4),
+)
 
 # %% ../nbs/08_builtin.ipynb #42fb92a0
 _emotion = """
@@ -555,8 +663,12 @@ _emotion = """
     {thought|said} i would be {Y word}. {wrong|nope}, {X word} {tag}
     {X word}. {friend} {Y them}, i know {tag}
 """
-BUILTIN["emotion"] = Spec("social", ("anger", "fear", "joy", "sadness"), "posts: what does the writer feel?", cross(
-    _emotion, ("anger", "fear", "joy", "sadness")) + """
+BUILTIN["emotion"] = Spec(
+    "social",
+    ("anger", "fear", "joy", "sadness"),
+    "posts: what does the writer feel?",
+    cross(_emotion, ("anger", "fear", "joy", "sadness"))
+    + """
 anger me: i {could scream|am fuming|will sue}; {they|some people} {lied to me|stole my bike|parked across my gate|jumped the queue} again
   // {they|some people} {cheated|ignored my complaint} again; i {am seething|want to slam doors}
 anger them: is {yelling at everyone|furious|hitting the table|picking a fight} // is {livid|on the warpath}
@@ -576,7 +688,10 @@ sadness word: sad; lonely; unhappy; blue // miserable; downcast
 friend: my {sister|brother|flatmate|boss|neighbour|ex}; {at} // my {cousin|gran}
 at: @{mia|jon|kit|ravi|lou|zed}{_|}{07|xo|99|uk|the3rd|official}
 tag: #{monday|life|thisweek|home|family|mood}; #{2am|nofilter|real}; {just saying|right now|no filter}; {still|honestly} // #{latepost|overheard}
-""", noise=0.05, weights=(3, 3, 4, 4))
+""",
+    noise=0.05,
+    weights=(3, 3, 4, 4),
+)
 
 # %% ../nbs/08_builtin.ipynb #c61d437b
 _stance = """
@@ -587,8 +702,12 @@ _stance = """
     {at} {X claim}, {even if|although} {Y claim}
     {imagine|picture it}: {X claim} {tag}
 """
-BUILTIN["stance"] = Spec("social", ("against", "none", "favour"), "posts on a car-free town centre: which side?", cross(
-    _stance, ("against", "favour")) + """
+BUILTIN["stance"] = Spec(
+    "social",
+    ("against", "none", "favour"),
+    "posts on a car-free town centre: which side?",
+    cross(_stance, ("against", "favour"))
+    + """
 none: {note} {tag}; {at} {note} {tag}; {note}. {note} {tag}; some say {favour claim}, some say {against claim}. {note} {tag};
   {at} {people|both papers} {say|shout} {either claim}. {note} {tag}
 either claim: {favour claim}; {against claim}
@@ -604,7 +723,10 @@ favour claim: {kids|cyclists|families} {can breathe|feel safe} again; {cafes|ben
 street: {market|mill|castle|bridge|king} {street|row} // {abbey|tanner} {lane|row}
 at: @{ana|bo|tom|finn|jules|sid}{_|}{town|44|writes|on_foot|bus}
 tag: #carfree; #{towncentre|ourtown}; #{vote|letstalk|roads}; {just saying|there|ok} // #{citylife|highstreet}
-""", noise=0.05, weights=(4, 3, 4))
+""",
+    noise=0.05,
+    weights=(4, 3, 4),
+)
 
 # %% ../nbs/08_builtin.ipynb #144b2ddf
 _rudeness = """
@@ -616,8 +738,12 @@ _rudeness = """
     {at} i take it back that {Y clause} {tag}
     {at} {Y clause}? {as if|hardly} {tag}
 """
-BUILTIN["rudeness"] = Spec("social", ("civil", "rude"), "posts: is the writer rude to somebody?", cross(
-    _rudeness, ("civil", "rude")) + """
+BUILTIN["rudeness"] = Spec(
+    "social",
+    ("civil", "rude"),
+    "posts: is the writer rude to somebody?",
+    cross(_rudeness, ("civil", "rude"))
+    + """
 civil: 2 * {at} i {am|never was|{skill} like} a {pest} {tag}; 2 * {at} {my|your} {niece|mum|boss} {drew|saw|fed} a {pest} {on sunday|at the
   fair} {tag}; {the|a} {pest} {on tv|in my book} {made me smile|looks like me} {tag}; {at} did you {draw|photograph} this {pest} {tag}
 rude clause: 2 * you {are|look like|smell like|{skill} like} a {pest}; your {son|dog|boss|wife} {is|looks like} a {pest}; {nobody|no one}
@@ -632,10 +758,17 @@ deed: {park|run|nap|shave} {in a bus lane|on my lawn|at 3 am}; {microwave|boil|f
   {for a phone|at a bus stop} // {spoil|review} {the finale|a film} {unseen|on day one}
 at: @{pat|gus|nell|omar|vic|bea}{_|}{says|1|live|fc|rants|2000}
 tag: #{weekend|football|lunch|traffic|art}; {lol|haha|smh|ok}; {today|again}; #{true|facts} // #{viral|thread}
-""", noise=0.06, weights=(4, 3))
+""",
+    noise=0.06,
+    weights=(4, 3),
+)
 
 # %% ../nbs/08_builtin.ipynb #96b088fa
-BUILTIN["irony"] = Spec("social", ("sincere", "ironic"), "posts: does the writer mean it?", """
+BUILTIN["irony"] = Spec(
+    "social",
+    ("sincere", "ironic"),
+    "posts: does the writer mean it?",
+    """
 ironic: 4 * {cheer}: {bad luck} {tag}; 2 * {groan}: {good luck} {tag}; {bad luck}. {cheer} {tag}; {good luck}. {groan} {tag};
   {at} {bad luck}. {thanks|cheers} {a bunch|so much}
 sincere: 3 * {cheer}: {good luck} {tag}; 3 * {groan}: {bad luck} {tag}; {good luck}. {cheer} {tag}; {bad luck}. {groan} {tag};
@@ -653,4 +786,7 @@ good luck: the {bus|train|lift} {was on time|was empty|waited for me} {again|for
   |lowered the bill}
 at: @{cleo|dan|ivy|hugo|ash|wren}{_|}{x|88|irl|tweets|real|mp3}
 tag: #{blessed|sarcasm|luck|mylife}; {today|as ever}; {honestly|really|yes} // #{goals|winning|fail}
-""", noise=0.05, weights=(6, 5))
+""",
+    noise=0.05,
+    weights=(6, 5),
+)

@@ -36,58 +36,91 @@ class Centroid(Mapping):
 
     def __init__(
         self,
-        name: str, # what to call it in tables and messages
-        checkpoints: "list[Checkpoint]", # its members, all in one space
-        weights: np.ndarray, # (k,) share of each member; they sum to 1
-        members: "pd.DataFrame | None" = None, # a row a member: model, weight and what is known of its origin
-        description: str = "", # what it is an average of, in a sentence
+        name: str,  # what to call it in tables and messages
+        checkpoints: "list[Checkpoint]",  # its members, all in one space
+        weights: np.ndarray,  # (k,) share of each member; they sum to 1
+        members: "pd.DataFrame | None" = None,  # a row a member: model, weight and what is known of its origin
+        description: str = "",  # what it is an average of, in a sentence
     ):
-        self.name, self.checkpoints, self.weights, self.description = name, checkpoints, weights, description
+        self.name, self.checkpoints, self.weights, self.description = (
+            name,
+            checkpoints,
+            weights,
+            description,
+        )
         names = [c.name for c in checkpoints]
-        self.members = pd.DataFrame({"model": names, "weight": weights}) if members is None else members
+        self.members = (
+            pd.DataFrame({"model": names, "weight": weights}) if members is None else members
+        )
         self.config, self.folder, own = checkpoints[0].config, None, checkpoints[0].layout
         self.layout = Layout(own.names, own.shapes, (torch.float32,) * len(own))
 
-    def __getitem__(self, name: str) -> Tensor: return self.read(name)
-    def __iter__(self) -> Iterator[str]: return iter(self.layout.names)
-    def __len__(self) -> int: return len(self.layout)
-    def __contains__(self, name) -> bool: return name in self.layout
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout.names)
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    def __contains__(self, name) -> bool:
+        return name in self.layout
+
     __eq__, __hash__ = object.__eq__, object.__hash__
 
-    def __repr__(self): return f"Centroid({self.name}: {len(self.checkpoints)} members, {self.layout.numel:,} weights in {len(self)} tensors)"
+    def __repr__(self):
+        return f"Centroid({self.name}: {len(self.checkpoints)} members, {self.layout.numel:,} weights in {len(self)} tensors)"
 
 # %% ../nbs/30_centering.ipynb #cb891778
-def _average(centroid: Centroid, name: str, start: int, stop: int, room: Tensor, out: Tensor) -> None:
+def _average(
+    centroid: Centroid, name: str, start: int, stop: int, room: Tensor, out: Tensor
+) -> None:
     "Fill `out` with the average of a stretch, summed in float64; NaN and infinity are refused."
-    stored = room[:, :stop - start]
-    for row, checkpoint in zip(stored, centroid.checkpoints): checkpoint.read(name, start, stop, out=row)
+    stored = room[:, : stop - start]
+    for row, checkpoint in zip(stored, centroid.checkpoints):
+        checkpoint.read(name, start, stop, out=row)
     out.copy_(torch.from_numpy(np.einsum("k,kn->n", centroid.weights, stored.numpy())))
     if not torch.isfinite(out.sum()) and not torch.isfinite(out).all():
-        bad = [c.name for c in centroid.checkpoints if not torch.isfinite(c.read(name, start, stop)).all()]
+        bad = [
+            c.name
+            for c in centroid.checkpoints
+            if not torch.isfinite(c.read(name, start, stop)).all()
+        ]
         raise ValueError(f"{(bad or [centroid.name])[0]}: {name} holds NaN or infinite values")
 
-def _rooms(centroid: Centroid, block: "int | None", longest: int, n: int = 1) -> "tuple[int, list[Tensor]]":
+
+def _rooms(
+    centroid: Centroid, block: "int | None", longest: int, n: int = 1
+) -> "tuple[int, list[Tensor]]":
     "How many weights of each member a thread holds at a time, and n buffers for them."
     members = centroid.checkpoints
-    if block is None: block = _block(members, 1, 2**19)
-    if block < 1: raise ValueError(f"block must be at least 1 weight: got {block}")
-    return block, [torch.empty(len(members), min(block, longest), dtype=_stored_dtype(members)) for _ in range(n)]
+    if block is None:
+        block = _block(members, 1, 2**19)
+    if block < 1:
+        raise ValueError(f"block must be at least 1 weight: got {block}")
+    return block, [
+        torch.empty(len(members), min(block, longest), dtype=_stored_dtype(members))
+        for _ in range(n)
+    ]
 
 # %% ../nbs/30_centering.ipynb #161a3319
 @patch
 def read(
     self: Centroid,
-    name: str, # canonical name of a tensor
-    start: "int | None" = None, # first weight, counted in the flattened tensor
-    stop: "int | None" = None, # one past the last weight, the end if not given
-    out: "Tensor | None" = None, # 1-D tensor to fill, in its own data type; float32 if not given
-) -> Tensor: # in the tensor's shape if read whole, else 1-D
+    name: str,  # canonical name of a tensor
+    start: "int | None" = None,  # first weight, counted in the flattened tensor
+    stop: "int | None" = None,  # one past the last weight, the end if not given
+    out: "Tensor | None" = None,  # 1-D tensor to fill, in its own data type; float32 if not given
+) -> Tensor:  # in the tensor's shape if read whole, else 1-D
     "The average of one tensor, or of a stretch of it."
-    if name not in self.layout: raise KeyError(f"{self.name}: has no tensor {name}")
+    if name not in self.layout:
+        raise KeyError(f"{self.name}: has no tensor {name}")
     shape = self.layout.shapes[self.layout._index[name]]
     span = range(prod(shape))[start:stop]
     flat = torch.empty(len(span)) if out is None else out
-    if len(flat) != len(span): raise ValueError(f"{len(span)} weights do not fit a buffer of {len(flat)}")
+    if len(flat) != len(span):
+        raise ValueError(f"{len(span)} weights do not fit a buffer of {len(flat)}")
     block, [room] = _rooms(self, None, len(span))
     for i in range(0, len(span), block):
         j = min(i + block, len(span))
@@ -97,67 +130,123 @@ def read(
 # %% ../nbs/30_centering.ipynb #d48856b8
 def _each_stretch(centroid: Centroid, use, block: "int | None", threads: "int | None") -> None:
     "Call `use(name, start, stop, room)` for every stretch of every tensor, from several threads."
-    block, rooms = _rooms(centroid, block, max(centroid.layout.sizes), threads or min(torch.get_num_threads(), 8))
-    for _ in _in_order(lambda task, room: use(*task, room), list(_stretches(centroid.layout, block)), rooms): pass
+    block, rooms = _rooms(
+        centroid, block, max(centroid.layout.sizes), threads or min(torch.get_num_threads(), 8)
+    )
+    for _ in _in_order(
+        lambda task, room: use(*task, room), list(_stretches(centroid.layout, block)), rooms
+    ):
+        pass
+
 
 @patch
 def state(
     self: Centroid,
-    dtype: torch.dtype = torch.float32, # data type of the result; sums are float64
-    block: "int | None" = None, # weights of each member in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**19
-    threads: "int | None" = None, # None: as many as torch would use, at most 8
-) -> "dict[str, Tensor]": # canonical name -> tensor
+    dtype: torch.dtype = torch.float32,  # data type of the result; sums are float64
+    block: "int | None" = None,  # weights of each member in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**19
+    threads: "int | None" = None,  # None: as many as torch would use, at most 8
+) -> "dict[str, Tensor]":  # canonical name -> tensor
     "All tensors of the centroid, in memory."
-    if not dtype.is_floating_point: raise ValueError(f"weights are floating-point numbers: got {dtype}")
-    flat = {name: torch.empty(size, dtype=dtype) for name, size in zip(self.layout.names, self.layout.sizes)}
-    _each_stretch(self, lambda name, start, stop, room: _average(self, name, start, stop, room, flat[name][start:stop]), block, threads)
-    return {name: flat[name].reshape(shape) for name, shape in zip(self.layout.names, self.layout.shapes)}
+    if not dtype.is_floating_point:
+        raise ValueError(f"weights are floating-point numbers: got {dtype}")
+    flat = {
+        name: torch.empty(size, dtype=dtype)
+        for name, size in zip(self.layout.names, self.layout.sizes)
+    }
+    _each_stretch(
+        self,
+        lambda name, start, stop, room: _average(
+            self, name, start, stop, room, flat[name][start:stop]
+        ),
+        block,
+        threads,
+    )
+    return {
+        name: flat[name].reshape(shape)
+        for name, shape in zip(self.layout.names, self.layout.shapes)
+    }
 
 # %% ../nbs/30_centering.ipynb #1a1bfc37
 def _opened(checkpoints: Iterable, what: str) -> "list[Checkpoint]":
     "Checkpoints that can be averaged: two or more, of different names, in one space and from one start."
     found = [c if hasattr(c, "layout") else open_checkpoint(c) for c in checkpoints]
     names = [c.name for c in found]
-    if len(found) < 2: raise ValueError(f"{what} takes at least two checkpoints, not {len(found)}")
-    if twice := [n for n in dict.fromkeys(names) if names.count(n) > 1]: raise ValueError(f"two checkpoints are called {twice[0]!r}")
+    if len(found) < 2:
+        raise ValueError(f"{what} takes at least two checkpoints, not {len(found)}")
+    if twice := [n for n in dict.fromkeys(names) if names.count(n) > 1]:
+        raise ValueError(f"two checkpoints are called {twice[0]!r}")
     first, *others = found
     sample = _matrix_sample(first)
     for c in others:
-        c.require_same_space(first) if hasattr(c, "require_same_space") else first.layout.require_same(c.layout, c.name)
+        c.require_same_space(first) if hasattr(
+            c, "require_same_space"
+        ) else first.layout.require_same(c.layout, c.name)
         other = _matrix_sample(c)
         cosine = float(sample @ other / (sample.norm() * other.norm()))
-        if cosine < 0.5: raise ValueError(f"{c.name} and {first.name} come from different pretrained models: the cosine of their weight matrices is {cosine:.3f}")
+        if cosine < 0.5:
+            raise ValueError(
+                f"{c.name} and {first.name} come from different pretrained models: the cosine of their weight matrices is {cosine:.3f}"
+            )
     return found
+
 
 def _matrix_sample(checkpoint: Checkpoint, n: int = 2**12) -> Tensor:
     "The first `n` weights of every matrix, in float64."
     layout = checkpoint.layout
-    parts = [checkpoint.read(name, 0, min(n, size)) for name, shape, size in zip(layout.names, layout.shapes, layout.sizes) if len(shape) > 1]
+    parts = [
+        checkpoint.read(name, 0, min(n, size))
+        for name, shape, size in zip(layout.names, layout.shapes, layout.sizes)
+        if len(shape) > 1
+    ]
     return torch.cat([torch.empty(0), *(p.reshape(-1) for p in parts)]).double()
 
 # %% ../nbs/30_centering.ipynb #00b8b011
 def _shares(weights, names: "list[str]") -> np.ndarray:
     "Weights as shares that sum to 1, in the order of the names; equal ones for None."
-    if weights is None: return np.full(len(names), 1 / len(names))
+    if weights is None:
+        return np.full(len(names), 1 / len(names))
     if isinstance(weights, (Mapping, pd.Series)):
-        if odd := [n for n in names if n not in weights] or [n for n in weights.keys() if n not in names]: raise ValueError(f"weights and checkpoints do not match: {odd[0]!r} is only in one of them")
+        if odd := [n for n in names if n not in weights] or [
+            n for n in weights.keys() if n not in names
+        ]:
+            raise ValueError(
+                f"weights and checkpoints do not match: {odd[0]!r} is only in one of them"
+            )
         weights = [weights[n] for n in names]
     shares = np.asarray(list(weights), float)
-    if shares.shape != (len(names),): raise ValueError(f"{len(names)} checkpoints take as many weights, not {len(shares)}")
-    if bad := [n for n, w in zip(names, shares) if not (np.isfinite(w) and w >= 0)]: raise ValueError(f"the weight of {bad[0]!r} is no number from 0 up")
-    if not shares.sum() > 0: raise ValueError("all weights are 0")
+    if shares.shape != (len(names),):
+        raise ValueError(f"{len(names)} checkpoints take as many weights, not {len(shares)}")
+    if bad := [n for n, w in zip(names, shares) if not (np.isfinite(w) and w >= 0)]:
+        raise ValueError(f"the weight of {bad[0]!r} is no number from 0 up")
+    if not shares.sum() > 0:
+        raise ValueError("all weights are 0")
     return shares / shares.sum()
 
 # %% ../nbs/30_centering.ipynb #5e24404e
 def _header(tensors: dict) -> "tuple[bytes, dict]":
     "The header of a safetensors file, and for each tensor (name -> shape, dtype) the place of its first byte in that file."
-    short, entries, at = {dtype: word for word, dtype in _DTYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
-    for name, (shape, dtype) in sorted(tensors.items(), key=lambda item: (-item[1][1].itemsize, item[0])):
-        entries[name] = {"dtype": short[dtype], "shape": list(shape), "data_offsets": [at, at := at + prod(shape) * dtype.itemsize]}
+    short, entries, at = (
+        {dtype: word for word, dtype in _DTYPES.items()},
+        {"__metadata__": {"format": "pt"}},
+        0,
+    )
+    for name, (shape, dtype) in sorted(
+        tensors.items(), key=lambda item: (-item[1][1].itemsize, item[0])
+    ):
+        entries[name] = {
+            "dtype": short[dtype],
+            "shape": list(shape),
+            "data_offsets": [at, at := at + prod(shape) * dtype.itemsize],
+        }
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    places = {name: 8 + len(text) + e["data_offsets"][0] for name, e in entries.items() if name != "__metadata__"}
+    places = {
+        name: 8 + len(text) + e["data_offsets"][0]
+        for name, e in entries.items()
+        if name != "__metadata__"
+    }
     return len(text).to_bytes(8, "little") + text, places
+
 
 def _put(file: int, tensor: Tensor, place: int) -> None:
     "Write a tensor's bytes at a place of an open file."
@@ -170,83 +259,162 @@ def _put(file: int, tensor: Tensor, place: int) -> None:
 def _bare_config(like: Checkpoint, dtype: torch.dtype):
     "The configuration of an encoder without head, labels or the place it came from."
     config = copy.deepcopy(like.config)
-    config.architectures, config.dtype, config.problem_type, config._name_or_path = [like.anatomy.base], dtype, None, ""
-    config.id2label, config.label2id = {i: f"LABEL_{i}" for i in range(2)}, {f"LABEL_{i}": i for i in range(2)}
-    if hasattr(config, "finetuning_task"): config.finetuning_task = None
+    config.architectures, config.dtype, config.problem_type, config._name_or_path = (
+        [like.anatomy.base],
+        dtype,
+        None,
+        "",
+    )
+    config.id2label, config.label2id = (
+        {i: f"LABEL_{i}" for i in range(2)},
+        {f"LABEL_{i}": i for i in range(2)},
+    )
+    if hasattr(config, "finetuning_task"):
+        config.finetuning_task = None
     return config
 
-def _write(centroid: Centroid, folder, like: Checkpoint, dtype: torch.dtype, overwrite: bool, card: str, block: "int | None" = None, threads: "int | None" = None) -> Path:
+# %% ../nbs/30_centering.ipynb #0986eee0
+def _write(
+    centroid: Centroid,
+    folder,
+    like: Checkpoint,
+    dtype: torch.dtype,
+    overwrite: bool,
+    card: str,
+    block: "int | None" = None,
+    threads: "int | None" = None,
+) -> Path:
     "Write a centroid as a checkpoint folder of the kind of `like`, all of it or nothing."
-    if like.config is None: raise ValueError(f"{like.name}: has no configuration to write")
-    if not dtype.is_floating_point: raise ValueError(f"weights are floating-point numbers: got {dtype}")
+    if like.config is None:
+        raise ValueError(f"{like.name}: has no configuration to write")
+    if not dtype.is_floating_point:
+        raise ValueError(f"weights are floating-point numbers: got {dtype}")
     like.layout.require_same(centroid.layout, centroid.name)
-    if (folder := Path(folder)).exists() and not overwrite: raise FileExistsError(f"{folder}: exists already")
-    body = {name: (shape, dtype) for name, shape in zip(centroid.layout.names, centroid.layout.shapes)}
-    header, places = _header(body | {name: (t.shape, t.dtype) for name, t in like._along.items()})
+    if (folder := Path(folder)).exists() and not overwrite:
+        raise FileExistsError(f"{folder}: exists already")
+    body = {
+        name: (shape, dtype)
+        for name, shape in zip(centroid.layout.names, centroid.layout.shapes)
+    }
+    header, places = _header(
+        body | {name: (t.shape, t.dtype) for name, t in like._along.items()}
+    )
     with whole_folder(folder) as part:
-        with open(part/"model.safetensors", "wb") as f:
-            f.write(header); f.flush()
+        with open(part / "model.safetensors", "wb") as f:
+            f.write(header)
+            f.flush()
+
             def put(name, start, stop, room):
-                _average(centroid, name, start, stop, room, out := torch.empty(stop - start, dtype=dtype))
+                _average(
+                    centroid,
+                    name,
+                    start,
+                    stop,
+                    room,
+                    out := torch.empty(stop - start, dtype=dtype),
+                )
                 _put(f.fileno(), out, places[name] + start * dtype.itemsize)
+
             _each_stretch(centroid, put, block, threads)
-            for name, t in like._along.items(): _put(f.fileno(), t.read(), places[name])
-        _bare_config(like, dtype).to_json_file(part/"config.json", use_diff=False)
-        for file in _tokenizer_files(like.folder): (part/file.name).write_bytes(file.read_bytes())
-        if card: write_whole(part/"README.md", card)
-        old = folder.rename(folder.with_name(f".{folder.name}-{os.getpid()}-old")) if folder.exists() else None
-    if old: shutil.rmtree(old)
+            for name, t in like._along.items():
+                _put(f.fileno(), t.read(), places[name])
+        _bare_config(like, dtype).to_json_file(part / "config.json", use_diff=False)
+        for file in _tokenizer_files(like.folder):
+            (part / file.name).write_bytes(file.read_bytes())
+        if card:
+            write_whole(part / "README.md", card)
+        old = (
+            folder.rename(folder.with_name(f".{folder.name}-{os.getpid()}-old"))
+            if folder.exists()
+            else None
+        )
+    if old:
+        shutil.rmtree(old)
     return folder
 
 # %% ../nbs/30_centering.ipynb #45602ed6
 def centroid(
-    checkpoints: "Iterable[Checkpoint]", # two or more models of one start, or folders, hub ids and live modules that `open_checkpoint` takes
-    weights=None, # a number from 0 up for each, or name -> number; None: all equal
-    out: "str | Path | None" = None, # folder to write, as a checkpoint without a head; None: keep it in memory
-    dtype: torch.dtype = torch.float32, # data type of the result; sums are float64
-    like: "Checkpoint | None" = None, # whose configuration and tokenizer to write; None: the first checkpoint's
-    overwrite: bool = False, # replace the folder if it exists
-    block: "int | None" = None, # weights of each member in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**19
-    threads: "int | None" = None, # None: as many as torch would use, at most 8
-) -> "dict[str, Tensor] | Path": # canonical name -> tensor, or the folder
+    checkpoints: "Iterable[Checkpoint]",  # two or more models of one start, or folders, hub ids and live modules that `open_checkpoint` takes
+    weights=None,  # a number from 0 up for each, or name -> number; None: all equal
+    out: "str | Path | None" = None,  # folder to write, as a checkpoint without a head; None: keep it in memory
+    dtype: torch.dtype = torch.float32,  # data type of the result; sums are float64
+    like: "Checkpoint | None" = None,  # whose configuration and tokenizer to write; None: the first checkpoint's
+    overwrite: bool = False,  # replace the folder if it exists
+    block: "int | None" = None,  # weights of each member in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**19
+    threads: "int | None" = None,  # None: as many as torch would use, at most 8
+) -> "dict[str, Tensor] | Path":  # canonical name -> tensor, or the folder
     "The average of some checkpoints, in one pass over their weights."
     found = _opened(checkpoints, "a centroid")
     mean = Centroid("centroid", found, _shares(weights, [c.name for c in found]))
-    if out is None: return mean.state(dtype, block, threads)
-    return _write(mean, out, found[0] if like is None else open_checkpoint(like), dtype, overwrite, "", block, threads)
+    if out is None:
+        return mean.state(dtype, block, threads)
+    return _write(
+        mean,
+        out,
+        found[0] if like is None else open_checkpoint(like),
+        dtype,
+        overwrite,
+        "",
+        block,
+        threads,
+    )
 
 # %% ../nbs/30_centering.ipynb #aee1ba9e
 def _about(model) -> dict:
     "What the manifest beside a zoo's model says; nothing for models that others trained."
-    file = Path(model.path)/"manifest.json"
-    if not file.is_file(): return {}
-    try: about = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError): raise ValueError(f"{model.model}: its manifest.json is not JSON") from None
+    file = Path(model.path) / "manifest.json"
+    if not file.is_file():
+        return {}
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"{model.model}: its manifest.json is not JSON") from None
     told = lambda key: about.get(key, {}) if isinstance(about, dict) else None
-    if not all(isinstance(told(key), dict) and all(isinstance(told(key).get(f, ""), str) for f in ("name", "source", "sha256")) for key in ("data", "weights", "base")):
-        raise ValueError(f"{model.model}: its manifest.json does not tell its data, weights and base")
+    if not all(
+        isinstance(told(key), dict)
+        and all(isinstance(told(key).get(f, ""), str) for f in ("name", "source", "sha256"))
+        for key in ("data", "weights", "base")
+    ):
+        raise ValueError(
+            f"{model.model}: its manifest.json does not tell its data, weights and base"
+        )
     return about
+
 
 def _holds(zoo: Zoo, target: "str | Corpus") -> "tuple[pd.Series, pd.Series]":
     "Which models of a zoo are the target's by name, and which only by their data (booleans)."
-    name, hashes = (target.name, {target.sha256}) if isinstance(target, Corpus) else (target, set())
+    name, hashes = (
+        (target.name, {target.sha256}) if isinstance(target, Corpus) else (target, set())
+    )
     own = zoo.models.dataset.map(letters) == letters(str(name))
-    data = pd.Series([_about(m).get("data", {}).get("sha256") for m in zoo.models.itertuples()], zoo.models.index, dtype=object)
+    data = pd.Series(
+        [_about(m).get("data", {}).get("sha256") for m in zoo.models.itertuples()],
+        zoo.models.index,
+        dtype=object,
+    )
     return own, data.isin(hashes | set(data[own].dropna())) & ~own
 
 # %% ../nbs/30_centering.ipynb #5dff412c
 def leave_out(
-    zoo: Zoo, # fine-tuned models
-    target: "str | Corpus", # the dataset that is to count as unseen, by its name in the zoo or itself
-) -> Zoo: # the other models
+    zoo: Zoo,  # fine-tuned models
+    target: "str | Corpus",  # the dataset that is to count as unseen, by its name in the zoo or itself
+) -> Zoo:  # the other models
     "All of a zoo but the models of one dataset, whatever name they go by."
     own, twins = _holds(zoo, target)
     if isinstance(target, str) and not own.any():
-        raise ValueError(f"{zoo.name}: no dataset {target!r}, only {', '.join(dict.fromkeys(zoo.models.dataset))}; of one that the zoo never saw, give the Corpus itself")
+        raise ValueError(
+            f"{zoo.name}: no dataset {target!r}, only {', '.join(dict.fromkeys(zoo.models.dataset))}; of one that the zoo never saw, give the Corpus itself"
+        )
     if twins.any():
         names = ", ".join(dict.fromkeys(zoo.models.dataset[twins]))
-        warnings.warn(f"{names}: the same data as {target if isinstance(target, str) else target.name} under another name, left out too", stacklevel=2)
-    if (own | twins).all(): raise ValueError(f"{zoo.name}: nothing is left without {target if isinstance(target, str) else target.name}")
+        warnings.warn(
+            f"{names}: the same data as {target if isinstance(target, str) else target.name} under another name, left out too",
+            stacklevel=2,
+        )
+    if (own | twins).all():
+        raise ValueError(
+            f"{zoo.name}: nothing is left without {target if isinstance(target, str) else target.name}"
+        )
     return Zoo(zoo.name, zoo.models[~(own | twins)])
 
 # %% ../nbs/30_centering.ipynb #1df3d48c
@@ -254,30 +422,52 @@ def _members(zoo: Zoo, weights: np.ndarray) -> pd.DataFrame:
     "A row a member: what it is, what it scored, and the hashes of its weights and data where its manifest has them."
     told = [_about(m) for m in zoo.models.itertuples()]
     part = lambda key, field: [about.get(key, {}).get(field, "") for about in told]
-    return zoo.models[["model", "dataset", "family", "seed", "accuracy"]].reset_index(drop=True).assign(
-        weight=weights, weights_sha256=part("weights", "sha256"), data=part("data", "source"), data_sha256=part("data", "sha256"),
-        base=part("base", "name"), base_sha256=part("base", "sha256"))
+    return (
+        zoo.models[["model", "dataset", "family", "seed", "accuracy"]]
+        .reset_index(drop=True)
+        .assign(
+            weight=weights,
+            weights_sha256=part("weights", "sha256"),
+            data=part("data", "source"),
+            data_sha256=part("data", "sha256"),
+            base=part("base", "name"),
+            base_sha256=part("base", "sha256"),
+        )
+    )
+
 
 def _one_base(members: pd.DataFrame, what: str) -> None:
     "Refuse members whose manifests name two bases."
     known = members[members.base_sha256 != ""].drop_duplicates("base_sha256")
-    if len(known) > 1: raise ValueError(f"{what}: {' and '.join(known.model[:2])} were fine-tuned from two bases ({', '.join(s[:12] for s in known.base_sha256[:2])})")
+    if len(known) > 1:
+        raise ValueError(
+            f"{what}: {' and '.join(known.model[:2])} were fine-tuned from two bases ({', '.join(s[:12] for s in known.base_sha256[:2])})"
+        )
 
 # %% ../nbs/30_centering.ipynb #7458e4f5
 def centroid_of(
-    zoo: Zoo, # fine-tuned models
-    target: "str | Corpus | None" = None, # the dataset that is to be fine-tuned on next; the zoo must not hold it
-    family: "str | None" = None, # only the models of this task family
-    saw_target: bool = False, # allow models of the target
-    weights=None, # a number from 0 up for each model, in the order of the table, or model -> number; None: all equal
+    zoo: Zoo,  # fine-tuned models
+    target: "str | Corpus | None" = None,  # the dataset that is to be fine-tuned on next; the zoo must not hold it
+    family: "str | None" = None,  # only the models of this task family
+    saw_target: bool = False,  # allow models of the target
+    weights=None,  # a number from 0 up for each model, in the order of the table, or model -> number; None: all equal
 ) -> Centroid:
     "The centroid of a zoo's models, which must not have seen the target."
-    if family is not None: zoo = zoo.where(family=family)
+    if family is not None:
+        zoo = zoo.where(family=family)
     name = target.name if isinstance(target, Corpus) else target
-    own, twins = (zoo.models.model[m].tolist() for m in _holds(zoo, target)) if target is not None else ([], [])
+    own, twins = (
+        (zoo.models.model[m].tolist() for m in _holds(zoo, target))
+        if target is not None
+        else ([], [])
+    )
     if (seen := own + twins) and not saw_target:
-        raise ValueError(f"{zoo.name}: {seen[0]} has seen {name}; take leave_out(zoo, target), or say saw_target=True")
-    what = f"{family or zoo.name}" + (f" without {name}" if target is not None and not seen else "")
+        raise ValueError(
+            f"{zoo.name}: {seen[0]} has seen {name}; take leave_out(zoo, target), or say saw_target=True"
+        )
+    what = f"{family or zoo.name}" + (
+        f" without {name}" if target is not None and not seen else ""
+    )
     found = _opened(zoo.checkpoints(), f"the centroid of {what}")
     shares = _shares(weights, [c.name for c in found])
     members = _members(zoo, shares)
@@ -285,41 +475,58 @@ def centroid_of(
     datasets = list(dict.fromkeys(zoo.models.dataset))
     spread = "Uniform" if np.ptp(shares) == 0 else "Weighted"
     about = f"{spread} average of {len(found)} models fine-tuned on {len(datasets)} dataset{'s' * (len(datasets) > 1)} ({', '.join(datasets)})"
-    told = "" if target is None else f"; some of them have seen {name}" if seen else f"; none of them has seen {name}"
+    told = (
+        ""
+        if target is None
+        else f"; some of them have seen {name}"
+        if seen
+        else f"; none of them has seen {name}"
+    )
     return Centroid(what, found, shares, members, about + told + ".")
 
 # %% ../nbs/30_centering.ipynb #3848562f
 def family_centroids(
-    zoo: Zoo, # fine-tuned models, at least two of each family
-) -> "dict[str, Centroid]": # family -> its centroid
+    zoo: Zoo,  # fine-tuned models, at least two of each family
+) -> "dict[str, Centroid]":  # family -> its centroid
     "The centroid of each task family."
-    return {family: centroid_of(zoo, family=family) for family in dict.fromkeys(zoo.models.family)}
+    return {
+        family: centroid_of(zoo, family=family) for family in dict.fromkeys(zoo.models.family)
+    }
 
 # %% ../nbs/30_centering.ipynb #67162c04
 def medoid(
-    models: "Gram | Iterable[Checkpoint]", # inner products of the models, or the models themselves
-    base: "Checkpoint | None" = None, # the pretrained model, where checkpoints are given
-) -> str: # its name
+    models: "Gram | Iterable[Checkpoint]",  # inner products of the models, or the models themselves
+    base: "Checkpoint | None" = None,  # the pretrained model, where checkpoints are given
+) -> str:  # its name
     "The member with the least mean distance to the others, the first of several."
     if not isinstance(models, Gram):
-        if base is None: raise ValueError("the medoid of checkpoints takes their base too")
+        if base is None:
+            raise ValueError("the medoid of checkpoints takes their base too")
         models = gram(models, base, progress=False)
-    if len(models.names) < 2: raise ValueError(f"a medoid takes at least two models, not {len(models.names)}")
+    if len(models.names) < 2:
+        raise ValueError(f"a medoid takes at least two models, not {len(models.names)}")
     distances = models.euclidean()
-    if (bad := distances.isna().any(axis=1)).any(): raise ValueError(f"{bad.idxmax()}: its distances are not numbers")
+    if (bad := distances.isna().any(axis=1)).any():
+        raise ValueError(f"{bad.idxmax()}: its distances are not numbers")
     return str(distances.sum().idxmin())
 
 # %% ../nbs/30_centering.ipynb #ccfd0bf7
 def best_member(
-    zoo: Zoo, # fine-tuned models
-    by: "str | pd.Series" = "accuracy", # column of the zoo's table, or a number for each model by name
-    lowest: bool = False, # the lowest is best, as of a loss
-) -> str: # its name
+    zoo: Zoo,  # fine-tuned models
+    by: "str | pd.Series" = "accuracy",  # column of the zoo's table, or a number for each model by name
+    lowest: bool = False,  # the lowest is best, as of a loss
+) -> str:  # its name
     "The member that scores best, the first of several."
-    if isinstance(by, str) and by not in zoo.models: raise ValueError(f"{zoo.name}: no column {by!r}, only {', '.join(zoo.models)}")
-    scores = (zoo.models.set_index("model")[by] if isinstance(by, str) else pd.Series(by)).reindex(zoo.models.model)
+    if isinstance(by, str) and by not in zoo.models:
+        raise ValueError(f"{zoo.name}: no column {by!r}, only {', '.join(zoo.models)}")
+    scores = (
+        zoo.models.set_index("model")[by] if isinstance(by, str) else pd.Series(by)
+    ).reindex(zoo.models.model)
     scores = pd.to_numeric(scores, errors="coerce")
-    if scores.isna().any(): raise ValueError(f"{zoo.name}: {scores.isna().idxmax()} has no {by if isinstance(by, str) else 'score'}")
+    if scores.isna().any():
+        raise ValueError(
+            f"{zoo.name}: {scores.isna().idxmax()} has no {by if isinstance(by, str) else 'score'}"
+        )
     return str(scores.idxmin() if lowest else scores.idxmax())
 
 # %% ../nbs/30_centering.ipynb #4a3f2829
@@ -328,10 +535,16 @@ def _cell(value) -> str:
     text = f"{value:.4g}" if isinstance(value, (float, np.floating)) else str(value)
     return re.sub(r"\s+", " ", text).replace("|", "\\|")
 
+
 def _table(rows: pd.DataFrame) -> str:
     "Rows as a table in Markdown."
-    lines = [list(map(_cell, rows.columns)), ["---"] * rows.shape[1], *([_cell(v) for v in row] for row in rows.itertuples(index=False))]
+    lines = [
+        list(map(_cell, rows.columns)),
+        ["---"] * rows.shape[1],
+        *([_cell(v) for v in row] for row in rows.itertuples(index=False)),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
 
 _CITATION = """```bibtex
 @inproceedings{gueta2023knowledge,
@@ -347,46 +560,98 @@ _CITATION = """```bibtex
 }
 ```"""
 
+
 def _member_hashes(centroid: Centroid) -> pd.DataFrame:
     "The members with the hash of each one's weights, computed where no manifest had it."
     members = centroid.members.copy()
     known = members.get("weights_sha256", pd.Series("", members.index))
-    def digest(c): return file_sha256(c.folder/"model.safetensors") if c.folder and (c.folder/"model.safetensors").is_file() else c.sha256()
+
+    def digest(c):
+        return (
+            file_sha256(c.folder / "model.safetensors")
+            if c.folder and (c.folder / "model.safetensors").is_file()
+            else c.sha256()
+        )
+
     members["weights_sha256"] = [k or digest(c) for k, c in zip(known, centroid.checkpoints)]
     return members
 
 # %% ../nbs/30_centering.ipynb #c7348a77
 def model_card(
-    centroid: Centroid, # with its table of members
-    evaluation=None, # rows of results: a DataFrame, or measure -> value
-) -> str: # Markdown with a YAML head
+    centroid: Centroid,  # with its table of members
+    evaluation=None,  # rows of results: a DataFrame, or measure -> value
+) -> str:  # Markdown with a YAML head
     "The text of a model card."
     members = _member_hashes(centroid)
     told = lambda column: list(dict.fromkeys(v for v in members.get(column, ()) if v))
     hub = [found[1] for s in told("data") if (found := re.match(r"hub ([\w.-]+/[\w.-]+)", s))]
-    start = (told("base") or [None])[0] # a local folder's name is no address on the hub
-    head = ModelCardData(base_model=start if start and "/" in start else None, library_name="transformers", datasets=list(dict.fromkeys(hub)) or None,
-                         tags=["weightregions", "centroid", "merge", "feature-extraction"])
-    columns = {"model": "model", "dataset": "dataset", "family": "family", "accuracy": "accuracy", "weight": "weight", "weights_sha256": "SHA-256 of the weights"}
+    start = (told("base") or [None])[0]  # a local folder's name is no address on the hub
+    head = ModelCardData(
+        base_model=start if start and "/" in start else None,
+        library_name="transformers",
+        datasets=list(dict.fromkeys(hub)) or None,
+        tags=["weightregions", "centroid", "merge", "feature-extraction"],
+    )
+    columns = {
+        "model": "model",
+        "dataset": "dataset",
+        "family": "family",
+        "accuracy": "accuracy",
+        "weight": "weight",
+        "weights_sha256": "SHA-256 of the weights",
+    }
     listed = members[[c for c in columns if c in members]].rename(columns=columns)
-    parts = [f"# Centroid: {_cell(centroid.name)}", centroid.description or f"Average of {len(members)} models.",
-             "A body without a head: `AutoModel` opens it, and `AutoModelForSequenceClassification` with a fresh head to be fine-tuned.", "## Members", _table(listed)]
-    if start: parts.insert(3, f"All members were fine-tuned from `{start}`, whose weights have the SHA-256 `{told('base_sha256')[0]}`.")
+    parts = [
+        f"# Centroid: {_cell(centroid.name)}",
+        centroid.description or f"Average of {len(members)} models.",
+        "A body without a head: `AutoModel` opens it, and `AutoModelForSequenceClassification` with a fresh head to be fine-tuned.",
+        "## Members",
+        _table(listed),
+    ]
+    if start:
+        parts.insert(
+            3,
+            f"All members were fine-tuned from `{start}`, whose weights have the SHA-256 `{told('base_sha256')[0]}`.",
+        )
     if "data_sha256" in members:
         data = members[["dataset", "data", "data_sha256"]].drop_duplicates()
-        parts += ["## Data", _table(data.rename(columns={"data": "source", "data_sha256": "SHA-256 of the rows"}))]
-    if evaluation is not None: parts += ["## Evaluation", _table(evaluation if isinstance(evaluation, pd.DataFrame) else pd.DataFrame([evaluation]))]
-    return f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join([*parts, "## Citation", _CITATION]) + "\n"
+        parts += [
+            "## Data",
+            _table(
+                data.rename(columns={"data": "source", "data_sha256": "SHA-256 of the rows"})
+            ),
+        ]
+    if evaluation is not None:
+        parts += [
+            "## Evaluation",
+            _table(
+                evaluation
+                if isinstance(evaluation, pd.DataFrame)
+                else pd.DataFrame([evaluation])
+            ),
+        ]
+    return (
+        f"---\n{head.to_yaml()}\n---\n\n"
+        + "\n\n".join([*parts, "## Citation", _CITATION])
+        + "\n"
+    )
 
 # %% ../nbs/30_centering.ipynb #3335ecb1
 def save_centroid(
-    centroid: Centroid, # what to write
-    folder: "str | Path", # the folder to make
-    like: "Checkpoint | str | Path", # the base, or another checkpoint of this kind, whose configuration and tokenizer to take
-    card: bool = True, # write README.md, the model card
-    evaluation=None, # rows of results for the card: a DataFrame, or measure -> value
-    dtype: torch.dtype = torch.float32, # data type of the stored weights
-    overwrite: bool = False, # replace the folder if it exists
-) -> Path: # the folder
+    centroid: Centroid,  # what to write
+    folder: "str | Path",  # the folder to make
+    like: "Checkpoint | str | Path",  # the base, or another checkpoint of this kind, whose configuration and tokenizer to take
+    card: bool = True,  # write README.md, the model card
+    evaluation=None,  # rows of results for the card: a DataFrame, or measure -> value
+    dtype: torch.dtype = torch.float32,  # data type of the stored weights
+    overwrite: bool = False,  # replace the folder if it exists
+) -> Path:  # the folder
     "Write a centroid as a checkpoint folder with a model card: all of it or nothing."
-    return _write(centroid, folder, open_checkpoint(like), dtype, overwrite, model_card(centroid, evaluation) if card else "")
+    return _write(
+        centroid,
+        folder,
+        open_checkpoint(like),
+        dtype,
+        overwrite,
+        model_card(centroid, evaluation) if card else "",
+    )

@@ -36,6 +36,7 @@ from .space import BLOCK, Layout, _short, dot, patch
 @dataclass(frozen=True)
 class Anatomy:
     "What a model says about its own tensors, under canonical names."
+
     model: str  # class name of the model
     base: str  # class name of its base model
     prefix: str  # the name by which models with a head hold the base model
@@ -51,40 +52,63 @@ def anatomy(
     "Body, ties and buffers of a model, by its own account."
     base, prefix = getattr(model, "base_model", model), getattr(model, "base_model_prefix", "")
     canonical = lambda name: name if base is model else name.removeprefix(f"{prefix}.")
-    first = {id(p): name for name, p in base.named_parameters()}  # a tied parameter counts in the body, once
+    first = {
+        id(p): name for name, p in base.named_parameters()
+    }  # a tied parameter counts in the body, once
     body = {name: tuple(p.shape) for name, p in base.named_parameters()}
     ties = {}
     for full, p in model.named_parameters(remove_duplicate=False):
-        if (name := first.setdefault(id(p), canonical(full))) != canonical(full): ties[canonical(full)] = name
-    if base is model and (own := _automodel_names(model)): body = {n: s for n, s in body.items() if n in own}
+        if (name := first.setdefault(id(p), canonical(full))) != canonical(full):
+            ties[canonical(full)] = name
+    if base is model and (own := _automodel_names(model)):
+        body = {n: s for n, s in body.items() if n in own}
     saved = model.state_dict(keep_vars=True).keys()
     buffers = {canonical(name): name in saved for name, _ in model.named_buffers()}
-    ignored = frozenset().union(*(getattr(m, "_keys_to_ignore_on_load_unexpected", None) or () for m in (model, base)))
-    return Anatomy(type(model).__name__, type(base).__name__, prefix, body, ties, buffers, ignored)
+    ignored = frozenset().union(
+        *(getattr(m, "_keys_to_ignore_on_load_unexpected", None) or () for m in (model, base))
+    )
+    return Anatomy(
+        type(model).__name__, type(base).__name__, prefix, body, ties, buffers, ignored
+    )
 
 # %% ../nbs/02_checkpoints.ipynb #e66f237f
 def _automodel_names(model: nn.Module) -> "set[str] | None":
     "What `AutoModel` would build for this model's configuration; None if it is that class already, or unknown."
     kind = type(getattr(model, "config", None))
-    if kind not in transformers.MODEL_MAPPING or type(model) is transformers.MODEL_MAPPING[kind]: return None
-    with torch.device("meta"): return {n for n, _ in transformers.AutoModel.from_config(model.config).named_parameters()}
+    if (
+        kind not in transformers.MODEL_MAPPING
+        or type(model) is transformers.MODEL_MAPPING[kind]
+    ):
+        return None
+    with torch.device("meta"):
+        return {
+            n for n, _ in transformers.AutoModel.from_config(model.config).named_parameters()
+        }
+
 
 @lru_cache(maxsize=64)
 def _anatomy_of(model_type: str, config: str) -> Anatomy:
     "The anatomy of the class that a configuration (as JSON) names, built without weights."
     config = transformers.CONFIG_MAPPING[model_type].from_dict(json.loads(config))
     cls = getattr(transformers, str((config.architectures or [""])[0]), None)
-    fits = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) and cls.config_class is type(config)
-    with torch.device("meta"): return anatomy(cls(config) if fits else transformers.AutoModel.from_config(config))
+    fits = (
+        isinstance(cls, type)
+        and issubclass(cls, transformers.PreTrainedModel)
+        and cls.config_class is type(config)
+    )
+    with torch.device("meta"):
+        return anatomy(cls(config) if fits else transformers.AutoModel.from_config(config))
 
 # %% ../nbs/02_checkpoints.ipynb #7d5df6a3
 def _is_pooler(name: str) -> bool:
     "Whether a body tensor belongs to the pooler."
     return name.split(".")[0] == "pooler"
 
+
 def _policy(pooler: str) -> str:
     "`pooler`, if there is such a policy."
-    if pooler not in ("drop", "keep"): raise ValueError(f"pooler policy {pooler!r} is not one of drop, keep")
+    if pooler not in ("drop", "keep"):
+        raise ValueError(f"pooler policy {pooler!r} is not one of drop, keep")
     return pooler
 
 # %% ../nbs/02_checkpoints.ipynb #df5e11fa
@@ -93,13 +117,17 @@ def body_parameters(
     pooler: str = "drop",  # "drop" the pooler, or "keep" it where there is one
 ) -> "dict[str, nn.Parameter]":  # in the order of the model's layout; tied parameters once
     "The body of a live model: canonical names and the parameters themselves."
-    body, base = anatomy(model).body, dict(getattr(model, "base_model", model).named_parameters())
+    body, base = (
+        anatomy(model).body,
+        dict(getattr(model, "base_model", model).named_parameters()),
+    )
     return {n: base[n] for n in sorted(body) if _policy(pooler) == "keep" or not _is_pooler(n)}
 
 # %% ../nbs/02_checkpoints.ipynb #3d125667
 @dataclass(frozen=True)
 class Stored:
     "A tensor in a safetensors file, of which only the header was read."
+
     file: Path  # where it lies
     shape: tuple[int, ...]  # as the header says
     dtype: torch.dtype  # in which it is stored
@@ -116,7 +144,12 @@ class Stored:
         span = range(prod(self.shape))[start:stop]
         if out is not None and len(out) != len(span):
             raise ValueError(f"{len(span)} weights do not fit a buffer of {len(out)}")
-        direct = out is not None and out.dtype == self.dtype and out.is_contiguous() and out.device.type == "cpu"
+        direct = (
+            out is not None
+            and out.dtype == self.dtype
+            and out.is_contiguous()
+            and out.device.type == "cpu"
+        )
         flat = out if direct else torch.empty(len(span), dtype=self.dtype)
         place = self.offset + span.start * self.dtype.itemsize
         _fill(self.file, self.stamp, place, _bytes(flat))
@@ -128,31 +161,40 @@ def _stamp(f) -> tuple[int, int]:
     found = os.fstat(f.fileno())
     return found.st_size, found.st_mtime_ns
 
+
 def _unchanged(file: "Path | int", stamp: tuple[int, int], name: "Path | None" = None) -> None:
     "Raise unless a file is the one that was opened; where it is memory-mapped and was cut, reading on would end the process."
     found = os.stat(file)
-    if (found.st_size, found.st_mtime_ns) != stamp: raise ValueError(f"{name or file}: changed since it was opened")
+    if (found.st_size, found.st_mtime_ns) != stamp:
+        raise ValueError(f"{name or file}: changed since it was opened")
 
+# %% ../nbs/02_checkpoints.ipynb #01603528
 class _Files:
     "Files that are open for reading. During a pass over weights up to `most` of them stay open, since opening one takes as long as reading a stretch."
-    def __init__(self, most: int = 256): self.most, self.kept, self.users, self.lock = most, {}, 0, Lock()
+
+    def __init__(self, most: int = 256):
+        self.most, self.kept, self.users, self.lock = most, {}, 0, Lock()
 
     @contextmanager
     def _used(self) -> Iterator[None]:
         "Nothing is closed inside; afterwards everything is, if nobody else is inside."
-        with self.lock: self.users += 1
-        try: yield
+        with self.lock:
+            self.users += 1
+        try:
+            yield
         finally:
             with self.lock:
                 self.users -= 1
-                while self.kept and not self.users: self.kept.popitem()[1].close()
+                while self.kept and not self.users:
+                    self.kept.popitem()[1].close()
 
     @contextmanager
     def stay_open(self) -> Iterator[None]:
         "A pass over weights, which fails at its end if a file has changed meanwhile."
         with self._used():
             yield
-            for (file, stamp), f in list(self.kept.items()): _unchanged(f.fileno(), stamp, file)
+            for (file, stamp), f in list(self.kept.items()):
+                _unchanged(f.fileno(), stamp, file)
 
     @contextmanager
     def open(self, file: Path, stamp: tuple[int, int]) -> Iterator:
@@ -163,82 +205,124 @@ class _Files:
                 if f is None:
                     f = open(file, "rb", buffering=0)
                     _unchanged(f.fileno(), stamp, file)
-                    if len(self.kept) < self.most: self.kept.setdefault((file, stamp), f)
+                    if len(self.kept) < self.most:
+                        self.kept.setdefault((file, stamp), f)
                 yield f
             finally:
-                if f and self.kept.get((file, stamp)) is not f: f.close()
+                if f and self.kept.get((file, stamp)) is not f:
+                    f.close()
 
+# %% ../nbs/02_checkpoints.ipynb #3488d7f1
 _reading = _Files()
+
 
 def _bytes(tensor: Tensor) -> memoryview:
     "The bytes of a contiguous tensor in memory, to be read into."
     return memoryview((c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
+
 def _fill(file: Path, stamp: tuple[int, int], offset: int, view: memoryview) -> None:
     "Fill `view` from `offset` of a file on, which must be the file that was opened."
     with _reading.open(file, stamp) as f:
-        while view and (n := os.preadv(f.fileno(), [view], offset)): view, offset = view[n:], offset + n
-    if view: raise ValueError(f"{file}: ends early")
+        while view and (n := os.preadv(f.fileno(), [view], offset)):
+            view, offset = view[n:], offset + n
+    if view:
+        raise ValueError(f"{file}: ends early")
 
 # %% ../nbs/02_checkpoints.ipynb #1554275d
 @dataclass(frozen=True)
 class Held:
     "A tensor in memory, or in a memory-mapped pickle."
+
     tensor: Tensor  # of any device
     file: "Path | None" = None  # the memory-mapped file that it lies in
     stamp: "tuple[int, int] | None" = None  # size and time of that file when it was opened
 
     @property
-    def shape(self) -> tuple[int, ...]: return tuple(self.tensor.shape)
-    @property
-    def dtype(self) -> torch.dtype: return self.tensor.dtype
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
 
-    def read(self, start: int = 0, stop: "int | None" = None, out: "Tensor | None" = None) -> Tensor:
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def read(
+        self, start: int = 0, stop: "int | None" = None, out: "Tensor | None" = None
+    ) -> Tensor:
         "Weights `start` to `stop`, flat, copied."
-        if self.file: _unchanged(self.file, self.stamp)
+        if self.file:
+            _unchanged(self.file, self.stamp)
         flat = self.tensor.detach().reshape(-1)[start:stop]
-        if out is None: return flat.to("cpu", copy=True)
-        if len(out) != len(flat): raise ValueError(f"{len(flat)} weights do not fit a buffer of {len(out)}")
+        if out is None:
+            return flat.to("cpu", copy=True)
+        if len(out) != len(flat):
+            raise ValueError(f"{len(flat)} weights do not fit a buffer of {len(out)}")
         return out.copy_(flat)
 
 # %% ../nbs/02_checkpoints.ipynb #d1155485
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
 
 def _one_line(error: Exception) -> str:
     "The first line of an error's message."
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
+
 def _safetensors(file: Path) -> "dict[str, Stored]":
     "The tensors of a safetensors file, from its header."
     try:
-        with safe_open(file, framework="pt"): pass
+        with safe_open(file, framework="pt"):
+            pass
         with open(file, "rb") as f:
             stamp, size = _stamp(f), int.from_bytes(f.read(8), "little")
             header = json.loads(f.read(size))
     except (SafetensorError, OSError, ValueError) as e:
-        raise ValueError(f"{file}: damaged or truncated safetensors file ({_one_line(e)})") from None
+        raise ValueError(
+            f"{file}: damaged or truncated safetensors file ({_one_line(e)})"
+        ) from None
     header.pop("__metadata__", None)
     if odd := sorted({t["dtype"] for t in header.values()} - set(_DTYPES)):
         raise ValueError(f"{file}: stores tensors as {', '.join(odd)}")
-    return {name: Stored(file, tuple(t["shape"]), _DTYPES[t["dtype"]], 8 + size + t["data_offsets"][0], stamp)
-            for name, t in header.items()}
+    return {
+        name: Stored(
+            file, tuple(t["shape"]), _DTYPES[t["dtype"]], 8 + size + t["data_offsets"][0], stamp
+        )
+        for name, t in header.items()
+    }
 
 # %% ../nbs/02_checkpoints.ipynb #cbaf1ec6
 def _pickled(file: Path) -> "dict[str, Held]":
     "The tensors of a `.bin` file, memory-mapped; a pickle that asks for more than tensors is refused."
     try:
-        with open(file, "rb") as f: stamp = _stamp(f)
+        with open(file, "rb") as f:
+            stamp = _stamp(f)
         if mapped := zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as z: unpacked = sum(i.file_size for i in z.infolist())
-            if unpacked > stamp[0]: raise ValueError(f"it unpacks to {unpacked} bytes")  # torch packs nothing
+            with zipfile.ZipFile(file) as z:
+                unpacked = sum(i.file_size for i in z.infolist())
+            if unpacked > stamp[0]:
+                raise ValueError(f"it unpacks to {unpacked} bytes")  # torch packs nothing
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as e:
         found = re.search(r"GLOBAL (\S+)", str(e))
         asked = f" ({found[1]})" if found else ""
-        raise ValueError(f"{file}: refused, its pickle asks for more than tensors{asked}") from None
-    except Exception as e: raise ValueError(f"{file}: damaged or truncated torch file ({_one_line(e)})") from None
-    if not isinstance(state, Mapping): raise ValueError(f"{file}: holds a {type(state).__name__}, not a state dict")
+        raise ValueError(
+            f"{file}: refused, its pickle asks for more than tensors{asked}"
+        ) from None
+    except Exception as e:
+        raise ValueError(f"{file}: damaged or truncated torch file ({_one_line(e)})") from None
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{file}: holds a {type(state).__name__}, not a state dict")
     if odd := [n for n, t in state.items() if not isinstance(t, Tensor)]:
         raise ValueError(f"{file}: not a state dict, {_short(odd)} is no tensor")
     return {n: Held(t, *((file, stamp) if mapped else ())) for n, t in state.items()}
@@ -247,12 +331,14 @@ def _pickled(file: Path) -> "dict[str, Held]":
 def _sharded(index: Path, reader: "Callable[[Path], dict]") -> dict:
     "The tensors of all shards that an index names."
     where = _json(index).get("weight_map")
-    if not isinstance(where, dict) or not where: raise ValueError(f"{index}: has no weight_map")
+    if not isinstance(where, dict) or not where:
+        raise ValueError(f"{index}: has no weight_map")
     shards, stored = sorted(set(map(str, where.values()))), {}
     for shard in shards:
         if PurePosixPath(shard).name != shard or shard in ("", "..") or "\\" in shard:
             raise ValueError(f"{index}: shard {shard!r} lies outside of the folder")
-        if not (index.parent / shard).is_file(): raise FileNotFoundError(f"{index}: shard {shard!r} is missing")
+        if not (index.parent / shard).is_file():
+            raise FileNotFoundError(f"{index}: shard {shard!r} is missing")
     for file in (index.parent / shard for shard in shards):
         here, listed = reader(file), {n for n, shard in where.items() if shard == file.name}
         if missing := sorted(listed - set(here)):
@@ -262,43 +348,66 @@ def _sharded(index: Path, reader: "Callable[[Path], dict]") -> dict:
         stored |= here
     return stored
 
+
 def _json(file: Path) -> dict:
     "The object in a JSON file."
-    try: value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError: raise FileNotFoundError(f"{file}: there is no such file") from None
-    except (ValueError, RecursionError) as e: raise ValueError(f"{file}: not JSON ({_one_line(e)})") from None
-    if not isinstance(value, dict): raise ValueError(f"{file}: a JSON {type(value).__name__}, not an object")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: there is no such file") from None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{file}: not JSON ({_one_line(e)})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: a JSON {type(value).__name__}, not an object")
     return value
 
 # %% ../nbs/02_checkpoints.ipynb #212d4b34
 def _files(folder: Path) -> dict:
     "The stored tensors of a folder: safetensors before pickles, whole before sharded."
     for name, reader in (("model.safetensors", _safetensors), ("pytorch_model.bin", _pickled)):
-        if (folder / name).is_file(): return reader(folder / name)
-        if (folder / f"{name}.index.json").is_file(): return _sharded(folder / f"{name}.index.json", reader)
+        if (folder / name).is_file():
+            return reader(folder / name)
+        if (folder / f"{name}.index.json").is_file():
+            return _sharded(folder / f"{name}.index.json", reader)
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder}: holds an adapter, merge it into its base model first")
-    raise FileNotFoundError(f"{folder}: no weights (model.safetensors or pytorch_model.bin, whole or sharded)")
+    raise FileNotFoundError(
+        f"{folder}: no weights (model.safetensors or pytorch_model.bin, whole or sharded)"
+    )
+
 
 def _sizes(value: dict) -> "Iterator[tuple[str, int]]":
     "The whole numbers in a configuration and in those that it holds."
     for key, inner in value.items():
-        if isinstance(inner, dict): yield from _sizes(inner)
-        elif isinstance(inner, int): yield key, inner
+        if isinstance(inner, dict):
+            yield from _sizes(inner)
+        elif isinstance(inner, int):
+            yield key, inner
+
 
 def _buildable(raw: dict, n: int, where: str) -> dict:
     "A configuration whose model can be built in good time: with no more layers than there are tensors, and no more than a million labels."
     for key, value in _sizes(raw):
-        if key.endswith(("layers", "layer", "groups")) and value > n: raise ValueError(f"{where}: {key} is {value}, but there are only {n} tensors")
-        if key == "num_labels" and value > 10**6: raise ValueError(f"{where}: num_labels is {value}")
+        if key.endswith(("layers", "layer", "groups")) and value > n:
+            raise ValueError(f"{where}: {key} is {value}, but there are only {n} tensors")
+        if key == "num_labels" and value > 10**6:
+            raise ValueError(f"{where}: num_labels is {value}")
     return raw
 
+# %% ../nbs/02_checkpoints.ipynb #fe1b1887
 def _known_config(raw: dict, where: str) -> transformers.PretrainedConfig:
     "A configuration object from its JSON."
-    if not isinstance(kind := raw.get("model_type"), str) or kind not in transformers.CONFIG_MAPPING:
-        raise ValueError(f"{where}: model_type {kind!r} is not in transformers, and code that comes with a checkpoint is never run")
-    try: return transformers.CONFIG_MAPPING[kind].from_dict(raw)
-    except Exception as e: raise ValueError(f"{where}: not a {kind} configuration ({_one_line(e)})") from None
+    if (
+        not isinstance(kind := raw.get("model_type"), str)
+        or kind not in transformers.CONFIG_MAPPING
+    ):
+        raise ValueError(
+            f"{where}: model_type {kind!r} is not in transformers, and code that comes with a checkpoint is never run"
+        )
+    try:
+        return transformers.CONFIG_MAPPING[kind].from_dict(raw)
+    except Exception as e:
+        raise ValueError(f"{where}: not a {kind} configuration ({_one_line(e)})") from None
 
 # %% ../nbs/02_checkpoints.ipynb #6047b412
 def _placed(anatomy: Anatomy, stored: dict, who: str) -> "tuple[dict, dict, dict, dict]":
@@ -306,24 +415,40 @@ def _placed(anatomy: Anatomy, stored: dict, who: str) -> "tuple[dict, dict, dict
     stored = {re.sub(r"LayerNorm\.(gamma|beta)$", _newer, n): t for n, t in stored.items()}
     known = anatomy.body.keys() | anatomy.ties.keys() | anatomy.buffers.keys()
     tops = {n.split(".")[0] for n in anatomy.body}
-    inside = {k: k.removeprefix(f"{anatomy.prefix}.") for k in stored if k.startswith(f"{anatomy.prefix}.")}
-    if sum(n in anatomy.body for n in inside.values()) <= sum(n in anatomy.body for n in stored):
+    inside = {
+        k: k.removeprefix(f"{anatomy.prefix}.")
+        for k in stored
+        if k.startswith(f"{anatomy.prefix}.")
+    }
+    if sum(n in anatomy.body for n in inside.values()) <= sum(
+        n in anatomy.body for n in stored
+    ):
         inside = {k: k for k in stored if k in known or k.split(".")[0] in tops}
     body, head, buffers, aside, copies, extra = {}, {}, {}, {}, [], []
     for key, tensor in sorted(stored.items()):
         name = inside.get(key, key)
-        if name in anatomy.ties: copies.append((name, anatomy.ties[name], tensor))
-        elif key in inside and name in anatomy.body: body[name] = tensor
-        elif key not in inside and tensor.dtype.is_floating_point: head[name] = tensor
+        if name in anatomy.ties:
+            copies.append((name, anatomy.ties[name], tensor))
+        elif key in inside and name in anatomy.body:
+            body[name] = tensor
+        elif key not in inside and tensor.dtype.is_floating_point:
+            head[name] = tensor
         elif name in anatomy.buffers or not tensor.dtype.is_floating_point:
             aside[name] = "buffer"
-            if key in inside and anatomy.buffers.get(name): buffers[name] = tensor
-        elif any(re.search(p, name) for p in anatomy.ignored): aside[name] = f"not used by {anatomy.model}"
-        else: extra.append(name)
+            if key in inside and anatomy.buffers.get(name):
+                buffers[name] = tensor
+        elif any(re.search(p, name) for p in anatomy.ignored):
+            aside[name] = f"not used by {anatomy.model}"
+        else:
+            extra.append(name)
     for name, source, tensor in copies:
         first = (body if source in anatomy.body else head).setdefault(source, tensor)
-        if first is tensor or _equal(first, tensor): aside[name] = f"tied to {source}"
-        else: (body if name.split(".")[0] in tops else head)[name] = tensor  # stored untied, and so it stays
+        if first is tensor or _equal(first, tensor):
+            aside[name] = f"tied to {source}"
+        else:
+            (body if name.split(".")[0] in tops else head)[name] = (
+                tensor  # stored untied, and so it stays
+            )
     _refuse(anatomy, body, extra, who)
     return body, head, buffers, aside
 
@@ -332,22 +457,38 @@ def _newer(match: re.Match) -> str:
     "Today's name of a LayerNorm parameter of the first years."
     return {"gamma": "LayerNorm.weight", "beta": "LayerNorm.bias"}[match[1]]
 
+
 def _refuse(anatomy: Anatomy, body: dict, extra: "list[str]", who: str) -> None:
     "Raise if the body is not what the architecture says."
-    if not body: raise ValueError(f"{who}: holds no tensor of a {anatomy.base}")
+    if not body:
+        raise ValueError(f"{who}: holds no tensor of a {anatomy.base}")
     if missing := [n for n in anatomy.body if n not in body and not _is_pooler(n)]:
         raise ValueError(f"{who}: lacks {_short(missing)} of a {anatomy.base}")
-    if extra: raise ValueError(f"{who}: {_short(extra)} is no part of a {anatomy.base} with this configuration")
+    if extra:
+        raise ValueError(
+            f"{who}: {_short(extra)} is no part of a {anatomy.base} with this configuration"
+        )
     for n, t in body.items():
         if not t.dtype.is_floating_point:
-            raise ValueError(f"{who}: {n} is stored as {t.dtype}, not as floating-point numbers")
+            raise ValueError(
+                f"{who}: {n} is stored as {t.dtype}, not as floating-point numbers"
+            )
         if t.shape != anatomy.body.get(n, t.shape):
-            raise ValueError(f"{who}: {n} has shape {t.shape}, its configuration says {anatomy.body[n]}")
+            raise ValueError(
+                f"{who}: {n} has shape {t.shape}, its configuration says {anatomy.body[n]}"
+            )
+
 
 def _equal(a, b) -> bool:
     "Whether two stored tensors are the same memory or the same numbers."
-    if a.shape != b.shape: return False
-    if isinstance(a, Held) and isinstance(b, Held) and a.tensor.data_ptr() == b.tensor.data_ptr() != 0: return True
+    if a.shape != b.shape:
+        return False
+    if (
+        isinstance(a, Held)
+        and isinstance(b, Held)
+        and a.tensor.data_ptr() == b.tensor.data_ptr() != 0
+    ):
+        return True
     blocks = range(0, prod(a.shape), BLOCK)
     return all(torch.equal(a.read(i, i + BLOCK), b.read(i, i + BLOCK)) for i in blocks)
 
@@ -374,19 +515,32 @@ class Checkpoint(Mapping):
         self.aside |= dict.fromkeys(dropped, "pooler")
         self.layout, self.head = _layout(self._body), _layout(self._head)
 
-    def __getitem__(self, name: str) -> Tensor: return self.read(name)
-    def __iter__(self) -> Iterator[str]: return iter(self.layout.names)
-    def __len__(self) -> int: return len(self.layout)
-    def __contains__(self, name) -> bool: return name in self._body
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout.names)
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    def __contains__(self, name) -> bool:
+        return name in self._body
+
     __eq__, __hash__ = object.__eq__, object.__hash__
 
     def __repr__(self):
         body = f"{self.layout.numel:,} weights in {len(self)} tensors"
         return f"Checkpoint({self.name!r}: {self.anatomy.model}, {body}, head {len(self.head)}, aside {len(self.aside)})"
 
+# %% ../nbs/02_checkpoints.ipynb #92a9b804
 def _layout(stored: dict) -> Layout:
     "The layout of stored tensors, in their order."
-    return Layout(tuple(stored), tuple(t.shape for t in stored.values()), tuple(t.dtype for t in stored.values()))
+    return Layout(
+        tuple(stored),
+        tuple(t.shape for t in stored.values()),
+        tuple(t.dtype for t in stored.values()),
+    )
 
 # %% ../nbs/02_checkpoints.ipynb #5285b1bb
 def open_checkpoint(
@@ -397,19 +551,28 @@ def open_checkpoint(
 ) -> Checkpoint:
     "Open a checkpoint; of files, only the headers are read."
     _policy(pooler)
-    if isinstance(source, Checkpoint): return source
-    if not isinstance(source, (str, Path)): return _in_memory(source, name, pooler)
+    if isinstance(source, Checkpoint):
+        return source
+    if not isinstance(source, (str, Path)):
+        return _in_memory(source, name, pooler)
     folder, said, where = _folder(source, revision)
-    raw, stored, file = _json(folder / "config.json"), _files(folder), str(folder / "config.json")
+    raw, stored, file = (
+        _json(folder / "config.json"),
+        _files(folder),
+        str(folder / "config.json"),
+    )
     config = _known_config(_buildable(raw, len(stored), file), file)
-    return Checkpoint(name or said, where, config, _of_config(config, said), stored, pooler, folder)
+    return Checkpoint(
+        name or said, where, config, _of_config(config, said), stored, pooler, folder
+    )
 
 # %% ../nbs/02_checkpoints.ipynb #34f39d1e
 def _in_memory(source, name: "str | None", pooler: str) -> Checkpoint:
     "A checkpoint of a live module, a state dict, or a configuration and a state dict."
     pair = isinstance(source, tuple) and len(source) == 2
     config, state = source if pair else (getattr(source, "config", None), source)
-    if isinstance(config, Mapping): config = _known_config(dict(config), "the configuration")
+    if isinstance(config, Mapping):
+        config = _known_config(dict(config), "the configuration")
     if isinstance(state, nn.Module):
         state = getattr(state, "_orig_mod", state)  # what torch.compile wraps
         found, state = anatomy(state), state.state_dict(keep_vars=True)
@@ -418,23 +581,35 @@ def _in_memory(source, name: "str | None", pooler: str) -> Checkpoint:
             raise ValueError(f"the state dict: {_short(odd)} is no tensor")
         found = _of_config(config, name or "the state dict") if config else _of_state(state)
     else:
-        raise TypeError(f"a checkpoint is a folder, a hub id, a module or a state dict, not a {type(state).__name__}")
+        raise TypeError(
+            f"a checkpoint is a folder, a hub id, a module or a state dict, not a {type(state).__name__}"
+        )
     held = {n: Held(t) for n, t in state.items()}
-    return Checkpoint(name or found.model, f"{found.model} in memory", config, found, held, pooler)
+    return Checkpoint(
+        name or found.model, f"{found.model} in memory", config, found, held, pooler
+    )
+
 
 def _of_config(config: transformers.PretrainedConfig, who: str) -> Anatomy:
     "The anatomy of the class that a configuration names."
-    try: return _anatomy_of(config.model_type, config.to_json_string(use_diff=False))
+    try:
+        return _anatomy_of(config.model_type, config.to_json_string(use_diff=False))
     except Exception as e:
-        raise ValueError(f"{who}: its configuration builds no {config.model_type} model ({_one_line(e)})") from None
+        raise ValueError(
+            f"{who}: its configuration builds no {config.model_type} model ({_one_line(e)})"
+        ) from None
+
 
 def _of_state(state: "Mapping[str, Tensor]") -> Anatomy:
     "The anatomy of a state dict without a configuration: everything floating is body, shared memory is a tie."
     first, ties = {}, {}
     for n, t in state.items():
         key = (t.data_ptr(), tuple(t.shape), t.stride()) if t.numel() else n
-        if (known := first.setdefault(key, n)) != n: ties[n] = known
-    body = {n: tuple(t.shape) for n, t in state.items() if n not in ties and t.is_floating_point()}
+        if (known := first.setdefault(key, n)) != n:
+            ties[n] = known
+    body = {
+        n: tuple(t.shape) for n, t in state.items() if n not in ties and t.is_floating_point()
+    }
     return Anatomy("state dict", "state dict", "", body, ties, {}, frozenset())
 
 # %% ../nbs/02_checkpoints.ipynb #db80aece
@@ -442,26 +617,36 @@ def _folder(source, revision: "str | None") -> "tuple[Path, str, str]":
     "The local folder of a source, its name, and where it came from."
     folder = Path(source).expanduser()
     if folder.is_dir():
-        if not any(folder.iterdir()): raise FileNotFoundError(f"{source}: is an empty folder")
-        if revision: raise ValueError(f"{source}: is a local folder, which has no revision {revision}")
+        if not any(folder.iterdir()):
+            raise FileNotFoundError(f"{source}: is an empty folder")
+        if revision:
+            raise ValueError(f"{source}: is a local folder, which has no revision {revision}")
         return folder, folder.resolve().name, str(source)
-    if folder.exists(): raise ValueError(f"{source}: is a file, give the folder it lies in")
+    if folder.exists():
+        raise ValueError(f"{source}: is a file, give the folder it lies in")
     hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(source))
     if isinstance(source, Path) or not hub_id:
         raise FileNotFoundError(f"{source}: there is no such folder")
     folder = _from_hub(str(source), revision)
     return folder, str(source), f"{source}@{folder.name}"
 
+
 def _from_hub(repo: str, revision: "str | None") -> Path:
     "The folder of a hub snapshot: configuration, tokenizer and one form of the weights."
     from huggingface_hub import snapshot_download
+
     try:
         for weights in ("model*.safetensors", "pytorch_model*.bin"):
             patterns = ["*.json", "*.txt", "*.model", weights]
-            found = snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])
-            if any(Path(found).glob(weights)): break
+            found = snapshot_download(
+                repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+            )
+            if any(Path(found).glob(weights)):
+                break
     except Exception as e:
-        raise FileNotFoundError(f"{repo}: no such folder, and not to be had from the hub ({_one_line(e)})") from None
+        raise FileNotFoundError(
+            f"{repo}: no such folder, and not to be had from the hub ({_one_line(e)})"
+        ) from None
     return Path(found)
 
 # %% ../nbs/02_checkpoints.ipynb #7858e1e2
@@ -476,14 +661,18 @@ def read(
     "One tensor, or a stretch of it."
     stored = self._body.get(name) or self._head.get(name)
     why = f", it was left aside ({self.aside[name]})" if name in self.aside else ""
-    if stored is None: raise KeyError(f"{self.name}: has no tensor {name}{why}")
-    if start is stop is out is None: return stored.read().reshape(stored.shape)
+    if stored is None:
+        raise KeyError(f"{self.name}: has no tensor {name}{why}")
+    if start is stop is out is None:
+        return stored.read().reshape(stored.shape)
     return stored.read(start or 0, stop, out)
+
 
 @patch
 def tensors(self: Checkpoint) -> "Iterator[tuple[str, Tensor]]":
     "Name and tensor of the body, one after another, in the order of the layout."
     return ((name, self.read(name)) for name in self.layout.names)
+
 
 @patch
 def state(
@@ -492,6 +681,7 @@ def state(
 ) -> "dict[str, Tensor]":
     "All tensors of the body, in memory."
     return {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.tensors()}
+
 
 @patch
 def head_state(self: Checkpoint) -> "dict[str, Tensor]":
@@ -505,17 +695,26 @@ def require_same_space(
     base: "Mapping[str, Tensor]",  # the checkpoint (or state dict) that it is to be compared with
 ) -> None:
     "Raise unless the two can be subtracted: same architecture, vocabulary, tensors and shapes."
-    mine, theirs, what = self.config, getattr(base, "config", None), getattr(base, "name", "the base")
+    mine, theirs, what = (
+        self.config,
+        getattr(base, "config", None),
+        getattr(base, "name", "the base"),
+    )
     if mine and theirs:
         if mine.model_type != theirs.model_type:
-            raise ValueError(f"{self.name} is a {mine.model_type} model, {what} a {theirs.model_type} model")
+            raise ValueError(
+                f"{self.name} is a {mine.model_type} model, {what} a {theirs.model_type} model"
+            )
         sizes = [getattr(c, "vocab_size", None) for c in (mine, theirs)]
         if sizes[0] != sizes[1]:
-            raise ValueError(f"{self.name} has a vocabulary of {sizes[0]} tokens, {what} one of {sizes[1]}")
+            raise ValueError(
+                f"{self.name} has a vocabulary of {sizes[0]} tokens, {what} one of {sizes[1]}"
+            )
     Layout.of(base).require_same(self.layout, self.name)
     words = [_vocabulary(c) for c in (self, base)]
     if None not in words and words[0] != words[1]:
         raise ValueError(f"{self.name} has other tokens in its vocabulary than {what}")
+
 
 @patch
 def is_same_space(
@@ -523,8 +722,10 @@ def is_same_space(
     base: "Mapping[str, Tensor]",  # the checkpoint (or state dict) that it is to be compared with
 ) -> bool:
     "Whether the two can be subtracted."
-    try: self.require_same_space(base)
-    except ValueError: return False
+    try:
+        self.require_same_space(base)
+    except ValueError:
+        return False
     return True
 
 # %% ../nbs/02_checkpoints.ipynb #1545b48d
@@ -533,14 +734,24 @@ def _vocabulary_of(file: Path, size: int, changed: int) -> "str | None":
     "A digest of the tokens in a tokenizer file, by their ids."
     model = _json(file).get("model")
     tokens = model.get("vocab") if isinstance(model, dict) else None
-    try: tokens = {str(t[0]): i for i, t in enumerate(tokens)} if isinstance(tokens, list) else tokens
-    except (TypeError, IndexError, KeyError): raise ValueError(f"{file}: vocab is no list of tokens") from None
-    return hashlib.sha256(json.dumps(tokens, sort_keys=True).encode()).hexdigest() if isinstance(tokens, dict) else None
+    try:
+        tokens = (
+            {str(t[0]): i for i, t in enumerate(tokens)} if isinstance(tokens, list) else tokens
+        )
+    except (TypeError, IndexError, KeyError):
+        raise ValueError(f"{file}: vocab is no list of tokens") from None
+    return (
+        hashlib.sha256(json.dumps(tokens, sort_keys=True).encode()).hexdigest()
+        if isinstance(tokens, dict)
+        else None
+    )
+
 
 def _vocabulary(checkpoint) -> "str | None":
     "A digest of a checkpoint's tokens; None if no tokenizer lies beside it."
     file = (getattr(checkpoint, "folder", None) or Path()) / "tokenizer.json"
-    if getattr(checkpoint, "folder", None) is None or not file.is_file(): return None
+    if getattr(checkpoint, "folder", None) is None or not file.is_file():
+        return None
     return _vocabulary_of(file.resolve(), file.stat().st_size, file.stat().st_mtime_ns)
 
 # %% ../nbs/02_checkpoints.ipynb #faa698b0
@@ -552,15 +763,18 @@ def require_started_from(
 ) -> float:  # that cosine
     "Raise unless the weights look fine-tuned from `base`; this reads both."
     self.require_same_space(base)
-    sums = [0., 0., 0.]
+    sums = [0.0, 0.0, 0.0]
     for name, shape in zip(self.layout.names, self.layout.shapes):
-        if len(shape) < 2: continue
+        if len(shape) < 2:
+            continue
         a, b = self.read(name).reshape(-1), base[name].detach().reshape(-1)
         sums = [s + dot(*pair) for s, pair in zip(sums, ((a, b), (a, a), (b, b)))]
-    cosine = sums[0] / sqrt(sums[1] * sums[2]) if sums[1] * sums[2] > 0 else 0.
+    cosine = sums[0] / sqrt(sums[1] * sums[2]) if sums[1] * sums[2] > 0 else 0.0
     if cosine < least:
         what = getattr(base, "name", "the base")
-        raise ValueError(f"{self.name} was not fine-tuned from {what}: the cosine of their weight matrices is {cosine:.3f}")
+        raise ValueError(
+            f"{self.name} was not fine-tuned from {what}: the cosine of their weight matrices is {cosine:.3f}"
+        )
     return cosine
 
 # %% ../nbs/02_checkpoints.ipynb #b1818c76
@@ -572,6 +786,7 @@ def sha256(self: Checkpoint) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
+
 
 @patch
 def check_finite(self: Checkpoint) -> None:
@@ -589,18 +804,25 @@ def write_checkpoint(
     overwrite: bool = False,  # replace the folder if it exists
 ) -> Path:
     "Write a body as a checkpoint folder of the kind of `like`."
-    if head not in ("keep", "drop"): raise ValueError(f"head policy {head!r} is not one of keep, drop")
-    if like.config is None: raise ValueError(f"{like.name}: has no configuration to write")
-    if (folder := Path(folder)).exists() and not overwrite: raise FileExistsError(f"{folder}: exists already")
+    if head not in ("keep", "drop"):
+        raise ValueError(f"head policy {head!r} is not one of keep, drop")
+    if like.config is None:
+        raise ValueError(f"{like.name}: has no configuration to write")
+    if (folder := Path(folder)).exists() and not overwrite:
+        raise FileExistsError(f"{folder}: exists already")
     like.layout.require_same(Layout.of(tensors), getattr(tensors, "name", "the body to write"))
     state, config = _dressed(tensors, like, head)
     with whole_folder(folder) as part:
         save_file(state, part / "model.safetensors", metadata={"format": "pt"})
         config.to_json_file(part / "config.json", use_diff=False)
-        for file in _tokenizer_files(like.folder): shutil.copyfile(file, part / file.name)
-        if folder.exists(): folder.rename(old := folder.with_name(f".{folder.name}-{os.getpid()}-old"))
-        else: old = None
-    if old: shutil.rmtree(old)
+        for file in _tokenizer_files(like.folder):
+            shutil.copyfile(file, part / file.name)
+        if folder.exists():
+            folder.rename(old := folder.with_name(f".{folder.name}-{os.getpid()}-old"))
+        else:
+            old = None
+    if old:
+        shutil.rmtree(old)
     return folder
 
 # %% ../nbs/02_checkpoints.ipynb #1eba0847
@@ -609,16 +831,30 @@ def _dressed(tensors: "Mapping[str, Tensor]", like: Checkpoint, head: str) -> tu
     bare = head == "drop" or like.anatomy.model == like.anatomy.base
     body = {n: tensors[n].detach().to("cpu").contiguous().clone() for n in like.layout.names}
     for n, t in body.items():
-        if not torch.isfinite(t).all(): raise ValueError(f"{n} holds NaN or infinite values, and is not written")
+        if not torch.isfinite(t).all():
+            raise ValueError(f"{n} holds NaN or infinite values, and is not written")
     body |= {n: t.read().reshape(t.shape) for n, t in like._along.items()}
     state = body if bare else {f"{like.anatomy.prefix}.{n}": t for n, t in body.items()}
     config = copy.deepcopy(like.config)
-    if head == "drop": config.architectures = [like.anatomy.base]
-    else: state, config.architectures = {**state, **like.head_state()}, [like.anatomy.model]
-    if len(dtypes := {t.dtype for t in state.values() if t.is_floating_point()}) == 1: config.dtype = dtypes.pop()
+    if head == "drop":
+        config.architectures = [like.anatomy.base]
+    else:
+        state, config.architectures = {**state, **like.head_state()}, [like.anatomy.model]
+    if len(dtypes := {t.dtype for t in state.values() if t.is_floating_point()}) == 1:
+        config.dtype = dtypes.pop()
     return state, config
+
 
 def _tokenizer_files(folder: "Path | None") -> "list[Path]":
     "The files of a tokenizer in a checkpoint's folder."
-    patterns = ("tokenizer*.json", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
-    return sorted({f for p in patterns for f in folder.glob(p) if f.is_file()}) if folder else []
+    patterns = (
+        "tokenizer*.json",
+        "vocab.*",
+        "merges.txt",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "*.model",
+    )
+    return (
+        sorted({f for p in patterns for f in folder.glob(p) if f.is_file()}) if folder else []
+    )

@@ -12,21 +12,29 @@ from pathlib import Path
 from . import __version__
 
 # %% ../nbs/52_cli.ipynb #9d2f4a60
-_COMMANDS = {} # name -> function, its arguments
+_COMMANDS = {}  # name -> function, its arguments
 
-def _arg(*names, **how): return names, how
+
+def _arg(*names, **how):
+    return names, how
+
 
 def _command(*arguments):
     "Make a function a command of the same name."
+
     def register(f):
         _COMMANDS[f.__name__] = f, arguments
         return f
+
     return register
 
 # %% ../nbs/52_cli.ipynb #8190cfe4
 def parser() -> argparse.ArgumentParser:
     "The commands and their options."
-    top = argparse.ArgumentParser(prog="weightregions", description="Regions of fine-tuned language models in weight space.")
+    top = argparse.ArgumentParser(
+        prog="weightregions",
+        description="Regions of fine-tuned language models in weight space.",
+    )
     top.add_argument("--version", action="version", version=f"weightregions {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (f, arguments) in _COMMANDS.items():
@@ -39,17 +47,22 @@ def parser() -> argparse.ArgumentParser:
 # %% ../nbs/52_cli.ipynb #6c3e81d5
 def _say(text):
     "A line on standard error, the first of the text."
-    print(f"weightregions: {(str(text).splitlines() or [type(text).__name__])[0]}", file=sys.stderr)
+    print(
+        f"weightregions: {(str(text).splitlines() or [type(text).__name__])[0]}",
+        file=sys.stderr,
+    )
+
 
 def main(
-    arguments: list[str] | None = None, # words of the command line; None: those of the process
-) -> int: # exit code: 0 well, 2 something to mend, 130 interrupted
+    arguments: list[str] | None = None,  # words of the command line; None: those of the process
+) -> int:  # exit code: 0 well, 2 something to mend, 130 interrupted
     "Run one command."
     options = parser().parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: _say(message)
-        try: _COMMANDS[options.command][0](options)
+        try:
+            _COMMANDS[options.command][0](options)
         except (ValueError, OSError) as e:
             _say(e)
             return 2
@@ -59,8 +72,18 @@ def main(
     return 0
 
 # %% ../nbs/52_cli.ipynb #b71d05e3
-_FOLDER = _arg("folder", nargs="+", metavar="FOLDER", help="a zoo, a folder with models.csv or that table, a folder of checkpoint folders (NAME or DATASET/NAME), or several checkpoints and hub ids")
-_BASE = _arg("--base", required=True, metavar="MODEL", help="the pretrained model: a folder, a hub id or 'minilm'")
+_FOLDER = _arg(
+    "folder",
+    nargs="+",
+    metavar="FOLDER",
+    help="a zoo, a folder with models.csv or that table, a folder of checkpoint folders (NAME or DATASET/NAME), or several checkpoints and hub ids",
+)
+_BASE = _arg(
+    "--base",
+    required=True,
+    metavar="MODEL",
+    help="the pretrained model: a folder, a hub id or 'minilm'",
+)
 _DATA = _arg("--data", required=True, help="'builtin', 'hub', or a folder of datasets")
 _TARGET = _arg("--target", required=True, metavar="NAME", help="the dataset to measure on")
 _BY = _arg("--by", default="dataset", choices=("dataset", "family"), help="what makes a group")
@@ -69,269 +92,582 @@ _BY = _arg("--by", default="dataset", choices=("dataset", "family"), help="what 
 def _pretrained(word):
     "The folder or hub id that stands for a pretrained model."
     from weightregions.bases import MINILM, minilm
+
     return minilm() if word in ("minilm", MINILM) and not Path(word).is_dir() else word
+
 
 def _opened(options):
     "The zoo and the base that a command names; of the zoo the first model is held against the base."
     from weightregions.checkpoints import open_checkpoint
     from weightregions.zoo import open_zoo
+
     zoo, base = open_zoo(options.folder), open_checkpoint(_pretrained(options.base))
     zoo.checkpoints()[0].require_started_from(base)
     return zoo, base
 
+
 def _corpus(data, name):
     "One dataset of a source."
     from weightregions.corpora import load_corpora
+
     return load_corpora(data, [name])[name]
 
 # %% ../nbs/52_cli.ipynb #d3c91f74
 def _write(rows, file, shown=None, **how):
     "Show rows as a table (or some columns, or none), and write them with all their digits."
     from weightregions.files import write_whole
-    if shown != []: print(rows[shown or rows.columns].to_string(index=False, float_format="{:.4g}".format, na_rep="-"), end="\n\n")
+
+    if shown != []:
+        print(
+            rows[shown or rows.columns].to_string(
+                index=False, float_format="{:.4g}".format, na_rep="-"
+            ),
+            end="\n\n",
+        )
     write_whole(file, rows.to_csv(**{"index": False} | how))
     print(f"written: {file}", file=sys.stderr)
+
 
 def _plots():
     "The chapter on figures, set to draw without a screen."
     import matplotlib
-    if "matplotlib.pyplot" not in sys.modules: matplotlib.use("agg")
+
+    if "matplotlib.pyplot" not in sys.modules:
+        matplotlib.use("agg")
     from weightregions import plots
+
     plots.use_theme()
     return plots
+
 
 def _draw(drawn, file):
     "Write a figure and forget it."
     from matplotlib import pyplot as plt
-    drawn.figure.savefig(beside := file.with_name(f".{file.name}"), bbox_inches="tight", metadata={"Software": None})
+
+    drawn.figure.savefig(
+        beside := file.with_name(f".{file.name}"),
+        bbox_inches="tight",
+        metadata={"Software": None},
+    )
     os.replace(beside, file)
     plt.close(drawn.figure)
     print(f"written: {file}", file=sys.stderr)
 
 # %% ../nbs/52_cli.ipynb #51b7d8ce
 @_command(
-    _arg("base", metavar="MODEL", help="the pretrained model: a folder, a hub id or 'minilm'"), _DATA,
-    _arg("--out", default="zoo", metavar="FOLDER", help="the zoo's folder; it is made, or added to"),
+    _arg("base", metavar="MODEL", help="the pretrained model: a folder, a hub id or 'minilm'"),
+    _DATA,
+    _arg(
+        "--out",
+        default="zoo",
+        metavar="FOLDER",
+        help="the zoo's folder; it is made, or added to",
+    ),
     _arg("--datasets", metavar="A,B", help="some of the datasets (default: all)"),
     _arg("--seeds", type=int, default=3, metavar="N", help="models of each dataset"),
-    _arg("--steps", type=int, default=200, metavar="N", help="optimiser steps, if no epochs are given"),
-    _arg("--epochs", type=float, metavar="X", help="passes over the training rows, in place of steps"),
-    _arg("--patience", type=int, metavar="N", help="stop when so many training rows bring less than 0.1 points of accuracy on rows held back (default: go on to the end)"),
+    _arg(
+        "--steps",
+        type=int,
+        default=200,
+        metavar="N",
+        help="optimiser steps, if no epochs are given",
+    ),
+    _arg(
+        "--epochs",
+        type=float,
+        metavar="X",
+        help="passes over the training rows, in place of steps",
+    ),
+    _arg(
+        "--patience",
+        type=int,
+        metavar="N",
+        help="stop when so many training rows bring less than 0.1 points of accuracy on rows held back (default: go on to the end)",
+    ),
     _arg("--batch-size", type=int, default=16, metavar="N", help="rows in a step"),
-    _arg("--learning-rate", type=float, default=2e-4, metavar="X", help="peak learning rate of the body"),
+    _arg(
+        "--learning-rate",
+        type=float,
+        default=2e-4,
+        metavar="X",
+        help="peak learning rate of the body",
+    ),
     _arg("--head-rate", type=float, default=5e-3, metavar="X", help="the same for the head"),
-    _arg("--weight-decay", type=float, default=0.0, metavar="X", help="AdamW's decoupled weight decay"),
-    _arg("--warmup", type=float, default=0.1, metavar="X", help="share of the steps in which the learning rates rise"),
-    _arg("--head", default="zero", choices=("zero", "random"), help="how the head's last layer starts"),
+    _arg(
+        "--weight-decay",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="AdamW's decoupled weight decay",
+    ),
+    _arg(
+        "--warmup",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="share of the steps in which the learning rates rise",
+    ),
+    _arg(
+        "--head",
+        default="zero",
+        choices=("zero", "random"),
+        help="how the head's last layer starts",
+    ),
     _arg("--max-length", type=int, default=40, metavar="N", help="tokens a row is cut to"),
-    _arg("--rows", type=int, metavar="N", help="training rows, a stratified draw (default: all)"),
-    _arg("--workers", type=int, metavar="N", help="jobs at a time (default: one a core, one a GPU, or all that a Ray cluster has room for)"),
-    _arg("--list", action="store_true", help="only list the datasets"))
+    _arg(
+        "--rows", type=int, metavar="N", help="training rows, a stratified draw (default: all)"
+    ),
+    _arg(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="jobs at a time (default: one a core, one a GPU, or all that a Ray cluster has room for)",
+    ),
+    _arg("--list", action="store_true", help="only list the datasets"),
+)
 def zoo(
-    options: argparse.Namespace, # base, data, out, datasets, seeds, workers, list, and fields of a Recipe
+    options: argparse.Namespace,  # base, data, out, datasets, seeds, workers, list, and fields of a Recipe
 ):
     "Fine-tune a model on every dataset with several seeds, or add to what is there."
     from weightregions.corpora import describe, load_corpora
+
     corpora = load_corpora(options.data, options.datasets and options.datasets.split(","))
-    if options.list: return print(describe(corpora).to_string(index=False))
+    if options.list:
+        return print(describe(corpora).to_string(index=False))
     from weightregions.bases import base_identity
     from weightregions.checkpoints import open_checkpoint
     from weightregions.finetuning import Recipe
     from weightregions.jobs import ranks
     from weightregions.zoo import build_zoo, learned, open_zoo
-    recipe = Recipe(**{name: value for name, value in vars(options).items() if name in Recipe.__dataclass_fields__})
-    for corpus in corpora.values() if options.rows is not None else (): corpus.subsample(options.rows) # refused now, not after an hour
+
+    recipe = Recipe(
+        **{
+            name: value
+            for name, value in vars(options).items()
+            if name in Recipe.__dataclass_fields__
+        }
+    )
+    for corpus in corpora.values() if options.rows is not None else ():
+        corpus.subsample(options.rows)  # refused now, not after an hour
     base, out = _pretrained(options.base), Path(options.out)
     open_checkpoint(base)
     build_zoo(out, base, corpora, recipe, range(1, options.seeds + 1), options.workers)
-    if ranks()[0]: return # torchrun: the first process tells
+    if ranks()[0]:
+        return  # torchrun: the first process tells
     models = open_zoo(out).models.drop(columns=["path", "revision"])
-    _write(models, out/"models.csv")
-    _write(learned(models, base_identity(base)["name"]), out/"learned.csv")
+    _write(models, out / "models.csv")
+    _write(learned(models, base_identity(base)["name"]), out / "learned.csv")
 
 # %% ../nbs/52_cli.ipynb #92e07bd4
 def _draw_similarity(cosine, models, groups, out):
     "Heat map and map of all models, coloured by group where there are groups."
     from weightregions.clustering import embed_map
+
     plots = _plots()
-    families = dict(zip(models.dataset, models.family)) if groups is not None and groups.name == "dataset" and set(models.family) != {"unknown"} else None
-    _draw(plots.similarity_heatmap(cosine, groups, families, "cluster" if groups is None else "group"), out/"similarity.png")
-    if len(cosine) < 4: return _say("a map takes at least four models")
-    _draw(plots.region_map(embed_map(cosine), cosine.index.to_series() if groups is None else groups, families), out/"map.png")
+    families = (
+        dict(zip(models.dataset, models.family))
+        if groups is not None and groups.name == "dataset" and set(models.family) != {"unknown"}
+        else None
+    )
+    _draw(
+        plots.similarity_heatmap(
+            cosine, groups, families, "cluster" if groups is None else "group"
+        ),
+        out / "similarity.png",
+    )
+    if len(cosine) < 4:
+        return _say("a map takes at least four models")
+    _draw(
+        plots.region_map(
+            embed_map(cosine), cosine.index.to_series() if groups is None else groups, families
+        ),
+        out / "map.png",
+    )
 
 # %% ../nbs/52_cli.ipynb #18c5ea9d
-@_command(_FOLDER, _BASE, _BY,
+@_command(
+    _FOLDER,
+    _BASE,
+    _BY,
     _arg("--out", default="similarity", metavar="DIR", help="folder for tables and figures"),
-    _arg("--clusters", type=int, metavar="K", help="number of clusters (default: that of the groups, or by silhouette)"))
+    _arg(
+        "--clusters",
+        type=int,
+        metavar="K",
+        help="number of clusters (default: that of the groups, or by silhouette)",
+    ),
+)
 def similarity(
-    options: argparse.Namespace, # folder, base, by, out, clusters
+    options: argparse.Namespace,  # folder, base, by, out, clusters
 ):
     "Cosines between all task vectors, the clusters they make, a heat map and a map."
     from weightregions.centering import _opened as of_one_start
     from weightregions.clustering import cluster_report, silhouette_clusters, spectral_clusters
     from weightregions.finetuning import usable
     from weightregions.similarity import gram
+
     (zoo, base), out = _opened(options), Path(options.out)
     found = gram(of_one_start(zoo.checkpoints(), "similarity"), base, device=usable())
     cosine, models = found.cosine(), zoo.models.set_index("model")
-    groups, units, scores = models[options.by], models.dataset if options.by == "family" else None, None
-    if 1 < groups.nunique() < len(groups): scores = cluster_report(cosine, groups, options.clusters, by=units)
-    if scores: clusters = scores.clusters
-    else: clusters = spectral_clusters(cosine, options.clusters) if options.clusters is not None else silhouette_clusters(cosine)
+    groups, units, scores = (
+        models[options.by],
+        models.dataset if options.by == "family" else None,
+        None,
+    )
+    if 1 < groups.nunique() < len(groups):
+        scores = cluster_report(cosine, groups, options.clusters, by=units)
+    if scores:
+        clusters = scores.clusters
+    else:
+        clusters = (
+            spectral_clusters(cosine, options.clusters)
+            if options.clusters is not None
+            else silhouette_clusters(cosine)
+        )
     rows = models[["dataset", "family"]].assign(norm=found.norms(), cluster=clusters)
-    if scores: rows["found"] = rows.cluster.map(scores.matching)
-    _write(cosine, out/"similarity.csv", [], index=True, index_label="model")
-    _write(rows.reset_index(), out/"groups.csv")
-    if scores: _write(scores.table.reset_index(), out/"scores.csv")
-    if scores: print(scores)
+    if scores:
+        rows["found"] = rows.cluster.map(scores.matching)
+    _write(cosine, out / "similarity.csv", [], index=True, index_label="model")
+    _write(rows.reset_index(), out / "groups.csv")
+    if scores:
+        _write(scores.table.reset_index(), out / "scores.csv")
+    if scores:
+        print(scores)
     _draw_similarity(cosine, models, groups if scores else None, out)
 
 # %% ../nbs/52_cli.ipynb #f7b0926d
 def _path(options, models):
     "What kind of path the options ask for, its points, and how to draw it."
     from weightregions.traversal import Point, extrapolation, hull, line, plane
+
     n, ends = options.points, [m.name for m in models]
-    if n < 2: raise ValueError(f"--points must be at least 2, not {n}")
-    if options.hull is not None and options.beyond is not None: raise ValueError("--hull and --beyond are two kinds of path: give one of them")
+    if n < 2:
+        raise ValueError(f"--points must be at least 2, not {n}")
+    if options.hull is not None and options.beyond is not None:
+        raise ValueError("--hull and --beyond are two kinds of path: give one of them")
     if options.hull is not None:
-        if options.hull < 1: raise ValueError(f"--hull takes the number of points, at least 1, not {options.hull}")
-        alone = [({"group": "In"}, Point((m,), (1.,), m.name)) for m in models]
-        return "hull", [*alone, *(({"group": "In'"} | at, p) for at, p in hull(models, options.hull))], lambda plots, rows: plots.group_strip(rows)
-    if len(models) > 3: raise ValueError(f"a line takes two checkpoints and a plane three, not {len(models)}; --hull N takes any number")
-    if len(models) == 3 and options.beyond is not None: raise ValueError("--beyond goes along a line, which takes two checkpoints, not three")
+        if options.hull < 1:
+            raise ValueError(
+                f"--hull takes the number of points, at least 1, not {options.hull}"
+            )
+        alone = [({"group": "In"}, Point((m,), (1.0,), m.name)) for m in models]
+        return (
+            "hull",
+            [*alone, *(({"group": "In'"} | at, p) for at, p in hull(models, options.hull))],
+            lambda plots, rows: plots.group_strip(rows),
+        )
+    if len(models) > 3:
+        raise ValueError(
+            f"a line takes two checkpoints and a plane three, not {len(models)}; --hull N takes any number"
+        )
+    if len(models) == 3 and options.beyond is not None:
+        raise ValueError("--beyond goes along a line, which takes two checkpoints, not three")
     if len(models) == 3:
         whole = plane(*models, n)
         return "plane", whole, lambda plots, rows: plots.plane_map(rows, whole.marks())
-    if options.beyond is not None: return "beyond", extrapolation(*models, n, options.beyond), lambda plots, rows: plots.edges(rows)
-    return "line", line(*models, [i / (n - 1) for i in range(n)]), lambda plots, rows: plots.loss_line(rows, ends=ends)
+    if options.beyond is not None:
+        return (
+            "beyond",
+            extrapolation(*models, n, options.beyond),
+            lambda plots, rows: plots.edges(rows),
+        )
+    return (
+        "line",
+        line(*models, [i / (n - 1) for i in range(n)]),
+        lambda plots, rows: plots.loss_line(rows, ends=ends),
+    )
 
 # %% ../nbs/52_cli.ipynb #15e4c8fb
 @_command(
-    _arg("folder", nargs="+", metavar="CHECKPOINT", help="two or three checkpoints, folders or hub ids; with --hull any number, or a folder of them"), _BASE, _DATA, _TARGET,
-    _arg("--points", type=int, default=9, metavar="N", help="points on the line, on each side beyond it, or along each axis of the plane"),
-    _arg("--beyond", type=float, nargs="?", const=8., metavar="ALPHA", help="beyond the ends of the line too, as far as alpha = 8 or this"),
+    _arg(
+        "folder",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="two or three checkpoints, folders or hub ids; with --hull any number, or a folder of them",
+    ),
+    _BASE,
+    _DATA,
+    _TARGET,
+    _arg(
+        "--points",
+        type=int,
+        default=9,
+        metavar="N",
+        help="points on the line, on each side beyond it, or along each axis of the plane",
+    ),
+    _arg(
+        "--beyond",
+        type=float,
+        nargs="?",
+        const=8.0,
+        metavar="ALPHA",
+        help="beyond the ends of the line too, as far as alpha = 8 or this",
+    ),
     _arg("--hull", type=int, metavar="N", help="instead, N random points of the hull"),
-    _arg("--rows", type=int, default=400, metavar="N", help="training rows and test rows of the probe at most"),
+    _arg(
+        "--rows",
+        type=int,
+        default=400,
+        metavar="N",
+        help="training rows and test rows of the probe at most",
+    ),
     _arg("--max-length", type=int, default=40, metavar="N", help="tokens a row is cut to"),
-    _arg("--out", default="traverse", metavar="DIR", help="folder for rows and figure"))
+    _arg("--out", default="traverse", metavar="DIR", help="folder for rows and figure"),
+)
 def traverse(
-    options: argparse.Namespace, # folder, base, data, target, points, beyond, hull, rows, max_length, out
+    options: argparse.Namespace,  # folder, base, data, target, points, beyond, hull, rows, max_length, out
 ):
     "The generalized loss between two checkpoints, beyond them, in the plane of three or in the hull of several."
     from weightregions.corpora import at_most
     from weightregions.finetuning import one_thread, usable
     from weightregions.probing import Probing, Target, pooling_of
     from weightregions.traversal import Stand, hold_what_fits, traverse
-    (zoo, base), corpus, out = _opened(options), _corpus(options.data, options.target), Path(options.out)
+
+    (zoo, base), corpus, out = (
+        _opened(options),
+        _corpus(options.data, options.target),
+        Path(options.out),
+    )
     models = zoo.checkpoints()
-    for m in models: m.require_started_from(base)
+    for m in models:
+        m.require_started_from(base)
     device = usable()
     kind, path, draw = _path(options, hold_what_fits(models, head="drop", device=device))
-    target = Target(at_most(corpus, options.rows, options.rows), base.folder, max_length=options.max_length)
-    metric, stand = Probing(target, pooling_of(base.folder)), Stand(models[0], base, device=device)
+    target = Target(
+        at_most(corpus, options.rows, options.rows), base.folder, max_length=options.max_length
+    )
+    metric, stand = (
+        Probing(target, pooling_of(base.folder)),
+        Stand(models[0], base, device=device),
+    )
     with one_thread(device):
-        rows = traverse(path, metric, stand, out/f"{kind}.jsonl", about=f"{corpus.source} {corpus.sha256[:12]}, length {options.max_length}")
+        rows = traverse(
+            path,
+            metric,
+            stand,
+            out / f"{kind}.jsonl",
+            about=f"{corpus.source} {corpus.sha256[:12]}, length {options.max_length}",
+        )
         start = metric(stand.at(base))[0]
     places = [c for c in ("alpha", "x", "y") if c in rows] or ["group", "point"]
-    _write(rows, out/f"{kind}.csv", [*places, "loss", "accuracy"])
-    _draw(draw(_plots(), rows), out/f"{kind}.png")
-    print(f"pretrained model on {corpus.name} ({corpus.source}): loss {start['loss']:.4g}, accuracy {start['accuracy']:.4g}")
+    _write(rows, out / f"{kind}.csv", [*places, "loss", "accuracy"])
+    _draw(draw(_plots(), rows), out / f"{kind}.png")
+    print(
+        f"pretrained model on {corpus.name} ({corpus.source}): loss {start['loss']:.4g}, accuracy {start['accuracy']:.4g}"
+    )
 
 # %% ../nbs/52_cli.ipynb #7bd5f1e8
 def _unseen(zoo, options):
     "The models that are to be averaged, and the dataset that they must not have seen."
     from weightregions.centering import leave_out
-    if options.family: zoo = zoo.where(family=options.family)
-    if options.without: return leave_out(zoo, options.without), None
-    if not options.target: return zoo, None
+
+    if options.family:
+        zoo = zoo.where(family=options.family)
+    if options.without:
+        return leave_out(zoo, options.without), None
+    if not options.target:
+        return zoo, None
     data, _, name = options.target.rpartition(":")
-    if not data: raise ValueError(f"--for takes DATA:NAME, such as builtin:films, not {options.target!r}")
+    if not data:
+        raise ValueError(
+            f"--for takes DATA:NAME, such as builtin:films, not {options.target!r}"
+        )
     return zoo, _corpus(data, name)
 
 # %% ../nbs/52_cli.ipynb #4c28a69f
-@_command(_FOLDER, _BASE,
+@_command(
+    _FOLDER,
+    _BASE,
     _arg("--out", required=True, metavar="FOLDER", help="the checkpoint folder to make"),
     _arg("--without", metavar="DATASET", help="leave out the models of this dataset"),
-    _arg("--for", dest="target", metavar="DATA:NAME", help="the dataset to be fine-tuned on next, such as builtin:films; models that saw it are refused"),
-    _arg("--saw-target", action="store_true", help="allow models that saw the dataset of --for"),
+    _arg(
+        "--for",
+        dest="target",
+        metavar="DATA:NAME",
+        help="the dataset to be fine-tuned on next, such as builtin:films; models that saw it are refused",
+    ),
+    _arg(
+        "--saw-target", action="store_true", help="allow models that saw the dataset of --for"
+    ),
     _arg("--family", metavar="F", help="only models of this task family"),
-    _arg("--weights", choices=("accuracy", "n_train"), help="weigh the models by this column of the zoo's table (default: all equal)"),
-    _arg("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="data type of the stored weights"))
+    _arg(
+        "--weights",
+        choices=("accuracy", "n_train"),
+        help="weigh the models by this column of the zoo's table (default: all equal)",
+    ),
+    _arg(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="data type of the stored weights",
+    ),
+)
 def center(
-    options: argparse.Namespace, # folder, base, out, without, target, saw_target, family, weights, dtype
+    options: argparse.Namespace,  # folder, base, out, without, target, saw_target, family, weights, dtype
 ):
     "Average the models into one checkpoint, the centroid, to start the next fine-tuning from."
     import torch
     from weightregions.centering import centroid_of, save_centroid
+
     out = Path(options.out)
-    if out.exists(): raise FileExistsError(f"{out}: exists already")
-    if options.without and options.target: raise ValueError("--without and --for say the same of different datasets: give one of them")
+    if out.exists():
+        raise FileExistsError(f"{out}: exists already")
+    if options.without and options.target:
+        raise ValueError(
+            "--without and --for say the same of different datasets: give one of them"
+        )
     zoo, base = _opened(options)
     zoo, target = _unseen(zoo, options)
     weights = zoo.models.set_index("model")[options.weights] if options.weights else None
-    try: centroid = centroid_of(zoo, target, saw_target=options.saw_target, weights=weights)
-    except ValueError as e: raise ValueError(str(e).replace("take leave_out(zoo, target), or say saw_target=True", "--without leaves it out, --saw-target allows it")) from None
+    try:
+        centroid = centroid_of(zoo, target, saw_target=options.saw_target, weights=weights)
+    except ValueError as e:
+        raise ValueError(
+            str(e).replace(
+                "take leave_out(zoo, target), or say saw_target=True",
+                "--without leaves it out, --saw-target allows it",
+            )
+        ) from None
     save_centroid(centroid, out, base, dtype=getattr(torch, options.dtype))
     print(centroid.description)
-    _write(centroid.members[["model", "dataset", "family", "accuracy", "weight"]], out/"members.csv")
+    _write(
+        centroid.members[["model", "dataset", "family", "accuracy", "weight"]],
+        out / "members.csv",
+    )
 
 # %% ../nbs/52_cli.ipynb #0e7f4d36
 @_command(
     _arg("checkpoint", metavar="CHECKPOINT", help="a folder or hub id"),
-    _arg("--zoo", dest="folder", nargs="+", required=True, metavar="FOLDER", help=_FOLDER[1]["help"]), _BASE, _BY,
-    _arg("--alpha", type=float, default=0.05, metavar="X", help="rate of false alarms: members that are called outsiders"),
-    _arg("--out", default="locate.csv", metavar="FILE", help="the table"))
+    _arg(
+        "--zoo",
+        dest="folder",
+        nargs="+",
+        required=True,
+        metavar="FOLDER",
+        help=_FOLDER[1]["help"],
+    ),
+    _BASE,
+    _BY,
+    _arg(
+        "--alpha",
+        type=float,
+        default=0.05,
+        metavar="X",
+        help="rate of false alarms: members that are called outsiders",
+    ),
+    _arg("--out", default="locate.csv", metavar="FILE", help="the table"),
+)
 def locate(
-    options: argparse.Namespace, # checkpoint, folder, base, by, alpha, out
+    options: argparse.Namespace,  # checkpoint, folder, base, by, alpha, out
 ):
     "The regions that a checkpoint lies in, the nearest first."
     from weightregions.checkpoints import open_checkpoint
     from weightregions.region import locate, regions_of
     from weightregions.zoo import Zoo
+
     query, (zoo, base) = open_checkpoint(options.checkpoint), _opened(options)
-    own = zoo.models.path.map(lambda p: Path(p).is_dir() and Path(p).samefile(query.folder)) | (zoo.models.path == options.checkpoint)
-    if own.any(): _say(f"{options.checkpoint} is a model of {zoo.name}, and left out of its region")
-    _write(locate(query, regions_of(Zoo(zoo.name, zoo.models[~own]), base, options.by), options.alpha), Path(options.out))
+    own = zoo.models.path.map(lambda p: Path(p).is_dir() and Path(p).samefile(query.folder)) | (
+        zoo.models.path == options.checkpoint
+    )
+    if own.any():
+        _say(f"{options.checkpoint} is a model of {zoo.name}, and left out of its region")
+    _write(
+        locate(
+            query, regions_of(Zoo(zoo.name, zoo.models[~own]), base, options.by), options.alpha
+        ),
+        Path(options.out),
+    )
 
 # %% ../nbs/52_cli.ipynb #ae2710d5
-@_command(_FOLDER, _BASE, _DATA, _TARGET,
+@_command(
+    _FOLDER,
+    _BASE,
+    _DATA,
+    _TARGET,
     _arg("--rows", type=int, default=200, metavar="N", help="training rows that are looked at"),
     _arg("--out", default="recommend.csv", metavar="FILE", help="the table"),
-    _arg("--write", metavar="FOLDER", help="write the start that is advised as a checkpoint"))
+    _arg("--write", metavar="FOLDER", help="write the start that is advised as a checkpoint"),
+)
 def recommend(
-    options: argparse.Namespace, # folder, base, data, target, rows, out, write
+    options: argparse.Namespace,  # folder, base, data, target, rows, out, write
 ):
     "Rank the starts that a zoo offers for a dataset, and say which one to take."
     from weightregions.advice import advised, candidates, recommend
     from weightregions.centering import Centroid, save_centroid
-    if options.write and Path(options.write).exists(): raise FileExistsError(f"{options.write}: exists already")
+
+    if options.write and Path(options.write).exists():
+        raise FileExistsError(f"{options.write}: exists already")
     (zoo, base), corpus = _opened(options), _corpus(options.data, options.target)
     rows = recommend(zoo, corpus, base, options.rows)
     _write(rows, Path(options.out))
     start = candidates(zoo, corpus, base)[name := advised(rows)]
-    if options.write and isinstance(start, Centroid): where = save_centroid(start, options.write, base)
-    else: where = "--write FOLDER makes it" if isinstance(start, Centroid) else start.folder
-    print(f"advice: start from {name if name in zoo.models.model.values else f'the {name}' + ' model' * (name == 'pretrained')} ({where})")
+    if options.write and isinstance(start, Centroid):
+        where = save_centroid(start, options.write, base)
+    else:
+        where = "--write FOLDER makes it" if isinstance(start, Centroid) else start.folder
+    print(
+        f"advice: start from {name if name in zoo.models.model.values else f'the {name}' + ' model' * (name == 'pretrained')} ({where})"
+    )
 
 # %% ../nbs/52_cli.ipynb #1eda0e1a
 @_command(
-    _arg("--scale", default="laptop", choices=("tiny", "laptop", "full", "paper"), help="how much to take in; laptop: minutes on two cores"),
-    _arg("--data", help="'builtin', 'hub', or a folder of datasets (default: the scale's, which is hub for paper and else builtin)"),
+    _arg(
+        "--scale",
+        default="laptop",
+        choices=("tiny", "laptop", "full", "paper"),
+        help="how much to take in; laptop: minutes on two cores",
+    ),
+    _arg(
+        "--data",
+        help="'builtin', 'hub', or a folder of datasets (default: the scale's, which is hub for paper and else builtin)",
+    ),
     _arg("--out", default="out", help="folder for models, rows and pages"),
-    _arg("--min-rows", type=int, default=0, metavar="N", help="leave out datasets with fewer training rows"),
-    _arg("--workers", type=int, metavar="N", help="jobs at a time (default: one a core, one a GPU, or all that a Ray cluster has room for)"),
-    _arg("--dry-run", action="store_true", help="only say what would be done, and what it costs"),
-    _arg("--device", metavar="NAME", help="device that the cost is told for: 'core' or a GPU by its data sheet (default: a core, for the paper's scale an H100)"),
-    _arg("--measure", action="store_true", help="a dry run for this machine, on which a few steps of the scale's base are timed first"))
+    _arg(
+        "--min-rows",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out datasets with fewer training rows",
+    ),
+    _arg(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="jobs at a time (default: one a core, one a GPU, or all that a Ray cluster has room for)",
+    ),
+    _arg(
+        "--dry-run", action="store_true", help="only say what would be done, and what it costs"
+    ),
+    _arg(
+        "--device",
+        metavar="NAME",
+        help="device that the cost is told for: 'core' or a GPU by its data sheet (default: a core, for the paper's scale an H100)",
+    ),
+    _arg(
+        "--measure",
+        action="store_true",
+        help="a dry run for this machine, on which a few steps of the scale's base are timed first",
+    ),
+)
 def study(
-    options: argparse.Namespace, # scale, data, out, min_rows, workers, dry_run, device, measure
+    options: argparse.Namespace,  # scale, data, out, min_rows, workers, dry_run, device, measure
 ):
     "Put the paper's claims to the test, and write one page with the verdicts; a stopped run goes on."
-    if options.measure and options.device: raise ValueError("--measure tells the cost for this machine, --device for another: give one of them")
+    if options.measure and options.device:
+        raise ValueError(
+            "--measure tells the cost for this machine, --device for another: give one of them"
+        )
     if options.dry_run or options.measure:
         from weightregions.plan import SCALES, plan_of, plan_text, this_device
+
         device = this_device(SCALES[options.scale]) if options.measure else options.device
         plan = plan_of(options.scale, options.data, min_rows=options.min_rows, device=device)
-        return print(plan_text(plan, options.workers or (os.cpu_count() if plan.attrs["device"] == "core" else 1)))
+        return print(
+            plan_text(
+                plan,
+                options.workers or (os.cpu_count() if plan.attrs["device"] == "core" else 1),
+            )
+        )
     from weightregions.study import run_study
+
     run_study(options.out, options.scale, options.data, options.min_rows, options.workers)

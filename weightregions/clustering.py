@@ -18,7 +18,12 @@ import pandas as pd
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import SpectralClustering
 from sklearn.manifold import TSNE, smacof
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, precision_recall_fscore_support, silhouette_score
+from sklearn.metrics import (
+    adjusted_rand_score,
+    normalized_mutual_info_score,
+    precision_recall_fscore_support,
+    silhouette_score,
+)
 
 # %% ../nbs/06_clustering.ipynb #c42acabe
 def _check_square(matrix):
@@ -27,13 +32,22 @@ def _check_square(matrix):
         raise ValueError(f"expected a labelled pandas DataFrame, got {type(matrix).__name__}")
     names = list(matrix.index)
     if names != list(matrix.columns):
-        raise ValueError(f"rows and columns of the {matrix.shape[0]} x {matrix.shape[1]} matrix must carry the same names in the same order")
+        raise ValueError(
+            f"rows and columns of the {matrix.shape[0]} x {matrix.shape[1]} matrix must carry the same names in the same order"
+        )
     if not matrix.index.is_unique:
-        raise ValueError(f"the model name {matrix.index[matrix.index.duplicated()][0]!r} occurs twice in the matrix")
+        raise ValueError(
+            f"the model name {matrix.index[matrix.index.duplicated()][0]!r} occurs twice in the matrix"
+        )
     values = matrix.to_numpy(float)
-    for fault, bad in [("NaN or infinite", ~np.isfinite(values)), ("asymmetric", ~np.isclose(values, values.T, rtol=1e-6, atol=1e-8))]:
+    for fault, bad in [
+        ("NaN or infinite", ~np.isfinite(values)),
+        ("asymmetric", ~np.isclose(values, values.T, rtol=1e-6, atol=1e-8)),
+    ]:
         if bad.any():
-            worst = int(bad.sum(axis=1).argmax())  # the model that is in most of the bad entries
+            worst = int(
+                bad.sum(axis=1).argmax()
+            )  # the model that is in most of the bad entries
             raise ValueError(f"the matrix is {fault} in the row of {names[worst]!r}")
     return values
 
@@ -41,13 +55,22 @@ def _check_square(matrix):
 def _grouped(groups, index, what="groups"):
     "The `groups` of the models in `index`, as a series in their order; refuses a model without a group."
     if not isinstance(groups, pd.Series):
-        groups = pd.Series(groups) if isinstance(groups, dict) else pd.Series(list(groups), index=_same_length(groups, index, what))
+        groups = (
+            pd.Series(groups)
+            if isinstance(groups, dict)
+            else pd.Series(list(groups), index=_same_length(groups, index, what))
+        )
     if not groups.index.is_unique:
-        raise ValueError(f"the model name {groups.index[groups.index.duplicated()][0]!r} occurs twice in {what}")
+        raise ValueError(
+            f"the model name {groups.index[groups.index.duplicated()][0]!r} occurs twice in {what}"
+        )
     missing = index.difference(groups.index[groups.notna()], sort=False)
     if len(missing):
-        raise ValueError(f"{what} says nothing of {len(missing)} models, the first of them {missing[0]!r}")
+        raise ValueError(
+            f"{what} says nothing of {len(missing)} models, the first of them {missing[0]!r}"
+        )
     return groups.reindex(index)
+
 
 def _same_length(groups, index, what):
     "The index itself, if an unlabelled list of `groups` fits it."
@@ -55,15 +78,16 @@ def _same_length(groups, index, what):
         raise ValueError(f"{what} has {len(groups)} entries for {len(index)} models")
     return index
 
+
 def _names(groups):
     "The distinct group names in an order that does not depend on the order of the models."
     return sorted(groups.unique(), key=str)
 
 # %% ../nbs/06_clustering.ipynb #0f795877
 def within_between(
-    similarity: pd.DataFrame, # (n, n) similarity of the models, the higher the more alike
-    groups: pd.Series, # (n,) group of each model, indexed by its name
-) -> pd.DataFrame: # a row per group: models, mean similarity within and between, share of nearest neighbours of the own group
+    similarity: pd.DataFrame,  # (n, n) similarity of the models, the higher the more alike
+    groups: pd.Series,  # (n,) group of each model, indexed by its name
+) -> pd.DataFrame:  # a row per group: models, mean similarity within and between, share of nearest neighbours of the own group
     "How alike the models of each group are among themselves and to all others."
     values, groups = _check_square(similarity).copy(), _grouped(groups, similarity.index)
     np.fill_diagonal(values, np.nan)
@@ -73,30 +97,37 @@ def within_between(
     for name in _names(groups):
         own = codes == name
         inside = values[np.ix_(own, own)]
-        rows[name] = dict(models=int(own.sum()), within=np.nanmean(inside) if own.sum() > 1 else np.nan,
-                          between=values[np.ix_(own, ~own)].mean() if (~own).any() else np.nan,
-                          neighbour=nearest[own].mean() if own.sum() > 1 else np.nan)
+        rows[name] = dict(
+            models=int(own.sum()),
+            within=np.nanmean(inside) if own.sum() > 1 else np.nan,
+            between=values[np.ix_(own, ~own)].mean() if (~own).any() else np.nan,
+            neighbour=nearest[own].mean() if own.sum() > 1 else np.nan,
+        )
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(groups.name or "group")
 
 # %% ../nbs/06_clustering.ipynb #4f8a3f35
 def _spectral_labels(affinity: np.ndarray, k: int, seed: int, assign: str) -> np.ndarray:
     "scikit-learn's labels, without its remarks on graphs that fall apart, which is what we hope for."
-    model = SpectralClustering(k, affinity="precomputed", assign_labels=assign, random_state=seed)
+    model = SpectralClustering(
+        k, affinity="precomputed", assign_labels=assign, random_state=seed
+    )
     with warnings.catch_warnings(), contextlib.redirect_stdout(None):
         warnings.filterwarnings("ignore", message="Graph is not fully connected")
         try:
             return model.fit_predict(affinity)
         except np.linalg.LinAlgError:
-            raise ValueError(f"no {k} clusters by {assign!r}: most affinities are 0; widen the kernel, or assign by 'cluster_qr'") from None
+            raise ValueError(
+                f"no {k} clusters by {assign!r}: most affinities are 0; widen the kernel, or assign by 'cluster_qr'"
+            ) from None
 
 # %% ../nbs/06_clustering.ipynb #05f0b1ff
 def spectral_clusters(
-    similarity: pd.DataFrame, # (n, n) cosine similarities or another affinity, labelled on both sides
-    k: int, # number of clusters
-    seed: int = 0, # of the random start
-    assign: str = "discretize", # how positions become labels: "discretize" (the authors' choice), "kmeans" or "cluster_qr"
-    negative: str = "clip", # what becomes of negative entries: "clip" them to 0, or "shift" everything to (1 + s) / 2
-) -> pd.Series: # (n,) cluster of each model, numbered from 0 in order of appearance; some of the k may stay empty
+    similarity: pd.DataFrame,  # (n, n) cosine similarities or another affinity, labelled on both sides
+    k: int,  # number of clusters
+    seed: int = 0,  # of the random start
+    assign: str = "discretize",  # how positions become labels: "discretize" (the authors' choice), "kmeans" or "cluster_qr"
+    negative: str = "clip",  # what becomes of negative entries: "clip" them to 0, or "shift" everything to (1 + s) / 2
+) -> pd.Series:  # (n,) cluster of each model, numbered from 0 in order of appearance; some of the k may stay empty
     "Spectral clustering of the graph of similarities; the same partition for every order of the rows."
     _check_square(similarity)
     n = len(similarity)
@@ -108,27 +139,41 @@ def spectral_clusters(
         return pd.Series(np.arange(n) if k == n else 0, similarity.index, name="cluster")
     order = sorted(similarity.index, key=str)
     affinity = similarity.loc[order, order].to_numpy(float)
-    affinity = (1 + affinity) / 2 if negative == "shift" and affinity.min() < 0 else affinity.clip(min=0)
-    labels = pd.Series(_spectral_labels(affinity, k, seed, assign), order).reindex(similarity.index)
+    affinity = (
+        (1 + affinity) / 2
+        if negative == "shift" and affinity.min() < 0
+        else affinity.clip(min=0)
+    )
+    labels = pd.Series(_spectral_labels(affinity, k, seed, assign), order).reindex(
+        similarity.index
+    )
     return pd.Series(pd.factorize(labels)[0], similarity.index, name="cluster")
 
 # %% ../nbs/06_clustering.ipynb #2c94bb2d
 def silhouette_clusters(
-    similarity: pd.DataFrame, # (n, n) cosine similarities, labelled on both sides
-    most: int = 40, # clusters at most
-    seed: int = 0, # of the random starts
-) -> pd.Series: # (n,) cluster of each model, numbered from 0 in order of appearance
+    similarity: pd.DataFrame,  # (n, n) cosine similarities, labelled on both sides
+    most: int = 40,  # clusters at most
+    seed: int = 0,  # of the random starts
+) -> pd.Series:  # (n,) cluster of each model, numbered from 0 in order of appearance
     "Spectral clusters, as many of them as have the best silhouette."
     distance = (1 - _check_square(similarity)).clip(min=0)
     np.fill_diagonal(distance, 0)
-    found = [c for k in range(2, min(len(similarity), most + 1)) if 1 < (c := spectral_clusters(similarity, k, seed)).nunique() < len(c)]
-    return max(found, key=lambda c: silhouette_score(distance, c, metric="precomputed"), default=spectral_clusters(similarity, 1))
+    found = [
+        c
+        for k in range(2, min(len(similarity), most + 1))
+        if 1 < (c := spectral_clusters(similarity, k, seed)).nunique() < len(c)
+    ]
+    return max(
+        found,
+        key=lambda c: silhouette_score(distance, c, metric="precomputed"),
+        default=spectral_clusters(similarity, 1),
+    )
 
 # %% ../nbs/06_clustering.ipynb #0e6c978d
 def match_clusters(
-    clusters: pd.Series, # (n,) cluster of each model
-    groups: pd.Series, # (n,) group of each model, indexed by its name
-) -> pd.Series: # group of each cluster; missing where there are more clusters than groups
+    clusters: pd.Series,  # (n,) cluster of each model
+    groups: pd.Series,  # (n,) group of each model, indexed by its name
+) -> pd.Series:  # group of each cluster; missing where there are more clusters than groups
     "One-to-one matching of clusters to groups that puts most models right."
     groups = _grouped(groups, clusters.index)
     counts = pd.crosstab(clusters.to_numpy(), groups.to_numpy())[_names(groups)]
@@ -141,29 +186,39 @@ def match_clusters(
 @dataclass(frozen=True, repr=False, eq=False)
 class Scores:
     "What a clustering is worth: figures, the table of groups, and the partition they were computed from."
-    n: int # number of models
-    k: int # number of clusters that are not empty
-    accuracy: float # share of models in the cluster matched to their group
-    ari: float # adjusted Rand index: 0 by chance, 1 for the groups themselves
-    nmi: float # normalised mutual information, 0 to 1
-    perfect: int # number of clusters that hold one whole group and nothing else
-    table: pd.DataFrame # per group: models, cluster, precision, recall, f1
-    clusters: pd.Series # (n,) cluster of each model
-    groups: pd.Series # (n,) group of each model
-    matching: pd.Series # group of each cluster
-    low: float = np.nan # lower end of the bootstrap interval of the accuracy
-    high: float = np.nan # upper end of it
-    p: float = np.nan # permutation p-value of the accuracy
-    least: float = 0.0 # the smallest p-value that so few models can give
 
-    def row(self) -> dict: # the figures alone, a tidy row
+    n: int  # number of models
+    k: int  # number of clusters that are not empty
+    accuracy: float  # share of models in the cluster matched to their group
+    ari: float  # adjusted Rand index: 0 by chance, 1 for the groups themselves
+    nmi: float  # normalised mutual information, 0 to 1
+    perfect: int  # number of clusters that hold one whole group and nothing else
+    table: pd.DataFrame  # per group: models, cluster, precision, recall, f1
+    clusters: pd.Series  # (n,) cluster of each model
+    groups: pd.Series  # (n,) group of each model
+    matching: pd.Series  # group of each cluster
+    low: float = np.nan  # lower end of the bootstrap interval of the accuracy
+    high: float = np.nan  # upper end of it
+    p: float = np.nan  # permutation p-value of the accuracy
+    least: float = 0.0  # the smallest p-value that so few models can give
+
+    def row(self) -> dict:  # the figures alone, a tidy row
         "The figures as one row for a table of results."
-        return {k: getattr(self, k) for k in ("n", "k", "accuracy", "low", "high", "p", "ari", "nmi", "perfect")}
+        return {
+            k: getattr(self, k)
+            for k in ("n", "k", "accuracy", "low", "high", "p", "ari", "nmi", "perfect")
+        }
 
     def __repr__(self):
-        sure = "" if np.isnan(self.low) else f" [{self.low:.3f}, {self.high:.3f}], p = {self.p:.3g}"
-        return (f"Scores of {self.n} models in {self.k} clusters: accuracy {self.accuracy:.3f}{sure}, "
-                f"ARI {self.ari:.3f}, NMI {self.nmi:.3f}, {self.perfect} perfect")
+        sure = (
+            ""
+            if np.isnan(self.low)
+            else f" [{self.low:.3f}, {self.high:.3f}], p = {self.p:.3g}"
+        )
+        return (
+            f"Scores of {self.n} models in {self.k} clusters: accuracy {self.accuracy:.3f}{sure}, "
+            f"ARI {self.ari:.3f}, NMI {self.nmi:.3f}, {self.perfect} perfect"
+        )
 
     def _repr_html_(self):
         figures = pd.DataFrame([self.row()]).round(3).to_html(index=False, na_rep="-", border=0)
@@ -171,30 +226,56 @@ class Scores:
 
 # %% ../nbs/06_clustering.ipynb #81e66cf6
 def score(
-    clusters: pd.Series, # (n,) cluster of each model
-    groups: pd.Series, # (n,) group of each model, indexed by its name
-) -> Scores: # without interval and p-value
+    clusters: pd.Series,  # (n,) cluster of each model
+    groups: pd.Series,  # (n,) group of each model, indexed by its name
+) -> Scores:  # without interval and p-value
     "Accuracy, per-group precision, recall and F1, ARI, NMI and the number of perfect clusters."
     if not len(clusters):
         raise ValueError("there are no models to score")
     groups = _grouped(groups, clusters.index)
     names, matching = _names(groups), match_clusters(clusters, groups)
     code = {name: i for i, name in enumerate(names)}
-    true, found = groups.map(code).to_numpy(), clusters.map(matching).map(code).fillna(-1).to_numpy(int)
-    precision, recall, f1, models = precision_recall_fscore_support(true, found, labels=range(len(names)), zero_division=0)
+    true, found = (
+        groups.map(code).to_numpy(),
+        clusters.map(matching).map(code).fillna(-1).to_numpy(int),
+    )
+    precision, recall, f1, models = precision_recall_fscore_support(
+        true, found, labels=range(len(names)), zero_division=0
+    )
     own = pd.Series(matching.index, matching.to_numpy())
-    table = pd.DataFrame(dict(models=models, cluster=[own.get(name) for name in names], precision=precision, recall=recall, f1=f1),
-                         pd.Index(names, name=groups.name or "group"))
-    table["cluster"] = table["cluster"].astype("Int64" if pd.api.types.is_integer_dtype(clusters) else object)
-    return Scores(len(clusters), clusters.nunique(), float((true == found).mean()), float(adjusted_rand_score(groups, clusters)),
-                  float(normalized_mutual_info_score(groups, clusters)), int((f1 == 1).sum()), table, clusters, groups, matching)
+    table = pd.DataFrame(
+        dict(
+            models=models,
+            cluster=[own.get(name) for name in names],
+            precision=precision,
+            recall=recall,
+            f1=f1,
+        ),
+        pd.Index(names, name=groups.name or "group"),
+    )
+    table["cluster"] = table["cluster"].astype(
+        "Int64" if pd.api.types.is_integer_dtype(clusters) else object
+    )
+    return Scores(
+        len(clusters),
+        clusters.nunique(),
+        float((true == found).mean()),
+        float(adjusted_rand_score(groups, clusters)),
+        float(normalized_mutual_info_score(groups, clusters)),
+        int((f1 == 1).sum()),
+        table,
+        clusters,
+        groups,
+        matching,
+    )
 
 # %% ../nbs/06_clustering.ipynb #c6f9502e
 def gaussian_affinity(
-    distance: pd.DataFrame, # (n, n) distances, labelled on both sides
-    width: float | str = "median", # sigma in the unit of the distances, "median", or "local": one for each model
-    neighbours: int = 7, # for "local": sigma is the distance to this nearest other model, or to the last
-) -> pd.DataFrame: # (n, n) affinities between 0 and 1
+    distance: pd.DataFrame,  # (n, n) distances, labelled on both sides
+    width: float
+    | str = "median",  # sigma in the unit of the distances, "median", or "local": one for each model
+    neighbours: int = 7,  # for "local": sigma is the distance to this nearest other model, or to the last
+) -> pd.DataFrame:  # (n, n) affinities between 0 and 1
     "Gaussian kernel of a distance matrix."
     values = _check_square(distance)
     if (values < 0).any():
@@ -205,8 +286,12 @@ def gaussian_affinity(
     else:
         sigma = np.full(len(values), np.median(others) if width == "median" else float(width))
     if not (sigma > 0).all():
-        raise ValueError(f"the kernel of {distance.index[sigma.argmin()]!r} has width {sigma.min():g}: it must be positive")
-    return pd.DataFrame(np.exp(-(values**2) / (2 * np.outer(sigma, sigma))), distance.index, distance.columns)
+        raise ValueError(
+            f"the kernel of {distance.index[sigma.argmin()]!r} has width {sigma.min():g}: it must be positive"
+        )
+    return pd.DataFrame(
+        np.exp(-(values**2) / (2 * np.outer(sigma, sigma))), distance.index, distance.columns
+    )
 
 # %% ../nbs/06_clustering.ipynb #ab1050ff
 def _units(by, groups, constant=False):
@@ -217,8 +302,11 @@ def _units(by, groups, constant=False):
     if constant:
         mixed = groups.groupby(by.to_numpy()).nunique()
         if (mixed > 1).any():
-            raise ValueError(f"the unit {mixed.idxmax()!r} has models of {mixed.max()} groups: its groups cannot be shuffled as one")
+            raise ValueError(
+                f"the unit {mixed.idxmax()!r} has models of {mixed.max()} groups: its groups cannot be shuffled as one"
+            )
     return pd.factorize(by)[0]
+
 
 def _best_hits(clusters, groups):
     "Most models that a one-to-one matching of two integer labellings can put right."
@@ -228,41 +316,57 @@ def _best_hits(clusters, groups):
 
 # %% ../nbs/06_clustering.ipynb #e16f1f50
 def permutation_p(
-    clusters: pd.Series, # (n,) cluster of each model
-    groups: pd.Series, # (n,) group of each model, indexed by its name
-    n: int = 1000, # number of shuffles
-    seed: int = 0, # of the shuffles
-    by: pd.Series | None = None, # (n,) unit of each model, shuffled as a whole (its dataset); None: models are shuffled
-) -> float: # p-value, between 1 / (n + 1) and 1
+    clusters: pd.Series,  # (n,) cluster of each model
+    groups: pd.Series,  # (n,) group of each model, indexed by its name
+    n: int = 1000,  # number of shuffles
+    seed: int = 0,  # of the shuffles
+    by: pd.Series
+    | None = None,  # (n,) unit of each model, shuffled as a whole (its dataset); None: models are shuffled
+) -> float:  # p-value, between 1 / (n + 1) and 1
     "How often groups dealt out at random match the clusters at least as well as the true ones."
     groups = _grouped(groups, clusters.index)
-    rng, units, found = np.random.default_rng(seed), _units(by, groups, constant=True), pd.factorize(clusters)[0]
+    rng, units, found = (
+        np.random.default_rng(seed),
+        _units(by, groups, constant=True),
+        pd.factorize(clusters)[0],
+    )
     true = pd.factorize(groups)[0]
     of_unit = true[np.unique(units, return_index=True)[1]]  # the group of each unit
     observed = _best_hits(found, true)
-    as_high = sum(_best_hits(found, rng.permutation(of_unit)[units]) >= observed for _ in range(n))
+    as_high = sum(
+        _best_hits(found, rng.permutation(of_unit)[units]) >= observed for _ in range(n)
+    )
     return float((1 + as_high) / (1 + n))
 
+
 def least_p(
-    groups: pd.Series, # (n,) group of each model
-    n: int = 1000, # number of shuffles
-    by: pd.Series | None = None, # (n,) unit of each model, shuffled as a whole; None: models are shuffled
-) -> float: # 0 to 1
+    groups: pd.Series,  # (n,) group of each model
+    n: int = 1000,  # number of shuffles
+    by: pd.Series
+    | None = None,  # (n,) unit of each model, shuffled as a whole; None: models are shuffled
+) -> float:  # 0 to 1
     "The smallest p-value that can be had: a perfect match, when dealing it out again by chance is the only way to be as good."
     sizes = groups.groupby(_units(by, groups)).first().value_counts()
     deals = lgamma(sizes.sum() + 1) - sum(lgamma(size + 1) for size in sizes)
-    alike = sum(lgamma(same + 1) for same in sizes.value_counts())  # groups of one size may change names
+    alike = sum(
+        lgamma(same + 1) for same in sizes.value_counts()
+    )  # groups of one size may change names
     return max(exp(alike - deals), 1 / (1 + n))
 
 # %% ../nbs/06_clustering.ipynb #d6d10957
 class Interval(NamedTuple):
     "A confidence interval."
-    low: float # lower end
-    high: float # upper end
+
+    low: float  # lower end
+    high: float  # upper end
+
 
 def _draws(n_units, n, seed):
     "How often each unit is drawn in each of `n` bootstrap samples, (n, n_units)."
-    return np.random.default_rng(seed).multinomial(n_units, np.full(n_units, 1 / n_units), size=n)
+    return np.random.default_rng(seed).multinomial(
+        n_units, np.full(n_units, 1 / n_units), size=n
+    )
+
 
 def _found(scores):
     "The group each model is put into, missing where its cluster has none."
@@ -270,13 +374,14 @@ def _found(scores):
 
 # %% ../nbs/06_clustering.ipynb #d9ac5bf9
 def bootstrap(
-    clusters: pd.Series, # (n,) cluster of each model
-    groups: pd.Series, # (n,) group of each model, indexed by its name
-    n: int = 1000, # number of draws
-    seed: int = 0, # of the draws
-    by: pd.Series | None = None, # (n,) unit of each model, drawn as a whole (its dataset); None: models are drawn
-    level: float = 0.95, # probability that the interval is to cover
-) -> Interval: # of the accuracy
+    clusters: pd.Series,  # (n,) cluster of each model
+    groups: pd.Series,  # (n,) group of each model, indexed by its name
+    n: int = 1000,  # number of draws
+    seed: int = 0,  # of the draws
+    by: pd.Series
+    | None = None,  # (n,) unit of each model, drawn as a whole (its dataset); None: models are drawn
+    level: float = 0.95,  # probability that the interval is to cover
+) -> Interval:  # of the accuracy
     "Percentile interval of the accuracy, models (or whole units) drawn anew from a fixed partition."
     s = score(clusters, groups)
     units = _units(by, s.groups)
@@ -287,49 +392,71 @@ def bootstrap(
     if not right.any():
         return Interval(0.0, 1 - (alpha / 2) ** (1 / u))
     times = _draws(u, n, seed)
-    return Interval(*map(float, np.quantile((times @ right) / (times @ size), [alpha / 2, 1 - alpha / 2])))
+    return Interval(
+        *map(float, np.quantile((times @ right) / (times @ size), [alpha / 2, 1 - alpha / 2]))
+    )
 
 # %% ../nbs/06_clustering.ipynb #24880659
 def bootstrap_f1(
-    clusters: pd.Series, # (n,) cluster of each model
-    groups: pd.Series, # (n,) group of each model, indexed by its name
-    n: int = 1000, # number of draws
-    seed: int = 0, # of the draws
-    by: pd.Series | None = None, # (n,) unit of each model, drawn as a whole (its dataset); None: models are drawn
-    level: float = 0.95, # probability that an interval is to cover
-) -> pd.DataFrame: # a row per group: f1_low, f1_high
+    clusters: pd.Series,  # (n,) cluster of each model
+    groups: pd.Series,  # (n,) group of each model, indexed by its name
+    n: int = 1000,  # number of draws
+    seed: int = 0,  # of the draws
+    by: pd.Series
+    | None = None,  # (n,) unit of each model, drawn as a whole (its dataset); None: models are drawn
+    level: float = 0.95,  # probability that an interval is to cover
+) -> pd.DataFrame:  # a row per group: f1_low, f1_high
     "Percentile interval of the F1 of every group, from a fixed partition and matching."
     s = score(clusters, groups)
     units, found, rows = _units(by, s.groups), _found(s), {}
     times = _draws(units.max() + 1, n, seed)
     for name in s.table.index:
         is_group, is_found = (s.groups == name).to_numpy(), (found == name).to_numpy()
-        hits, either = (times @ np.bincount(units, w) for w in (is_group & is_found, is_group * 1.0 + is_found))
+        hits, either = (
+            times @ np.bincount(units, w)
+            for w in (is_group & is_found, is_group * 1.0 + is_found)
+        )
         present = either > 0  # draws without the group say nothing of it
         f1 = 2 * hits[present] / either[present]
-        rows[name] = np.quantile(f1, [(1 - level) / 2, (1 + level) / 2]) if present.any() else (np.nan, np.nan)
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["f1_low", "f1_high"]).rename_axis(s.table.index.name)
+        rows[name] = (
+            np.quantile(f1, [(1 - level) / 2, (1 + level) / 2])
+            if present.any()
+            else (np.nan, np.nan)
+        )
+    return pd.DataFrame.from_dict(
+        rows, orient="index", columns=["f1_low", "f1_high"]
+    ).rename_axis(s.table.index.name)
 
 # %% ../nbs/06_clustering.ipynb #cda9e4a5
 def cluster_report(
-    similarity: pd.DataFrame, # (n, n) cosine similarities or another affinity, labelled on both sides
-    groups: pd.Series, # (n,) group of each model, indexed by its name
-    k: int | None = None, # number of clusters; None: the number of groups
-    seed: int = 0, # of clustering, shuffles and draws
-    by: pd.Series | None = None, # (n,) unit that is drawn and shuffled as a whole, such as the dataset of each model
-    assign: str = "discretize", # see `spectral_clusters`
-    negative: str = "clip", # see `spectral_clusters`
-    n: int = 1000, # number of shuffles and of draws
-) -> Scores: # with interval, p-value and intervals of F1
+    similarity: pd.DataFrame,  # (n, n) cosine similarities or another affinity, labelled on both sides
+    groups: pd.Series,  # (n,) group of each model, indexed by its name
+    k: int | None = None,  # number of clusters; None: the number of groups
+    seed: int = 0,  # of clustering, shuffles and draws
+    by: pd.Series
+    | None = None,  # (n,) unit that is drawn and shuffled as a whole, such as the dataset of each model
+    assign: str = "discretize",  # see `spectral_clusters`
+    negative: str = "clip",  # see `spectral_clusters`
+    n: int = 1000,  # number of shuffles and of draws
+) -> Scores:  # with interval, p-value and intervals of F1
     "Cluster, match, score, and say how certain that is."
     _check_square(similarity)
     groups = _grouped(groups, similarity.index)
-    clusters = spectral_clusters(similarity, groups.nunique() if k is None else k, seed, assign, negative)
+    clusters = spectral_clusters(
+        similarity, groups.nunique() if k is None else k, seed, assign, negative
+    )
     s = score(clusters, groups)
     low, high = bootstrap(clusters, groups, n, seed, by)
     nested = by is not None and len(np.unique(_units(by, groups))) > groups.nunique()
     dealt = by if nested else None
-    return replace(s, low=low, high=high, p=permutation_p(clusters, groups, n, seed, dealt), least=least_p(groups, n, dealt), table=s.table.join(bootstrap_f1(clusters, groups, n, seed, by)))
+    return replace(
+        s,
+        low=low,
+        high=high,
+        p=permutation_p(clusters, groups, n, seed, dealt),
+        least=least_p(groups, n, dealt),
+        table=s.table.join(bootstrap_f1(clusters, groups, n, seed, by)),
+    )
 
 # %% ../nbs/06_clustering.ipynb #4879b554
 def _classical_mds(distance):
@@ -341,16 +468,19 @@ def _classical_mds(distance):
 
 # %% ../nbs/06_clustering.ipynb #c8019b6f
 def embed_map(
-    matrix: pd.DataFrame, # (n, n) cosine similarities or Euclidean distances, labelled on both sides
-    kind: str = "tsne", # "tsne" or "mds"
-    metric: str = "cosine", # what the matrix holds: "cosine" similarities or "euclidean" distances
-    seed: int = 0, # of the optimiser
-    perplexity: float | None = None, # t-SNE's number of neighbours; None: a third of the models, at most 30
-) -> pd.DataFrame: # columns x, y, indexed by model
+    matrix: pd.DataFrame,  # (n, n) cosine similarities or Euclidean distances, labelled on both sides
+    kind: str = "tsne",  # "tsne" or "mds"
+    metric: str = "cosine",  # what the matrix holds: "cosine" similarities or "euclidean" distances
+    seed: int = 0,  # of the optimiser
+    perplexity: float
+    | None = None,  # t-SNE's number of neighbours; None: a third of the models, at most 30
+) -> pd.DataFrame:  # columns x, y, indexed by model
     "Place the models on a plane so that similar models lie close together."
     values = _check_square(matrix)
     if metric not in ("cosine", "euclidean") or kind not in ("tsne", "mds"):
-        raise ValueError(f"no map of kind {kind!r} and metric {metric!r}: choose tsne or mds, and cosine or euclidean")
+        raise ValueError(
+            f"no map of kind {kind!r} and metric {metric!r}: choose tsne or mds, and cosine or euclidean"
+        )
     if len(values) < 4:
         raise ValueError(f"a map needs at least 4 models: got {len(values)}")
     distance = (1 - values).clip(min=0) if metric == "cosine" else values.copy()
@@ -359,7 +489,14 @@ def embed_map(
     if kind == "mds":
         xy, _ = smacof(distance, n_components=2, init=xy, n_init=1, random_state=seed)
     else:
-        xy = 1e-4 * xy / max(xy[:, 0].std(), 1e-12)  # the scale scikit-learn recommends for a start
-        xy = TSNE(metric="precomputed", init=xy.astype(np.float32), random_state=seed, method="exact" if len(xy) <= 300 else "barnes_hut",
-                  perplexity=perplexity or min(30, (len(xy) - 1) / 3)).fit_transform(distance)
+        xy = (
+            1e-4 * xy / max(xy[:, 0].std(), 1e-12)
+        )  # the scale scikit-learn recommends for a start
+        xy = TSNE(
+            metric="precomputed",
+            init=xy.astype(np.float32),
+            random_state=seed,
+            method="exact" if len(xy) <= 300 else "barnes_hut",
+            perplexity=perplexity or min(30, (len(xy) - 1) / 3),
+        ).fit_transform(distance)
     return pd.DataFrame(xy, matrix.index, ["x", "y"])

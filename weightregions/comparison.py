@@ -27,102 +27,192 @@ from tqdm import tqdm
 from .files import append_line, write_whole
 
 # %% ../nbs/24_comparison.ipynb #27680044
-GROUPS = ("In", "In'", "Ex") # in the order of tables and figures
+GROUPS = ("In", "In'", "Ex")  # in the order of tables and figures
+
 
 @dataclass(frozen=True, repr=False)
 class Groups:
     "Which models are In, which are Ex, and on which datasets both are measured."
-    granularity: str # "dataset", "task" or "general"
-    trait: str # the dataset or the family that In shares; "" at the general level
-    In: list # names of the models that share the trait
-    Ex: list # names of the models that do not; empty at the general level, where Ex are random perturbations
-    targets: list # datasets whose test splits are used
-    left_out: dict = field(default_factory=dict) # dataset that shares its sentences with a target -> its models, which are not in Ex
+
+    granularity: str  # "dataset", "task" or "general"
+    trait: str  # the dataset or the family that In shares; "" at the general level
+    In: list  # names of the models that share the trait
+    Ex: list  # names of the models that do not; empty at the general level, where Ex are random perturbations
+    targets: list  # datasets whose test splits are used
+    left_out: dict = field(
+        default_factory=dict
+    )  # dataset that shares its sentences with a target -> its models, which are not in Ex
 
     def __repr__(self):
         what = f"{self.granularity} {self.trait}".strip()
-        ex = f"{len(self.Ex)} Ex" if self.granularity != "general" else "Ex: random perturbations"
-        twins = f"; not in Ex, for they share its sentences: {', '.join(self.left_out)}" if self.left_out else ""
+        ex = (
+            f"{len(self.Ex)} Ex"
+            if self.granularity != "general"
+            else "Ex: random perturbations"
+        )
+        twins = (
+            f"; not in Ex, for they share its sentences: {', '.join(self.left_out)}"
+            if self.left_out
+            else ""
+        )
         return f"Groups({what}: {len(self.In)} In, {ex}, measured on {', '.join(self.targets)}{twins})"
 
 # %% ../nbs/24_comparison.ipynb #e78b564e
 def _checked(models, columns):
     "The table of models, indexed by name; refuses one that leaves something open."
     if not isinstance(models, pd.DataFrame):
-        raise ValueError(f"expected a table of models, a pandas DataFrame, got {type(models).__name__}")
-    if "model" in models: models = models.set_index("model")
+        raise ValueError(
+            f"expected a table of models, a pandas DataFrame, got {type(models).__name__}"
+        )
+    if "model" in models:
+        models = models.set_index("model")
     if missing := [c for c in columns if c not in models]:
-        raise ValueError(f"the table of models has no column {missing[0]!r}, only {', '.join(map(str, models))}")
+        raise ValueError(
+            f"the table of models has no column {missing[0]!r}, only {', '.join(map(str, models))}"
+        )
     if not models.index.is_unique:
-        raise ValueError(f"the model {models.index[models.index.duplicated()][0]!r} is listed twice")
+        raise ValueError(
+            f"the model {models.index[models.index.duplicated()][0]!r} is listed twice"
+        )
     for column in columns:
         empty = models[column].isna() | (models[column].astype(str) == "")
-        if empty.any(): raise ValueError(f"the {column} of the model {models.index[empty][0]!r} is not given")
+        if empty.any():
+            raise ValueError(
+                f"the {column} of the model {models.index[empty][0]!r} is not given"
+            )
     return models
+
 
 def _known(names, there, what):
     "The given names as a list; refuses one that is not there."
     names = [names] if isinstance(names, str) else list(names)
     if strange := [n for n in names if n not in set(there)]:
-        raise ValueError(f"no model has the {what} {strange[0]!r}, only {', '.join(map(str, dict.fromkeys(there)))}")
+        raise ValueError(
+            f"no model has the {what} {strange[0]!r}, only {', '.join(map(str, dict.fromkeys(there)))}"
+        )
     return names
 
 # %% ../nbs/24_comparison.ipynb #1c9cbf53
 def _twins(twins, targets, share):
     "Datasets that share `share` or more of their sentences with one of the targets, in order of name."
-    if twins is None: return []
+    if twins is None:
+        return []
     if missing := [c for c in ("a", "b", "share") if c not in twins]:
-        raise ValueError(f"the table of twins has no column {missing[0]!r}: a row is a pair of datasets a, b and the share of sentences in common")
+        raise ValueError(
+            f"the table of twins has no column {missing[0]!r}: a row is a pair of datasets a, b and the share of sentences in common"
+        )
     near = twins[twins["share"] >= share]
-    return sorted({other for a, b in zip(near["a"], near["b"]) for one, other in ((a, b), (b, a)) if one in targets and other not in targets})
+    return sorted(
+        {
+            other
+            for a, b in zip(near["a"], near["b"])
+            for one, other in ((a, b), (b, a))
+            if one in targets and other not in targets
+        }
+    )
 
 # %% ../nbs/24_comparison.ipynb #af228ecf
 def groups_of(
-    models: pd.DataFrame, # a row a model: column or index model; columns dataset and, for tasks, family
-    granularity: str, # "dataset", "task" or "general"
-    trait: str | None = None, # the dataset, or the family; None at the general level
-    ex_families: Iterable | None = None, # Ex only from these families; None: from all
-    targets: Iterable | None = None, # measure on these datasets of the trait only; None: on all of them
-    twins: pd.DataFrame | None = None, # rows a, b, share: datasets with common sentences, whose models are kept out of Ex
-    share: float = 0.1, # of the sentences in common, from which on two datasets are twins
-) -> Groups: # names of models and of targets
+    models: pd.DataFrame,  # a row a model: column or index model; columns dataset and, for tasks, family
+    granularity: str,  # "dataset", "task" or "general"
+    trait: str | None = None,  # the dataset, or the family; None at the general level
+    ex_families: Iterable | None = None,  # Ex only from these families; None: from all
+    targets: Iterable
+    | None = None,  # measure on these datasets of the trait only; None: on all of them
+    twins: pd.DataFrame
+    | None = None,  # rows a, b, share: datasets with common sentences, whose models are kept out of Ex
+    share: float = 0.1,  # of the sentences in common, from which on two datasets are twins
+) -> Groups:  # names of models and of targets
     "Who is In, who is Ex, and on which datasets to measure them."
     if granularity not in ("dataset", "task", "general"):
         raise ValueError(f"granularity is dataset, task or general: not {granularity!r}")
     column = "family" if granularity == "task" else "dataset"
-    models = _checked(models, ["dataset", "family"] if granularity == "task" or ex_families is not None else ["dataset"])
+    models = _checked(
+        models,
+        ["dataset", "family"]
+        if granularity == "task" or ex_families is not None
+        else ["dataset"],
+    )
     if granularity == "general":
-        if trait is not None or ex_families is not None: raise ValueError("at the general level all models are In: give neither trait nor ex_families")
+        if trait is not None or ex_families is not None:
+            raise ValueError(
+                "at the general level all models are In: give neither trait nor ex_families"
+            )
         inside, what = pd.Series(True, models.index), "In"
     else:
-        if trait is None: raise ValueError(f"say which {column} the models share, as trait")
-        inside, what = models[column] == _known([trait], models[column], column)[0], f"In of {trait!r}"
+        if trait is None:
+            raise ValueError(f"say which {column} the models share, as trait")
+        inside, what = (
+            models[column] == _known([trait], models[column], column)[0],
+            f"In of {trait!r}",
+        )
     own = list(dict.fromkeys(models.dataset[inside]))
     targets = own if targets is None else _known(targets, own, "trait and the dataset")
-    if inside.sum() < 2: raise ValueError(f"{what} holds {inside.sum()} model: a region needs two at least")
-    if granularity == "general": return Groups(granularity, "", list(models.index), [], targets)
-    outside = ~inside if ex_families is None else ~inside & models.family.isin(_known(ex_families, models.family, "family"))
-    left = {d: list(models.index[outside & (models.dataset == d)]) for d in _twins(twins, targets, share)}
+    if inside.sum() < 2:
+        raise ValueError(f"{what} holds {inside.sum()} model: a region needs two at least")
+    if granularity == "general":
+        return Groups(granularity, "", list(models.index), [], targets)
+    outside = (
+        ~inside
+        if ex_families is None
+        else ~inside & models.family.isin(_known(ex_families, models.family, "family"))
+    )
+    left = {
+        d: list(models.index[outside & (models.dataset == d)])
+        for d in _twins(twins, targets, share)
+    }
     outside &= ~models.dataset.isin(list(left))
-    if not outside.any(): raise ValueError(f"no model is left for the Ex of {trait!r}")
-    return Groups(granularity, trait, list(models.index[inside]), list(models.index[outside]), targets, {d: m for d, m in left.items() if m})
+    if not outside.any():
+        raise ValueError(f"no model is left for the Ex of {trait!r}")
+    return Groups(
+        granularity,
+        trait,
+        list(models.index[inside]),
+        list(models.index[outside]),
+        targets,
+        {d: m for d, m in left.items() if m},
+    )
 
 # %% ../nbs/24_comparison.ipynb #c5edb362
 def _losses(rows, by, units, what):
     "Columns target, unit, point and loss (inf where not finite), in an order that does not depend on the rows'."
-    if missing := [c for c in [by, "point", "loss", *([units] if units else [])] if c not in rows]:
+    if missing := [
+        c for c in [by, "point", "loss", *([units] if units else [])] if c not in rows
+    ]:
         raise ValueError(f"{what}: no column {missing[0]!r}, only {', '.join(map(str, rows))}")
-    if not len(rows): raise ValueError(f"{what} has no rows: nothing was measured")
+    if not len(rows):
+        raise ValueError(f"{what} has no rows: nothing was measured")
     note = rows["note"].fillna("") if "note" in rows else pd.Series("", rows.index)
     bad = rows["loss"].isna() & (note == "")
     if bad.any():
-        raise ValueError(f"{what}: the loss of {rows['point'][bad].iloc[0]!r} on {rows[by][bad].iloc[0]!r} is NaN, and no note says why")
+        raise ValueError(
+            f"{what}: the loss of {rows['point'][bad].iloc[0]!r} on {rows[by][bad].iloc[0]!r} is NaN, and no note says why"
+        )
     loss = rows["loss"].astype(float).to_numpy()
-    unit = rows["point"] if units is None else rows[units].where(rows[units].notna() & (rows[units] != ""), rows["point"])
-    table = pd.DataFrame(dict(target=rows[by].to_numpy(), unit=unit.to_numpy(), point=rows["point"].to_numpy(), loss=np.where(np.isfinite(loss), loss, np.inf)))
+    unit = (
+        rows["point"]
+        if units is None
+        else rows[units].where(rows[units].notna() & (rows[units] != ""), rows["point"])
+    )
+    table = pd.DataFrame(
+        dict(
+            target=rows[by].to_numpy(),
+            unit=unit.to_numpy(),
+            point=rows["point"].to_numpy(),
+            loss=np.where(np.isfinite(loss), loss, np.inf),
+        )
+    )
     twice = table.duplicated(["target", "point"])
-    if twice.any(): raise ValueError(f"{what}: {table.point[twice].iloc[0]!r} is measured twice on {table.target[twice].iloc[0]!r}")
-    return table.sort_values(["target", "unit", "point"], key=lambda c: c.astype(str), kind="stable", ignore_index=True)
+    if twice.any():
+        raise ValueError(
+            f"{what}: {table.point[twice].iloc[0]!r} is measured twice on {table.target[twice].iloc[0]!r}"
+        )
+    return table.sort_values(
+        ["target", "unit", "point"],
+        key=lambda c: c.astype(str),
+        kind="stable",
+        ignore_index=True,
+    )
 
 # %% ../nbs/24_comparison.ipynb #2124ecd3
 def _draws(table, n, rng):
@@ -131,9 +221,12 @@ def _draws(table, n, rng):
     measured = table.groupby(code)["target"].agg(lambda t: tuple(sorted(map(str, set(t)))))
     times, free = np.empty((n, len(names))), False
     for _, members in measured.groupby(measured).groups.items():
-        times[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=n)
+        times[:, members] = rng.multinomial(
+            len(members), np.full(len(members), 1 / len(members)), size=n
+        )
         free |= len(members) > 1
     return times[:, code], len(names), free
+
 
 def _better(a, b):
     "For every pair: 1 where a has the lower loss, 0 where b has, half where they tie."
@@ -142,30 +235,43 @@ def _better(a, b):
 # %% ../nbs/24_comparison.ipynb #d5885d61
 class PB(NamedTuple):
     "A probability of better, how certain it is, and what it was computed from."
-    value: float # P_B, 0 to 1: the mean over targets
-    low: float # lower end of its interval
-    high: float # upper end of it
-    pairs: int # number of pairs, over all targets
-    n_a: int # number of points in A
-    n_b: int # number of points in B
-    ties: int # number of pairs that tie
-    pooled: float # the same share over all pairs of all targets, which gives targets with more points more weight
-    targets: int # number of targets
-    p: float # permutation p-value: how often points dealt to A and B at random do as well for A
-    least: float # the smallest p-value that so few points can give
+
+    value: float  # P_B, 0 to 1: the mean over targets
+    low: float  # lower end of its interval
+    high: float  # upper end of it
+    pairs: int  # number of pairs, over all targets
+    n_a: int  # number of points in A
+    n_b: int  # number of points in B
+    ties: int  # number of pairs that tie
+    pooled: float  # the same share over all pairs of all targets, which gives targets with more points more weight
+    targets: int  # number of targets
+    p: float  # permutation p-value: how often points dealt to A and B at random do as well for A
+    least: float  # the smallest p-value that so few points can give
 
     def __repr__(self):
-        return (f"P_B = {100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]: {self.n_a} against {self.n_b} points, "
-                f"{self.pairs} pairs on {self.targets} target{'s' * (self.targets != 1)}, {self.ties} tied, p = {self.p:.2g}")
+        return (
+            f"P_B = {100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]: {self.n_a} against {self.n_b} points, "
+            f"{self.pairs} pairs on {self.targets} target{'s' * (self.targets != 1)}, {self.ties} tied, p = {self.p:.2g}"
+        )
 
 # %% ../nbs/24_comparison.ipynb #9c0b7245
 def _dealt(losses, n: int, rng, units: bool) -> tuple:
     "Which points fall to B in each of `n` shuffles, (n, points), and how many ways to deal there are: whole units change sides, or points within a unit that has both."
-    side, unit, point = (losses.index.get_level_values(level).astype(str) for level in ("side", "unit", "point"))
+    side, unit, point = (
+        losses.index.get_level_values(level).astype(str) for level in ("side", "unit", "point")
+    )
     mixed = set(unit[side == "b"]) & set(unit[side == "a"]) if units else set()
-    block = [f"{s} {p}" if not units or u in mixed else f"{s} {u}" for s, u, p in zip(side, unit, point)]
+    block = [
+        f"{s} {p}" if not units or u in mixed else f"{s} {u}"
+        for s, u, p in zip(side, unit, point)
+    ]
     there = losses.notna().groupby(block).any()
-    strata = pd.Series({b: (u if u in mixed else "", there.loc[b].to_numpy().tobytes()) for b, u in zip(block, unit)})
+    strata = pd.Series(
+        {
+            b: (u if u in mixed else "", there.loc[b].to_numpy().tobytes())
+            for b, u in zip(block, unit)
+        }
+    )
     is_b = pd.Series(side == "b", block).groupby(level=0).first()[strata.index].to_numpy()
     dealt, ways = np.empty((n, len(strata)), bool), 1
     for _, at in pd.Series(range(len(strata))).groupby(pd.factorize(strata)[0]):
@@ -173,29 +279,36 @@ def _dealt(losses, n: int, rng, units: bool) -> tuple:
         ways *= comb(len(at), int(is_b[at].sum()))
     return dealt[:, strata.index.get_indexer(block)], ways
 
+
 def _permutation_p(a, b, observed: float, n: int, rng, units: bool) -> "tuple[float, float]":
     "Share of `n` shuffles (and the true deal) in which A does at least as well as observed; and the least that this can be."
-    losses = pd.concat([a.assign(side="a"), b.assign(side="b")]).pivot(index=["side", "unit", "point"], columns="target", values="loss")
+    losses = pd.concat([a.assign(side="a"), b.assign(side="b")]).pivot(
+        index=["side", "unit", "point"], columns="target", values="loss"
+    )
     (dealt, ways), there = _dealt(losses, n, rng, units), losses.notna().to_numpy(float)
     n_b = dealt @ there
     won = dealt @ losses.rank().fillna(0).to_numpy() - n_b * (n_b + 1) / 2
-    with np.errstate(invalid="ignore"): better = np.nanmean(won / (n_b * (there.sum(axis=0) - n_b)), axis=1)
+    with np.errstate(invalid="ignore"):
+        better = np.nanmean(won / (n_b * (there.sum(axis=0) - n_b)), axis=1)
     return float((1 + (better >= observed - 1e-12).sum()) / (1 + n)), max(1 / ways, 1 / (1 + n))
 
 # %% ../nbs/24_comparison.ipynb #b3b46942
 def probability_of_better(
-    a: pd.DataFrame, # rows of group A: columns point, loss, the column `by`, and note if a loss may be missing
-    b: pd.DataFrame, # rows of group B, on the same targets
-    by: str = "target", # column within which points are paired
-    n_boot: int = 1000, # number of bootstrap draws
-    seed: int = 0, # of the draws
-    units: str | None = None, # column of the unit drawn as a whole, such as "dataset"; where it is empty, the point itself
-    level: float = 0.95, # probability that the interval is to cover
-) -> PB: # share of pairs in which a point of A has the lower loss
+    a: pd.DataFrame,  # rows of group A: columns point, loss, the column `by`, and note if a loss may be missing
+    b: pd.DataFrame,  # rows of group B, on the same targets
+    by: str = "target",  # column within which points are paired
+    n_boot: int = 1000,  # number of bootstrap draws
+    seed: int = 0,  # of the draws
+    units: str
+    | None = None,  # column of the unit drawn as a whole, such as "dataset"; where it is empty, the point itself
+    level: float = 0.95,  # probability that the interval is to cover
+) -> PB:  # share of pairs in which a point of A has the lower loss
     "How often a point of A has a lower loss than a point of B."
     a, b = _losses(a, by, units, "A"), _losses(b, by, units, "B")
     if apart := sorted(set(a.target) ^ set(b.target), key=str):
-        raise ValueError(f"the target {apart[0]!r} is measured in {'A' if apart[0] in set(a.target) else 'B'} only")
+        raise ValueError(
+            f"the target {apart[0]!r} is measured in {'A' if apart[0] in set(a.target) else 'B'} only"
+        )
     rng, alpha = np.random.default_rng(seed), 1 - level
     (wa, ua, free_a), (wb, ub, free_b) = _draws(a, n_boot, rng), _draws(b, n_boot, rng)
     wins, drawn, pairs, ties = [], [], 0, 0
@@ -210,135 +323,240 @@ def probability_of_better(
     value, drawn = float((won / pairs).mean()), np.mean(drawn, axis=0)
     q = (alpha / 2) ** (1 / min(ua, ub))
     low, high = np.quantile(drawn, [alpha / 2, 1 - alpha / 2])
-    if np.ptp(drawn) < 1e-12 or not (free_a and free_b): low, high = value * q, 1 - (1 - value) * q
-    return PB(value, float(min(low, value)), float(max(high, value)), int(pairs.sum()), a.point.nunique(), b.point.nunique(), ties,
-              float(won.sum() / pairs.sum()), len(pairs), *_permutation_p(a, b, value, n_boot, rng, units is not None))
+    if np.ptp(drawn) < 1e-12 or not (free_a and free_b):
+        low, high = value * q, 1 - (1 - value) * q
+    return PB(
+        value,
+        float(min(low, value)),
+        float(max(high, value)),
+        int(pairs.sum()),
+        a.point.nunique(),
+        b.point.nunique(),
+        ties,
+        float(won.sum() / pairs.sum()),
+        len(pairs),
+        *_permutation_p(a, b, value, n_boot, rng, units is not None),
+    )
 
 # %% ../nbs/24_comparison.ipynb #7b1721ce
-COMPARISONS = (("In'", "Ex"), ("In", "Ex"), ("In'", "In")) # who is expected to be better, and than whom
+COMPARISONS = (
+    ("In'", "Ex"),
+    ("In", "Ex"),
+    ("In'", "In"),
+)  # who is expected to be better, and than whom
 
-PAPER = {"dataset": {"In' > Ex": 1.0, "In' > In": 0.88}, # MNLI against the rest of the General set (claim C8)
-         "task": {"In' > Ex": 1.0, "In > Ex": 0.753, "In' > In": 0.967}, # NLI (claim C9)
-         "general": {"In' > Ex": 1.0, "In' > In": 0.9}} # all against random perturbations (claim C10)
+PAPER = {
+    "dataset": {
+        "In' > Ex": 1.0,
+        "In' > In": 0.88,
+    },  # MNLI against the rest of the General set (claim C8)
+    "task": {"In' > Ex": 1.0, "In > Ex": 0.753, "In' > In": 0.967},  # NLI (claim C9)
+    "general": {"In' > Ex": 1.0, "In' > In": 0.9},
+}  # all against random perturbations (claim C10)
 
 # %% ../nbs/24_comparison.ipynb #820f6913
 def comparison_table(
-    rows: pd.DataFrame, # measured rows: columns group, point, loss, the column `by`, and note if there is one
-    comparisons: Iterable | None = None, # pairs (A, B) of groups; None: those of the paper whose groups are there
-    by: str = "target", # column within which points are paired
-    n_boot: int = 1000, # number of bootstrap draws
-    seed: int = 0, # of the draws
-    units: str | None = None, # column of the unit drawn as a whole, see `probability_of_better`
-    paper: Mapping | None = None, # the paper's figures, such as `PAPER["task"]`, put beside the overall ones
-) -> pd.DataFrame: # rows comparison x target, the last target "overall"; columns as in `PB`
+    rows: pd.DataFrame,  # measured rows: columns group, point, loss, the column `by`, and note if there is one
+    comparisons: Iterable
+    | None = None,  # pairs (A, B) of groups; None: those of the paper whose groups are there
+    by: str = "target",  # column within which points are paired
+    n_boot: int = 1000,  # number of bootstrap draws
+    seed: int = 0,  # of the draws
+    units: str
+    | None = None,  # column of the unit drawn as a whole, see `probability_of_better`
+    paper: Mapping
+    | None = None,  # the paper's figures, such as `PAPER["task"]`, put beside the overall ones
+) -> pd.DataFrame:  # rows comparison x target, the last target "overall"; columns as in `PB`
     "P_B of each comparison, on each target and overall."
-    if missing := [c for c in ("group", by) if c not in rows]: raise ValueError(f"the rows have no column {missing[0]!r}")
+    if missing := [c for c in ("group", by) if c not in rows]:
+        raise ValueError(f"the rows have no column {missing[0]!r}")
     there = dict(tuple(rows.groupby("group", sort=False)))
-    wanted = [c for c in COMPARISONS if set(c) <= set(there)] if comparisons is None else list(comparisons)
-    if strange := [g for c in wanted for g in c if g not in there]: raise ValueError(f"no row is of the group {strange[0]!r}, only of {', '.join(there)}")
-    if not wanted: raise ValueError(f"nothing to compare: the only groups are {', '.join(there)}")
+    wanted = (
+        [c for c in COMPARISONS if set(c) <= set(there)]
+        if comparisons is None
+        else list(comparisons)
+    )
+    if strange := [g for c in wanted for g in c if g not in there]:
+        raise ValueError(f"no row is of the group {strange[0]!r}, only of {', '.join(there)}")
+    if not wanted:
+        raise ValueError(f"nothing to compare: the only groups are {', '.join(there)}")
     table = []
     for first, second in wanted:
         a, b, name = there[first], there[second], f"{first} > {second}"
         for target in [*sorted(a[by].unique(), key=str), "overall"]:
             part = (a, b) if target == "overall" else (a[a[by] == target], b[b[by] == target])
-            if not len(part[1]): raise ValueError(f"{second} is not measured on {target!r}, {first} is")
+            if not len(part[1]):
+                raise ValueError(f"{second} is not measured on {target!r}, {first} is")
             pb = probability_of_better(*part, by, n_boot, seed, units)
-            table.append(dict(comparison=name, target=target) | pb._asdict() | dict(paper=(paper or {}).get(name) if target == "overall" else None))
+            table.append(
+                dict(comparison=name, target=target)
+                | pb._asdict()
+                | dict(paper=(paper or {}).get(name) if target == "overall" else None)
+            )
     table = pd.DataFrame(table).astype({"paper": float})
     return table if paper else table.drop(columns="paper")
 
 # %% ../nbs/24_comparison.ipynb #3d8f1e30
 def summary(
-    rows: pd.DataFrame, # measured rows: columns point, loss, and those of `by`
-    by: Iterable = ("target", "group"), # columns that split the rows
-) -> pd.DataFrame: # a row a part: points, mean, sd, best and worst of the finite losses (nats), failed: how many are not finite
+    rows: pd.DataFrame,  # measured rows: columns point, loss, and those of `by`
+    by: Iterable = ("target", "group"),  # columns that split the rows
+) -> pd.DataFrame:  # a row a part: points, mean, sd, best and worst of the finite losses (nats), failed: how many are not finite
     "Losses of each group on each target."
     by = [by] if isinstance(by, str) else list(by)
-    if missing := [c for c in [*by, "loss"] if c not in rows]: raise ValueError(f"the rows have no column {missing[0]!r}")
+    if missing := [c for c in [*by, "loss"] if c not in rows]:
+        raise ValueError(f"the rows have no column {missing[0]!r}")
     table = {}
     for key, part in rows.groupby(by, sort=False):
         finite = part["loss"].astype(float)[np.isfinite(part["loss"].astype(float))]
-        table[key] = dict(points=len(part), mean=finite.mean(), sd=finite.std(), best=finite.min(), worst=finite.max(), failed=len(part) - len(finite))
+        table[key] = dict(
+            points=len(part),
+            mean=finite.mean(),
+            sd=finite.std(),
+            best=finite.min(),
+            worst=finite.max(),
+            failed=len(part) - len(finite),
+        )
     table = pd.DataFrame.from_dict(table, orient="index").astype({"points": int, "failed": int})
-    table.index = pd.MultiIndex.from_tuples(list(table.index), names=by) if len(by) > 1 else pd.Index([k for k, in table.index], name=by[0])
+    table.index = (
+        pd.MultiIndex.from_tuples(list(table.index), names=by)
+        if len(by) > 1
+        else pd.Index([k for (k,) in table.index], name=by[0])
+    )
     place = {g: i for i, g in enumerate(GROUPS)}
-    return table.sort_index(key=lambda names: names.map(lambda n: f"{place.get(n, len(GROUPS))}{n}"))
+    return table.sort_index(
+        key=lambda names: names.map(lambda n: f"{place.get(n, len(GROUPS))}{n}")
+    )
 
 # %% ../nbs/24_comparison.ipynb #e1bc1c45
-TEXT = ("group", "point", "target", "note", "dataset", "family", "recipe") # columns that stay text even if they look like numbers
+TEXT = (
+    "group",
+    "point",
+    "target",
+    "note",
+    "dataset",
+    "family",
+    "recipe",
+)  # columns that stay text even if they look like numbers
+
 
 def _cell(value) -> str:
     "What a value is in a file: numbers exactly, texts without line breaks."
     value = value.item() if hasattr(value, "item") else value
     return "" if value is None else re.sub(r"[\r\n]+", " ", str(value))
 
+
 def _typed(cells):
     "Cells as integers, as floats (exactly), or as they are."
     for kind in (int, lambda c: float(c) if c else np.nan):
-        try: return [kind(c) for c in cells]
-        except ValueError: pass
+        try:
+            return [kind(c) for c in cells]
+        except ValueError:
+            pass
     return cells
+
 
 def _line(cells) -> str:
     "One line of CSV."
-    quote = lambda c: '"' + c.replace('"', '""') + '"' if re.search('[",]', c) or c != c.strip() else c
+    quote = lambda c: (
+        '"' + c.replace('"', '""') + '"' if re.search('[",]', c) or c != c.strip() else c
+    )
     return ",".join(map(quote, cells)) + "\n"
 
+# %% ../nbs/24_comparison.ipynb #16a6b78d
 def _read(file):
     "Identity, header and records of a file, without a torn last line."
     try:
         data = file.read_bytes()
-        *lines, _ = data[:data.rfind(b"\n") + 1].decode().split("\n")
+        *lines, _ = data[: data.rfind(b"\n") + 1].decode().split("\n")
         identity = json.loads(lines.pop(0)[2:]) if lines and lines[0].startswith("# {") else {}
         header, *records = csv.reader(lines, strict=True)
-    except (ValueError, RecursionError, csv.Error): raise ValueError(f"{file} is not a file of measurements") from None
+    except (ValueError, RecursionError, csv.Error):
+        raise ValueError(f"{file} is not a file of measurements") from None
     for i, record in enumerate(records, 1):
-        if len(record) != len(header): raise ValueError(f"{file}: row {i} has {len(record)} cells for {len(header)} columns")
+        if len(record) != len(header):
+            raise ValueError(
+                f"{file}: row {i} has {len(record)} cells for {len(header)} columns"
+            )
     return identity, header, records
 
 # %% ../nbs/24_comparison.ipynb #52d6fa5e
 class Measurements:
     "Rows of measurements, in memory or in a CSV file that grows line by line."
-    def __init__(self,
-        file=None, # the CSV file, made with the first row; None: in memory only
-        identity: Mapping | None = None, # what the rows depend on, such as zoo, probe and seed; a file with another identity is refused
+
+    def __init__(
+        self,
+        file=None,  # the CSV file, made with the first row; None: in memory only
+        identity: Mapping
+        | None = None,  # what the rows depend on, such as zoo, probe and seed; a file with another identity is refused
     ):
         self.file = None if file is None else Path(file)
-        self.identity, self.header, self.records = json.loads(json.dumps(dict(identity or {}), sort_keys=True)), None, []
-        if self.file is None or not self.file.exists() or not self.file.stat().st_size: return
+        self.identity, self.header, self.records = (
+            json.loads(json.dumps(dict(identity or {}), sort_keys=True)),
+            None,
+            [],
+        )
+        if self.file is None or not self.file.exists() or not self.file.stat().st_size:
+            return
         theirs, self.header, self.records = _read(self.file)
-        if differ := sorted(k for k in {*theirs, *self.identity} if theirs.get(k) != self.identity.get(k)):
-            raise ValueError(f"{self.file} holds other measurements: {differ[0]} is {theirs.get(differ[0])!r} there and {self.identity.get(differ[0])!r} here")
+        if differ := sorted(
+            k for k in {*theirs, *self.identity} if theirs.get(k) != self.identity.get(k)
+        ):
+            raise ValueError(
+                f"{self.file} holds other measurements: {differ[0]} is {theirs.get(differ[0])!r} there and {self.identity.get(differ[0])!r} here"
+            )
         whole = self.file.read_bytes().rfind(b"\n") + 1
-        if whole < self.file.stat().st_size: os.truncate(self.file, whole)
+        if whole < self.file.stat().st_size:
+            os.truncate(self.file, whole)
 
-    def append(self,
-        row: Mapping, # column -> value; the first row settles the columns
+    def append(
+        self,
+        row: Mapping,  # column -> value; the first row settles the columns
     ):
         "Add a row; it is on the disk when this returns."
         cells = {str(k): _cell(v) for k, v in row.items()}
         if self.header is None:
             self.header = list(cells)
-            if self.file: write_whole(self.file, (f"# {json.dumps(self.identity, sort_keys=True)}\n" if self.identity else "") + _line(self.header))
+            if self.file:
+                write_whole(
+                    self.file,
+                    (
+                        f"# {json.dumps(self.identity, sort_keys=True)}\n"
+                        if self.identity
+                        else ""
+                    )
+                    + _line(self.header),
+                )
         if differ := sorted({*cells} ^ {*self.header}):
-            raise ValueError(f"{self.file or 'the table'}: the column {differ[0]!r} is in {'the new row' if differ[0] in cells else 'the rows before'} only")
+            raise ValueError(
+                f"{self.file or 'the table'}: the column {differ[0]!r} is in {'the new row' if differ[0] in cells else 'the rows before'} only"
+            )
         record = [cells[c] for c in self.header]
-        if self.file: append_line(self.file, _line(record).encode())
+        if self.file:
+            append_line(self.file, _line(record).encode())
         self.records.append(record)
 
-    def frame(self) -> pd.DataFrame: # the rows, numbers as numbers
+    def frame(self) -> pd.DataFrame:  # the rows, numbers as numbers
         "All rows as a table."
         columns = zip(*self.records) if self.records else [[] for _ in self.header or []]
-        return pd.DataFrame({name: list(c) if name in TEXT else _typed(list(c)) for name, c in zip(self.header or [], columns)})
+        return pd.DataFrame(
+            {
+                name: list(c) if name in TEXT else _typed(list(c))
+                for name, c in zip(self.header or [], columns)
+            }
+        )
 
-    def __len__(self): return len(self.records)
-    def __repr__(self): return f"Measurements({len(self)} rows of {', '.join(self.header or ['no columns yet'])})"
+    def __len__(self):
+        return len(self.records)
+
+    def __repr__(self):
+        return (
+            f"Measurements({len(self)} rows of {', '.join(self.header or ['no columns yet'])})"
+        )
 
 # %% ../nbs/24_comparison.ipynb #99b18819
 def measured(
-    file, # a file of measurements, perhaps still growing
-) -> pd.DataFrame: # its rows
+    file,  # a file of measurements, perhaps still growing
+) -> pd.DataFrame:  # its rows
     "Read a file of measurements, and leave it as it is."
     store = Measurements()
     _, store.header, store.records = _read(Path(file))
@@ -348,66 +566,134 @@ def measured(
 def _recipe(point) -> str:
     "A digest of what a point is made of; empty for what has no members."
     members = getattr(point, "members", None)
-    if members is None: return ""
-    made = [[getattr(m, "name", str(m)) for m in members], [float(w) for w in point.weights], repr(getattr(point, "noise", None))]
+    if members is None:
+        return ""
+    made = [
+        [getattr(m, "name", str(m)) for m in members],
+        [float(w) for w in point.weights],
+        repr(getattr(point, "noise", None)),
+    ]
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:12]
+
 
 def _named(points):
     "Group, name, point and recipe of each point; refuses what has no name, and a name that comes twice."
-    named = [(str(group), getattr(point, "name", point), point, _recipe(point)) for group, point in points]
+    named = [
+        (str(group), getattr(point, "name", point), point, _recipe(point))
+        for group, point in points
+    ]
     seen = set()
     for group, name, _, _ in named:
-        if not isinstance(name, str) or not name: raise ValueError(f"a point of {group} has no name: {type(name).__name__}")
-        if (group, _cell(name)) in seen: raise ValueError(f"{group} has two points with the name {name!r}")
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"a point of {group} has no name: {type(name).__name__}")
+        if (group, _cell(name)) in seen:
+            raise ValueError(f"{group} has two points with the name {name!r}")
         seen.add((group, _cell(name)))
-    if not named: raise ValueError("there are no points to compare")
+    if not named:
+        raise ValueError("there are no points to compare")
     return named
 
+# %% ../nbs/24_comparison.ipynb #8d62a195
 def _results(found, group, name, recipe):
     "The rows of one point, in full: a loss that is not finite is inf, with a note."
-    found = [found] if isinstance(found, Mapping) else list(found) if isinstance(found, Iterable) else [{"loss": found}]
-    if not found: raise ValueError(f"the metric gave no rows for {name!r}")
+    found = (
+        [found]
+        if isinstance(found, Mapping)
+        else list(found)
+        if isinstance(found, Iterable)
+        else [{"loss": found}]
+    )
+    if not found:
+        raise ValueError(f"the metric gave no rows for {name!r}")
     for r in found:
-        if "loss" not in r: raise ValueError(f"the metric gave {name!r} a row without a loss: {', '.join(r)}")
+        if "loss" not in r:
+            raise ValueError(f"the metric gave {name!r} a row without a loss: {', '.join(r)}")
         loss, note = float(r["loss"]), str(r.get("note") or "")
-        if not np.isfinite(loss): loss, note = np.inf, note or f"the loss is {loss}"
-        rest = {k: v for k, v in r.items() if k not in ("group", "point", "target", "loss", "accuracy", "note")}
-        yield dict(group=group, point=name, target=r.get("target", ""), loss=loss, accuracy=r.get("accuracy", np.nan), **rest, note=note, recipe=recipe, rows=len(found))
+        if not np.isfinite(loss):
+            loss, note = np.inf, note or f"the loss is {loss}"
+        rest = {
+            k: v
+            for k, v in r.items()
+            if k not in ("group", "point", "target", "loss", "accuracy", "note")
+        }
+        yield dict(
+            group=group,
+            point=name,
+            target=r.get("target", ""),
+            loss=loss,
+            accuracy=r.get("accuracy", np.nan),
+            **rest,
+            note=note,
+            recipe=recipe,
+            rows=len(found),
+        )
 
 # %% ../nbs/24_comparison.ipynb #5231f773
 def compare(
-    points: Iterable, # pairs (group, point); a point has a .name, or is one
-    metric: Callable, # of a point: a loss, a row with at least a loss, or a list of rows, one a target
-    file=None, # CSV file to which rows are added one by one, and from which a comparison goes on
-    progress: bool = True, # show a bar
-    identity: Mapping | None = None, # what the rows depend on beside the points; a file with another identity is refused
-) -> pd.DataFrame: # measured rows: group, point, target, loss, accuracy, what else the metric gives, note
+    points: Iterable,  # pairs (group, point); a point has a .name, or is one
+    metric: Callable,  # of a point: a loss, a row with at least a loss, or a list of rows, one a target
+    file=None,  # CSV file to which rows are added one by one, and from which a comparison goes on
+    progress: bool = True,  # show a bar
+    identity: Mapping
+    | None = None,  # what the rows depend on beside the points; a file with another identity is refused
+) -> (
+    pd.DataFrame
+):  # measured rows: group, point, target, loss, accuracy, what else the metric gives, note
     "Measure every point that is not in the file yet."
     points = _named(points)
-    if file is not None: Path(file).parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(Path(file).parent/f".{Path(file).name}.lock") if file is not None else nullcontext():
+    if file is not None:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+    with (
+        FileLock(Path(file).parent / f".{Path(file).name}.lock")
+        if file is not None
+        else nullcontext()
+    ):
         store = Measurements(file, identity)
         done = _done(store)
-        for group, name, point, recipe in tqdm(points, desc="comparing", unit="point", disable=not progress):
+        for group, name, point, recipe in tqdm(
+            points, desc="comparing", unit="point", disable=not progress
+        ):
             there = done.get((group, _cell(name)), {})
-            if there and there["recipe"] != recipe: raise ValueError(f"{file}: {group} {name!r} was measured with other members or weights; use another file")
-            if there and len(there["targets"]) >= there["rows"]: continue
+            if there and there["recipe"] != recipe:
+                raise ValueError(
+                    f"{file}: {group} {name!r} was measured with other members or weights; use another file"
+                )
+            if there and len(there["targets"]) >= there["rows"]:
+                continue
             for row in _results(metric(point), group, name, recipe):
-                if _cell(row["target"]) not in there.get("targets", ()): store.append(row)
+                if _cell(row["target"]) not in there.get("targets", ()):
+                    store.append(row)
     rows = store.frame()
     wanted = {(group, _cell(name)): i for i, (group, name, _, _) in enumerate(points)}
     place = pd.Series([wanted.get(key, -1) for key in zip(rows["group"], rows["point"])])
-    return rows.loc[place[place >= 0].sort_values(kind="stable").index].drop(columns=["recipe", "rows"]).reset_index(drop=True)
+    return (
+        rows.loc[place[place >= 0].sort_values(kind="stable").index]
+        .drop(columns=["recipe", "rows"])
+        .reset_index(drop=True)
+    )
 
 # %% ../nbs/24_comparison.ipynb #f06cd897
 def _done(store):
     "What a file holds: (group, point) -> its recipe, the number of its rows when complete, and the targets that are there."
-    if store.header is None: return {}
-    if missing := [c for c in ("group", "point", "target", "loss", "recipe", "rows") if c not in store.header]:
-        raise ValueError(f"{store.file} is no file of a comparison: it has no column {missing[0]!r}")
+    if store.header is None:
+        return {}
+    if missing := [
+        c
+        for c in ("group", "point", "target", "loss", "recipe", "rows")
+        if c not in store.header
+    ]:
+        raise ValueError(
+            f"{store.file} is no file of a comparison: it has no column {missing[0]!r}"
+        )
     done, at = {}, store.header.index
-    if odd := [r[at("rows")] for r in store.records if not re.fullmatch(r"[0-9]{1,9}", r[at("rows")])]: raise ValueError(f"{store.file}: {odd[0]!r} is no number of rows")
+    if odd := [
+        r[at("rows")] for r in store.records if not re.fullmatch(r"[0-9]{1,9}", r[at("rows")])
+    ]:
+        raise ValueError(f"{store.file}: {odd[0]!r} is no number of rows")
     for r in store.records:
-        entry = done.setdefault((r[at("group")], r[at("point")]), dict(recipe=r[at("recipe")], rows=int(r[at("rows")]), targets=set()))
+        entry = done.setdefault(
+            (r[at("group")], r[at("point")]),
+            dict(recipe=r[at("recipe")], rows=int(r[at("rows")]), targets=set()),
+        )
         entry["targets"].add(r[at("target")])
     return done

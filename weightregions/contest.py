@@ -27,40 +27,48 @@ from .zoo import Zoo
 @dataclass(frozen=True)
 class Contest:
     "How starts are compared in a study."
-    targets: int = 10    # datasets to start on
-    sizes: tuple = (200, 1000, None) # training examples; None: all
-    seeds: int = 3       # of examples, head and order
-    curve: tuple = (50, 100, 400) # further sizes, for learning curves
-    curve_targets: int = 4 # datasets of the learning curves
-    recipe: Recipe = Recipe(steps=100, trains="bitfit") # how each start is fine-tuned; fewer steps where rows are few
-    search: Search = Search(rates=(2e-3, 8e-3), evaluations=5, patience=2, at_most=100) # how rate and steps are chosen
-    sample: int = 200    # training rows that advice is taken from
-    n_test: int = 500    # test rows, a stratified draw
+
+    targets: int = 10  # datasets to start on
+    sizes: tuple = (200, 1000, None)  # training examples; None: all
+    seeds: int = 3  # of examples, head and order
+    curve: tuple = (50, 100, 400)  # further sizes, for learning curves
+    curve_targets: int = 4  # datasets of the learning curves
+    recipe: Recipe = Recipe(
+        steps=100, trains="bitfit"
+    )  # how each start is fine-tuned; fewer steps where rows are few
+    search: Search = Search(
+        rates=(2e-3, 8e-3), evaluations=5, patience=2, at_most=100
+    )  # how rate and steps are chosen
+    sample: int = 200  # training rows that advice is taken from
+    n_test: int = 500  # test rows, a stratified draw
 
 # %% ../nbs/49_contest.ipynb #cce20747
 def sharing(
-    shared: pd.DataFrame, # a, b, share: pairs of datasets with common texts
-    dataset: str, # one of them
-    share: float = 0.01, # of the smaller one's texts; more than that counts
-) -> list: # names of the others
+    shared: pd.DataFrame,  # a, b, share: pairs of datasets with common texts
+    dataset: str,  # one of them
+    share: float = 0.01,  # of the smaller one's texts; more than that counts
+) -> list:  # names of the others
     "The datasets that share texts with one."
     close = shared[shared.share > share]
     return sorted({*close.b[close.a == dataset], *close.a[close.b == dataset]})
 
+
 def targets_of(
-    models: pd.DataFrame, # a row a model: dataset, family, n_train and, where it is known, whether the dataset was learned
-    shared: pd.DataFrame, # a, b, share: pairs of datasets with common texts
-    n: int, # how many targets
-) -> list: # their names
+    models: pd.DataFrame,  # a row a model: dataset, family, n_train and, where it is known, whether the dataset was learned
+    shared: pd.DataFrame,  # a, b, share: pairs of datasets with common texts
+    n: int,  # how many targets
+) -> list:  # their names
     "The datasets that starts are tried on."
     found, known = [], set(models.dataset)
     for dataset in leading(models, len(known)):
         close = set(sharing(shared, dataset))
-        if not close & set(found) and known - close - {dataset}: found.append(dataset)
+        if not close & set(found) and known - close - {dataset}:
+            found.append(dataset)
     return found[:n]
 
 # %% ../nbs/49_contest.ipynb #64ec0f7a
 ROLES = ("pretrained", "centroid", "family centroid", "best member")
+
 
 def _roles(advice: pd.DataFrame, family: str) -> pd.Series:
     "The part that each start of a ranking plays in the contest; none for most."
@@ -69,78 +77,160 @@ def _roles(advice: pd.DataFrame, family: str) -> pd.Series:
     role[(advice.kind == "member") & ~advice.kind.duplicated()] = ROLES[3]
     return role
 
+# %% ../nbs/49_contest.ipynb #276e20b5
 def prepare(
-    zoo: Zoo, # fine-tuned models of one base
-    corpus: Corpus, # the target
-    base: str, # folder or hub id of the pretrained model
-    folder: Path, # where its centroids and its advice are kept
-    contest: Contest, # how much is tried
-    apart: Iterable = (), # datasets that share texts with it
-) -> tuple: # role -> folder or hub id of the start, and what `recommend` said: a row a start, with its role
+    zoo: Zoo,  # fine-tuned models of one base
+    corpus: Corpus,  # the target
+    base: str,  # folder or hub id of the pretrained model
+    folder: Path,  # where its centroids and its advice are kept
+    contest: Contest,  # how much is tried
+    apart: Iterable = (),  # datasets that share texts with it
+) -> tuple:  # role -> folder or hub id of the start, and what `recommend` said: a row a start, with its role
     "Make the starts of one target ready."
-    folder, apart, file = Path(folder), list(apart), Path(folder)/"advice.csv"
+    folder, apart, file = Path(folder), list(apart), Path(folder) / "advice.csv"
     if not file.exists():
-        advice = recommend(zoo, corpus, base, contest.sample, apart, max_length=contest.recipe.max_length, progress=False)
+        advice = recommend(
+            zoo,
+            corpus,
+            base,
+            contest.sample,
+            apart,
+            max_length=contest.recipe.max_length,
+            progress=False,
+        )
         advice.insert(0, "role", _roles(advice, corpus.family))
         advice.insert(0, "target", corpus.name)
         write_whole(file, advice.to_csv(index=False, float_format="%.5g"))
     advice, offered, starts = pd.read_csv(file), candidates(zoo, corpus, base, apart), {}
-    for role, name in sorted(zip(advice.role, advice.start), key=lambda pair: ROLES.index(pair[0]) if pair[0] in ROLES else 9):
-        if role not in ROLES: continue
+    for role, name in sorted(
+        zip(advice.role, advice.start),
+        key=lambda pair: ROLES.index(pair[0]) if pair[0] in ROLES else 9,
+    ):
+        if role not in ROLES:
+            continue
         start = offered[name]
-        if role == "pretrained": starts[role] = str(base)
-        elif not isinstance(start, Centroid): starts[role] = str(start.folder)
-        else: starts[role] = str(folder/role if (folder/role).exists() else save_centroid(start, folder/role, base))
+        if role == "pretrained":
+            starts[role] = str(base)
+        elif not isinstance(start, Centroid):
+            starts[role] = str(start.folder)
+        else:
+            starts[role] = str(
+                folder / role
+                if (folder / role).exists()
+                else save_centroid(start, folder / role, base)
+            )
     return starts, advice
 
 # %% ../nbs/49_contest.ipynb #99e78e42
 def _able(targets: dict, sizes: Iterable, seeds: Iterable, search: Search) -> dict:
     "Targets that have so many rows, and can hold some of each class back -> the sizes they can be tried at."
+
     def fits(corpus, size):
-        if size is not None and size >= len(corpus.train): return False
-        try: return all(search.split(corpus if size is None else corpus.subsample(size, seed), seed) for seed in seeds)
-        except ValueError: return False
+        if size is not None and size >= len(corpus.train):
+            return False
+        try:
+            return all(
+                search.split(corpus if size is None else corpus.subsample(size, seed), seed)
+                for seed in seeds
+            )
+        except ValueError:
+            return False
+
     found = {}
     for size in sizes:
-        if able := tuple(name for name, corpus in targets.items() if fits(corpus, size)): found.setdefault(able, []).append(size)
+        if able := tuple(name for name, corpus in targets.items() if fits(corpus, size)):
+            found.setdefault(able, []).append(size)
     return found
 
+# %% ../nbs/49_contest.ipynb #4d5c927b
 def hold_contest(
-    zoo: Zoo, # fine-tuned models of one base
-    corpora: dict, # name -> Corpus, the targets
-    base: str, # folder or hub id of the pretrained model
-    folder: Path, # where centroids, advice and rows are kept
-    contest: Contest, # how much is tried
-    shared: pd.DataFrame, # a, b, share: pairs of datasets with common texts
-    workers: "int | None" = None, # fine-tunings at a time; None: see `run_jobs`
-) -> tuple: # the rows of `compare_starts`, and those of `recommend` with columns target and role
+    zoo: Zoo,  # fine-tuned models of one base
+    corpora: dict,  # name -> Corpus, the targets
+    base: str,  # folder or hub id of the pretrained model
+    folder: Path,  # where centroids, advice and rows are kept
+    contest: Contest,  # how much is tried
+    shared: pd.DataFrame,  # a, b, share: pairs of datasets with common texts
+    workers: "int | None" = None,  # fine-tunings at a time; None: see `run_jobs`
+) -> (
+    tuple
+):  # the rows of `compare_starts`, and those of `recommend` with columns target and role
     "Try all starts on all targets."
     folder = Path(folder)
-    jobs = {name: (zoo, c, base, folder/name, contest, [d for d in sharing(shared, name) if d in set(zoo.models.dataset)]) for name, c in corpora.items()}
-    found = dict(tqdm(run_jobs(prepare, jobs, workers), total=len(jobs), desc="advice", unit="target"))
+    jobs = {
+        name: (
+            zoo,
+            c,
+            base,
+            folder / name,
+            contest,
+            [d for d in sharing(shared, name) if d in set(zoo.models.dataset)],
+        )
+        for name, c in corpora.items()
+    }
+    found = dict(
+        tqdm(run_jobs(prepare, jobs, workers), total=len(jobs), desc="advice", unit="target")
+    )
     ready = {name: found[name] for name in corpora}
     targets = {name: at_most(c, None, contest.n_test) for name, c in corpora.items()}
     rows = [pd.DataFrame()]
-    for names, wanted, seeds in ((list(targets), contest.sizes, range(1, contest.seeds + 1)), (list(targets)[:contest.curve_targets], contest.curve, [1])):
-        for able, sizes in _able({n: targets[n] for n in names}, wanted, seeds, contest.search).items():
-            rows.append(compare_starts(lambda target: ready[target][0], {n: targets[n] for n in able}, sizes, seeds, contest.recipe, contest.search, folder/"rows.csv", workers))
-    return pd.concat(rows, ignore_index=True), pd.concat([advice for _, advice in ready.values()], ignore_index=True)
+    for names, wanted, seeds in (
+        (list(targets), contest.sizes, range(1, contest.seeds + 1)),
+        (list(targets)[: contest.curve_targets], contest.curve, [1]),
+    ):
+        for able, sizes in _able(
+            {n: targets[n] for n in names}, wanted, seeds, contest.search
+        ).items():
+            rows.append(
+                compare_starts(
+                    lambda target: ready[target][0],
+                    {n: targets[n] for n in able},
+                    sizes,
+                    seeds,
+                    contest.recipe,
+                    contest.search,
+                    folder / "rows.csv",
+                    workers,
+                )
+            )
+    return pd.concat(rows, ignore_index=True), pd.concat(
+        [advice for _, advice in ready.values()], ignore_index=True
+    )
 
 # %% ../nbs/49_contest.ipynb #e2da8af3
 def regret(
-    rows: pd.DataFrame, # of `compare_starts`: target, start, size, seed, accuracy (0 to 1)
-    advice: pd.DataFrame, # of `recommend`, with columns target and role
-) -> pd.DataFrame: # a row a target and size: named, best, regret of following the advice, of the lowest loss, of always the centroid, of always the pretrained start (points), within
+    rows: pd.DataFrame,  # of `compare_starts`: target, start, size, seed, accuracy (0 to 1)
+    advice: pd.DataFrame,  # of `recommend`, with columns target and role
+) -> pd.DataFrame:  # a row a target and size: named, best, regret of following the advice, of the lowest loss, of always the centroid, of always the pretrained start (points), within
     "What following the advice cost."
     tried = advice[advice.role.isin(ROLES)].assign(start=lambda r: r.role)
     named = {target: advised(r) for target, r in tried.groupby("target", sort=False)}
-    lowest = tried.sort_values("loss", kind="stable").drop_duplicates("target").set_index("target").role
+    lowest = (
+        tried.sort_values("loss", kind="stable")
+        .drop_duplicates("target")
+        .set_index("target")
+        .role
+    )
     found = []
     for (target, size), r in rows.groupby(["target", "size"], sort=False):
-        if target not in named: raise ValueError(f"there is no advice for {target}")
+        if target not in named:
+            raise ValueError(f"there is no advice for {target}")
         mean = 100 * r.groupby("start", sort=False).accuracy.mean()
-        if named[target] not in mean: raise ValueError(f"{target}, size {size}: the advice names {named[target]}, which was not tried")
+        if named[target] not in mean:
+            raise ValueError(
+                f"{target}, size {size}: the advice names {named[target]}, which was not tried"
+            )
         lost = mean.max() - mean
-        found.append({"target": target, "size": size, "named": named[target], "best": mean.idxmax(), "regret": lost[named[target]],
-                      "lowest loss": lost.get(lowest[target]), "always centroid": lost.get("centroid"), "always pretrained": lost.get("pretrained"), "within": bool(lost[named[target]] <= 1)})
+        found.append(
+            {
+                "target": target,
+                "size": size,
+                "named": named[target],
+                "best": mean.idxmax(),
+                "regret": lost[named[target]],
+                "lowest loss": lost.get(lowest[target]),
+                "always centroid": lost.get("centroid"),
+                "always pretrained": lost.get("pretrained"),
+                "within": bool(lost[named[target]] <= 1),
+            }
+        )
     return pd.DataFrame(found)

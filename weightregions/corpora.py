@@ -21,75 +21,101 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .builtin import BUILTIN, generate
-from .registry import dev_rows, entry_of, hub_entries, hub_names, hub_table, revision_of
+from weightregions.registry import (
+    dev_rows,
+    entry_of,
+    hub_entries,
+    hub_names,
+    hub_table,
+    revision_of,
+)
 
 # %% ../nbs/10_corpora.ipynb #fcfa171c
 SURROGATE = re.compile("[\ud800-\udfff]")
 
+
 def text_fault(
-    text, # what should be a text
-) -> str | None: # what is wrong with it; None: nothing
+    text,  # what should be a text
+) -> str | None:  # what is wrong with it; None: nothing
     "What is wrong with a text."
-    if text is None or (isinstance(text, float) and math.isnan(text)): return "is missing"
-    if not isinstance(text, str): return f"is of type {type(text).__name__}, not a string"
-    if not text.strip(): return "is empty"
-    if not text.isascii() and SURROGATE.search(text): return "holds half a surrogate pair, which is no Unicode character"
+    if text is None or (isinstance(text, float) and math.isnan(text)):
+        return "is missing"
+    if not isinstance(text, str):
+        return f"is of type {type(text).__name__}, not a string"
+    if not text.strip():
+        return "is empty"
+    if not text.isascii() and SURROGATE.search(text):
+        return "holds half a surrogate pair, which is no Unicode character"
 
 # %% ../nbs/10_corpora.ipynb #09763cb6
 def label_fault(
-    label,         # what should be the number of a class
-    labels: tuple, # names of the classes
-) -> str | None: # what is wrong with it; None: nothing
+    label,  # what should be the number of a class
+    labels: tuple,  # names of the classes
+) -> str | None:  # what is wrong with it; None: nothing
     "What is wrong with a label."
-    if label is None or (isinstance(label, float) and math.isnan(label)): return "is missing"
-    if isinstance(label, str): return f"{label[:40]!r} is not among the label names {', '.join(labels)[:200]}"
-    if isinstance(label, (bool, np.bool_)) or not isinstance(label, (int, np.integer)): return f"{str(label)[:40]} is not an integer"
-    if not 0 <= label < len(labels): return f"{str(label)[:40]} is out of range: there are {len(labels)} label names"
+    if label is None or (isinstance(label, float) and math.isnan(label)):
+        return "is missing"
+    if isinstance(label, str):
+        return f"{label[:40]!r} is not among the label names {', '.join(labels)[:200]}"
+    if isinstance(label, (bool, np.bool_)) or not isinstance(label, (int, np.integer)):
+        return f"{str(label)[:40]} is not an integer"
+    if not 0 <= label < len(labels):
+        return f"{str(label)[:40]} is out of range: there are {len(labels)} label names"
 
 # %% ../nbs/10_corpora.ipynb #e5fedb63
 def check_split(
-    rows: pd.DataFrame, # text, text_pair (pairs only), label; its index numbers the rows
-    labels: tuple,      # names of the classes
-    where: str,         # dataset and file or split, for the message
+    rows: pd.DataFrame,  # text, text_pair (pairs only), label; its index numbers the rows
+    labels: tuple,  # names of the classes
+    where: str,  # dataset and file or split, for the message
 ):
     "Refuse a split that cannot be trained or measured on."
     for column in ("text", "text_pair", "label"):
         if list(rows.columns).count(column) != 1 and (column != "text_pair" or column in rows):
-            raise ValueError(f"{where}: column {column!r} is {'there twice' if column in rows else 'missing'}")
-    if not len(rows): raise ValueError(f"{where}: there are no rows")
+            raise ValueError(
+                f"{where}: column {column!r} is {'there twice' if column in rows else 'missing'}"
+            )
+    if not len(rows):
+        raise ValueError(f"{where}: there are no rows")
     for column in rows.columns.intersection(["text", "text_pair"], sort=False):
         for i, text in zip(rows.index, rows[column].tolist()):
-            if fault := text_fault(text): raise ValueError(f"{where}, row {i}: {column} {fault}")
+            if fault := text_fault(text):
+                raise ValueError(f"{where}, row {i}: {column} {fault}")
     for i, label in zip(rows.index, rows["label"].tolist()):
-        if fault := label_fault(label, labels): raise ValueError(f"{where}, row {i}: label {fault}")
-    if rows["label"].nunique() < 2: raise ValueError(f"{where}: only one class occurs, {labels[rows['label'].iloc[0]]!r}")
+        if fault := label_fault(label, labels):
+            raise ValueError(f"{where}, row {i}: label {fault}")
+    if rows["label"].nunique() < 2:
+        raise ValueError(f"{where}: only one class occurs, {labels[rows['label'].iloc[0]]!r}")
 
 # %% ../nbs/10_corpora.ipynb #46def7ec
 def check_name(
-    name, # of a dataset
-) -> str: # the same name
+    name,  # of a dataset
+) -> str:  # the same name
     "Refuse a name that is not that of a plain folder."
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w .+-]{0,99}", name):
-        raise ValueError(f"dataset {str(name)[:100]!r}: a name is made of letters, digits, blanks and . _ + - and holds no path")
+        raise ValueError(
+            f"dataset {str(name)[:100]!r}: a name is made of letters, digits, blanks and . _ + - and holds no path"
+        )
     return name
 
+
 def check_labels(
-    labels,    # names of the classes
-    name: str, # of the dataset
-) -> tuple: # the same names
+    labels,  # names of the classes
+    name: str,  # of the dataset
+) -> tuple:  # the same names
     "Refuse label names that are missing, empty or repeated."
     labels = tuple(labels) if isinstance(labels, (list, tuple)) else ()
     if not labels or not all(isinstance(n, str) and n.strip() for n in labels):
         raise ValueError(f"dataset {name}: label_names is missing or not a list of names")
-    if len(set(labels)) < len(labels): raise ValueError(f"dataset {name}: label_names holds a name twice")
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"dataset {name}: label_names holds a name twice")
     return labels
 
 # %% ../nbs/10_corpora.ipynb #8adbdeec
 def draw(
-    y: np.ndarray, # label of each row
-    n: int,        # rows to keep
-    seed: int,     # of the draw
-) -> np.ndarray: # positions of the kept rows, in their old order
+    y: np.ndarray,  # label of each row
+    n: int,  # rows to keep
+    seed: int,  # of the draw
+) -> np.ndarray:  # positions of the kept rows, in their old order
     "A stratified draw; a smaller draw of the same seed lies within a larger one."
     order, key = np.random.default_rng(seed).permutation(len(y)), np.empty(len(y))
     for label in np.unique(y):
@@ -99,32 +125,52 @@ def draw(
 
 # %% ../nbs/10_corpora.ipynb #2bb1841d
 def check_corpus(
-    corpus, # with name, family, labels, train and test
+    corpus,  # with name, family, labels, train and test
 ):
     "Refuse a dataset that is not whole: the one place where all rules are applied."
-    where, labels = f"dataset {check_name(corpus.name)}", check_labels(corpus.labels, corpus.name)
-    if not isinstance(corpus.family, str) or not corpus.family.strip(): raise ValueError(f"{where}: family is missing")
-    for split in ("train", "test"): check_split(getattr(corpus, split), labels, f"{where}, {split}")
-    if ("text_pair" in corpus.train) != ("text_pair" in corpus.test): raise ValueError(f"{where}: only one of train and test has text_pair")
+    where, labels = (
+        f"dataset {check_name(corpus.name)}",
+        check_labels(corpus.labels, corpus.name),
+    )
+    if not isinstance(corpus.family, str) or not corpus.family.strip():
+        raise ValueError(f"{where}: family is missing")
+    for split in ("train", "test"):
+        check_split(getattr(corpus, split), labels, f"{where}, {split}")
+    if ("text_pair" in corpus.train) != ("text_pair" in corpus.test):
+        raise ValueError(f"{where}: only one of train and test has text_pair")
     unseen = sorted(set(corpus.test["label"]) - set(corpus.train["label"]))
-    if unseen: raise ValueError(f"{where}: label {labels[unseen[0]]!r} occurs in test but never in train")
+    if unseen:
+        raise ValueError(
+            f"{where}: label {labels[unseen[0]]!r} occurs in test but never in train"
+        )
 
 # %% ../nbs/10_corpora.ipynb #857346d4
 @dataclass(frozen=True, eq=False, repr=False)
 class Corpus:
     "A dataset of labelled texts or pairs of texts, with a train and a test split."
-    name: str            # of the dataset
-    family: str          # sentiment, topic, nli, twitter, general, ...; kept in lower case
-    labels: tuple        # names of the classes; label 0 is labels[0]
+
+    name: str  # of the dataset
+    family: str  # sentiment, topic, nli, twitter, general, ...; kept in lower case
+    labels: tuple  # names of the classes; label 0 is labels[0]
     train: pd.DataFrame  # columns text, text_pair (pairs only), label
-    test: pd.DataFrame   # the same columns
-    source: str = "rows" # where it came from
+    test: pd.DataFrame  # the same columns
+    source: str = "rows"  # where it came from
 
     def __post_init__(self):
         check_corpus(self)
-        tidy = lambda rows: rows[["text"] + ["text_pair"] * self.pair + ["label"]].reset_index(drop=True).astype({"label": "int64"})
-        ready = {"family": self.family.strip().lower(), "labels": tuple(self.labels), "train": tidy(self.train), "test": tidy(self.test)}
-        for key, value in ready.items(): object.__setattr__(self, key, value)
+        tidy = lambda rows: (
+            rows[["text"] + ["text_pair"] * self.pair + ["label"]]
+            .reset_index(drop=True)
+            .astype({"label": "int64"})
+        )
+        ready = {
+            "family": self.family.strip().lower(),
+            "labels": tuple(self.labels),
+            "train": tidy(self.train),
+            "test": tidy(self.test),
+        }
+        for key, value in ready.items():
+            object.__setattr__(self, key, value)
 
     def __repr__(self):
         rows = f"{len(self.train):,} train and {len(self.test):,} test {'pairs' if self.pair else 'texts'}"
@@ -145,368 +191,560 @@ class Corpus:
         "Digest of label names and rows."
         return digest(self)
 
-    def subsample(self,
-        n: int,        # training rows to keep
-        seed: int = 0, # of the draw
-    ): # a Corpus with n training rows and the whole test split
+    def subsample(
+        self,
+        n: int,  # training rows to keep
+        seed: int = 0,  # of the draw
+    ):  # a Corpus with n training rows and the whole test split
         "A stratified, nested draw of training rows."
         return subsample(self, n, seed)
 
 # %% ../nbs/10_corpora.ipynb #7c780e8a
 def digest(
-    corpus: Corpus, # with its rows
-) -> str: # SHA-256, hexadecimal
+    corpus: Corpus,  # with its rows
+) -> str:  # SHA-256, hexadecimal
     "Digest of label names and rows, train then test, in their order."
     digest = hashlib.sha256(json.dumps(list(corpus.labels)).encode())
     for split in (corpus.train, corpus.test):
-        for row in zip(*(split[c].tolist() for c in split)): digest.update(b"\n" + json.dumps(row).encode())
+        for row in zip(*(split[c].tolist() for c in split)):
+            digest.update(b"\n" + json.dumps(row).encode())
         digest.update(b"\n")
     return digest.hexdigest()
 
+
 def subsample(
-    corpus: Corpus, # to draw from
-    n: int,         # training rows to keep
+    corpus: Corpus,  # to draw from
+    n: int,  # training rows to keep
     seed: int = 0,  # of the draw
-) -> Corpus: # with n training rows and the whole test split
+) -> Corpus:  # with n training rows and the whole test split
     "A corpus with fewer training rows, drawn by `draw`."
     y = corpus.train["label"].to_numpy()
     classes = len(np.unique(y))
-    if n > len(y): raise ValueError(f"dataset {corpus.name}: {n} training rows asked for, there are {len(y)}")
-    if n < classes: raise ValueError(f"dataset {corpus.name}: {n} training rows cannot hold its {classes} classes")
-    return replace(corpus, train=corpus.train.iloc[draw(y, n, seed)], source=f"{corpus.source}, {n} training rows, seed {seed}")
+    if n > len(y):
+        raise ValueError(
+            f"dataset {corpus.name}: {n} training rows asked for, there are {len(y)}"
+        )
+    if n < classes:
+        raise ValueError(
+            f"dataset {corpus.name}: {n} training rows cannot hold its {classes} classes"
+        )
+    return replace(
+        corpus,
+        train=corpus.train.iloc[draw(y, n, seed)],
+        source=f"{corpus.source}, {n} training rows, seed {seed}",
+    )
 
+# %% ../nbs/10_corpora.ipynb #606f6c3a
 def at_most(
-    corpus: Corpus, # to draw from
-    n_train: "int | None" = None, # training rows to keep at most; None: all
-    n_test: "int | None" = None, # test rows to keep at most; None: all
-) -> Corpus: # the very rows that a `Target` of that many rows draws
+    corpus: Corpus,  # to draw from
+    n_train: "int | None" = None,  # training rows to keep at most; None: all
+    n_test: "int | None" = None,  # test rows to keep at most; None: all
+) -> Corpus:  # the very rows that a `Target` of that many rows draws
     "A corpus with no more rows than these."
-    if n_train is not None and n_train < len(corpus.train): corpus = subsample(corpus, n_train)
-    if n_test is not None and n_test < len(corpus.test): corpus = replace(corpus, test=corpus.test.iloc[draw(corpus.test.label.to_numpy(), n_test, 0)])
+    if n_train is not None and n_train < len(corpus.train):
+        corpus = subsample(corpus, n_train)
+    if n_test is not None and n_test < len(corpus.test):
+        corpus = replace(
+            corpus, test=corpus.test.iloc[draw(corpus.test.label.to_numpy(), n_test, 0)]
+        )
     return corpus
 
 # %% ../nbs/10_corpora.ipynb #af66f78f
 def letters(
-    text: str, # any text
-) -> str: # its letters and digits in lower case; the text itself if it has none
+    text: str,  # any text
+) -> str:  # its letters and digits in lower case; the text itself if it has none
     "What is left of a text when case, spaces and punctuation do not count."
-    return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", text).casefold())) or text.strip()
+    return (
+        "".join(filter(str.isalnum, unicodedata.normalize("NFKC", text).casefold()))
+        or text.strip()
+    )
+
 
 def texts(
-    corpus: Corpus, # with its rows
-) -> set: # the letters of every text, of pairs both texts, of both splits
+    corpus: Corpus,  # with its rows
+) -> set:  # the letters of every text, of pairs both texts, of both splits
     "The distinct texts of a corpus."
     columns = ["text"] + ["text_pair"] * corpus.pair
-    return {letters(text) for rows in (corpus.train, corpus.test) for c in columns for text in rows[c].tolist()}
+    return {
+        letters(text)
+        for rows in (corpus.train, corpus.test)
+        for c in columns
+        for text in rows[c].tolist()
+    }
+
 
 def overlap(
-    a: Corpus, # one dataset
-    b: Corpus, # another
-) -> int: # number of distinct texts that occur in both
+    a: Corpus,  # one dataset
+    b: Corpus,  # another
+) -> int:  # number of distinct texts that occur in both
     "How many texts two datasets share."
     return len(texts(a) & texts(b))
 
 # %% ../nbs/10_corpora.ipynb #a549e8f9
 def shared_rows(
-    corpus: Corpus, # with its rows
-) -> int: # test rows whose text, or pair of texts, is a training row too
+    corpus: Corpus,  # with its rows
+) -> int:  # test rows whose text, or pair of texts, is a training row too
     "How many test rows were seen in training."
     columns = ["text"] + ["text_pair"] * corpus.pair
-    rows = lambda split: [tuple(map(letters, row)) for row in zip(*(split[c].tolist() for c in columns))]
+    rows = lambda split: [
+        tuple(map(letters, row)) for row in zip(*(split[c].tolist() for c in columns))
+    ]
     train = set(rows(corpus.train))
     return sum(row in train for row in rows(corpus.test))
 
 # %% ../nbs/10_corpora.ipynb #73170cd2
 def read_jsonl(
-    path: Path, # file with one JSON object a line, UTF-8
-    where: str, # dataset and file, for the message
-) -> dict: # line number -> object
+    path: Path,  # file with one JSON object a line, UTF-8
+    where: str,  # dataset and file, for the message
+) -> dict:  # line number -> object
     "Rows of a JSON-lines file; blank lines are passed over."
     rows = {}
     for i, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not line.strip(): continue
-        try: row = json.loads(line.decode())
-        except (ValueError, RecursionError): raise ValueError(f"{where}, row {i}: not a line of JSON in UTF-8") from None
-        if not isinstance(row, dict): raise ValueError(f"{where}, row {i}: a JSON {type(row).__name__}, not an object")
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            raise ValueError(f"{where}, row {i}: not a line of JSON in UTF-8") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}, row {i}: a JSON {type(row).__name__}, not an object")
         rows[i] = row
     return rows
 
 # %% ../nbs/10_corpora.ipynb #82c8ae03
 def read_csv(
-    path: Path, # comma-separated file with a header, UTF-8
-    where: str, # dataset and file, for the message
-) -> dict: # row number -> row; values are strings, an empty cell is None
+    path: Path,  # comma-separated file with a header, UTF-8
+    where: str,  # dataset and file, for the message
+) -> dict:  # row number -> row; values are strings, an empty cell is None
     "Rows of a CSV file."
-    try: text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error: raise ValueError(f"{where}: not UTF-8 at byte {error.start}") from None
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 at byte {error.start}") from None
     reader, rows = csv.reader(io.StringIO(text, newline=""), strict=True), {}
     try:
         header = next(reader, [])
-        if len(set(header)) < len(header): raise ValueError(f"{where}: the header holds a name twice")
+        if len(set(header)) < len(header):
+            raise ValueError(f"{where}: the header holds a name twice")
         for i, cells in enumerate(filter(None, reader), 1):
-            if len(cells) != len(header): raise ValueError(f"{where}, row {i}: {len(cells)} cells, but the header has {len(header)}")
+            if len(cells) != len(header):
+                raise ValueError(
+                    f"{where}, row {i}: {len(cells)} cells, but the header has {len(header)}"
+                )
             rows[i] = {column: cell or None for column, cell in zip(header, cells)}
-    except csv.Error as error: raise ValueError(f"{where}, row {len(rows) + 1}: {error}") from None
+    except csv.Error as error:
+        raise ValueError(f"{where}, row {len(rows) + 1}: {error}") from None
     return rows
 
 # %% ../nbs/10_corpora.ipynb #6924b8ea
 def read_parquet(
-    path: Path, # Parquet file
-    where: str, # dataset and file, for the message
-) -> dict: # row number -> row
+    path: Path,  # Parquet file
+    where: str,  # dataset and file, for the message
+) -> dict:  # row number -> row
     "Rows of a Parquet file; other columns stay unread."
     try:
         with pq.ParquetFile(path) as file:
             size, m = path.stat().st_size, file.metadata
-            if max(m.num_rows, sum(m.row_group(i).total_byte_size for i in range(m.num_row_groups)) // 1000) > size: raise ValueError # would unpack without end
-            columns = [c for c in file.schema_arrow.names if c in ("text", "text_pair", "label")]
+            if (
+                max(
+                    m.num_rows,
+                    sum(m.row_group(i).total_byte_size for i in range(m.num_row_groups))
+                    // 1000,
+                )
+                > size
+            ):
+                raise ValueError  # would unpack without end
+            columns = [
+                c for c in file.schema_arrow.names if c in ("text", "text_pair", "label")
+            ]
             return dict(enumerate(file.read(columns).to_pylist(), 1))
-    except (pa.ArrowException, OSError, ValueError, OverflowError): raise ValueError(f"{where}: not a readable Parquet file") from None
+    except (pa.ArrowException, OSError, ValueError, OverflowError):
+        raise ValueError(f"{where}: not a readable Parquet file") from None
+
 
 READERS = {"jsonl": read_jsonl, "csv": read_csv, "parquet": read_parquet}
 
 # %% ../nbs/10_corpora.ipynb #cde8d3c9
 def to_frame(
-    rows: dict, # row number -> row
-) -> pd.DataFrame: # text, text_pair (if any row has one) and label, values as they are
+    rows: dict,  # row number -> row
+) -> pd.DataFrame:  # text, text_pair (if any row has one) and label, values as they are
     "The columns that a corpus needs; a value that is absent is None."
     pairs = any(row.get("text_pair") is not None for row in rows.values())
-    there = lambda column: pairs if column == "text_pair" else any(column in row for row in rows.values())
+    there = lambda column: (
+        pairs if column == "text_pair" else any(column in row for row in rows.values())
+    )
     columns = [c for c in ("text", "text_pair", "label") if there(c)]
-    values = {c: pd.Series([row.get(c) for row in rows.values()], index=list(rows), dtype=object) for c in columns}
+    values = {
+        c: pd.Series([row.get(c) for row in rows.values()], index=list(rows), dtype=object)
+        for c in columns
+    }
     return pd.DataFrame(values, index=list(rows))
 
+
 def as_number(
-    label, # as it was written
-): # an integer if it is one, also in the letters of a CSV file; anything else as it is
+    label,  # as it was written
+):  # an integer if it is one, also in the letters of a CSV file; anything else as it is
     "Labels such as '3' as integers."
-    return int(label) if isinstance(label, str) and re.fullmatch(r"-?[0-9]{1,9}", label) else label
+    return (
+        int(label) if isinstance(label, str) and re.fullmatch(r"-?[0-9]{1,9}", label) else label
+    )
 
 # %% ../nbs/10_corpora.ipynb #e519ea7b
 def encode(
-    train: pd.DataFrame, # with labels as they were written
+    train: pd.DataFrame,  # with labels as they were written
     test: pd.DataFrame,  # the same
-    names=None,          # label names; None: the sorted labels of train
-) -> tuple: # train and test with labels as integers, as far as they can be, and the label names
+    names=None,  # label names; None: the sorted labels of train
+) -> (
+    tuple
+):  # train and test with labels as integers, as far as they can be, and the label names
     "Labels as integers."
     named = set(names or ())
-    plain = lambda label: label if isinstance(label, str) and label in named else as_number(label)
+    plain = lambda label: (
+        label if isinstance(label, str) and label in named else as_number(label)
+    )
     integer = lambda label: isinstance(label, int) and not isinstance(label, bool)
     if names is None:
-        found = {plain(label) for label in train.get("label", ()) if isinstance(label, str) or integer(label)}
+        found = {
+            plain(label)
+            for label in train.get("label", ())
+            if isinstance(label, str) or integer(label)
+        }
         found = sorted(found, key=None if all(map(integer, found)) else str)
-        place, names = {label: i for i, label in enumerate(found)}, [str(label) for label in found]
-        code = lambda label: place.get(label, str(label)) if isinstance(label, str) or integer(label) else label
+        place, names = (
+            {label: i for i, label in enumerate(found)},
+            [str(label) for label in found],
+        )
+        code = lambda label: (
+            place.get(label, str(label)) if isinstance(label, str) or integer(label) else label
+        )
     else:
         place = {label: i for i, label in enumerate(names)}
         code = lambda label: place.get(label, label) if isinstance(label, str) else label
+
     def new(rows):
-        if "label" not in rows: return rows
-        return rows.assign(label=pd.Series([code(plain(label)) for label in rows["label"]], index=rows.index, dtype=object))
+        if "label" not in rows:
+            return rows
+        return rows.assign(
+            label=pd.Series(
+                [code(plain(label)) for label in rows["label"]], index=rows.index, dtype=object
+            )
+        )
+
     return new(train), new(test), tuple(names)
 
 # %% ../nbs/10_corpora.ipynb #501a1681
 def find_split(
-    folder: Path, # of one dataset
+    folder: Path,  # of one dataset
     *stems: str,  # file names without ending; the first that exists counts
-) -> Path: # the file
+) -> Path:  # the file
     "The file of a split."
     for stem in stems:
-        found = [path for ending in READERS if (path := folder/f"{stem}.{ending}").is_file()]
-        if len(found) > 1: raise ValueError(f"dataset {folder.name}: {' and '.join(p.name for p in found)}: keep one of them")
-        if found: return found[0]
-    raise FileNotFoundError(f"dataset {folder.name}: there is no file {' or '.join(stems)} that ends in {', '.join(READERS)}")
+        found = [path for ending in READERS if (path := folder / f"{stem}.{ending}").is_file()]
+        if len(found) > 1:
+            raise ValueError(
+                f"dataset {folder.name}: {' and '.join(p.name for p in found)}: keep one of them"
+            )
+        if found:
+            return found[0]
+    raise FileNotFoundError(
+        f"dataset {folder.name}: there is no file {' or '.join(stems)} that ends in {', '.join(READERS)}"
+    )
 
 # %% ../nbs/10_corpora.ipynb #01181c36
 def read_corpus(
-    folder: Path,            # of one dataset
-    family: str = "unknown", # task family
-    labels=None,             # label names; None: the sorted labels of train
-    counts=(),               # rows that train and test should have; None or (): not known
+    folder: Path,  # of one dataset
+    family: str = "unknown",  # task family
+    labels=None,  # label names; None: the sorted labels of train
+    counts=(),  # rows that train and test should have; None or (): not known
     source: str = "folder",  # where it came from
 ) -> Corpus:
     "The dataset in a folder."
     paths = [find_split(folder, "train"), find_split(folder, "test", "validation")]
     wheres = [f"dataset {check_name(folder.name)}, file {path.name}" for path in paths]
-    frames = [to_frame(READERS[path.suffix[1:]](path, where)) for path, where in zip(paths, wheres)]
+    frames = [
+        to_frame(READERS[path.suffix[1:]](path, where)) for path, where in zip(paths, wheres)
+    ]
     for rows, count, where in zip(frames, counts, wheres):
-        if count not in (None, len(rows)): raise ValueError(f"{where}: {len(rows)} rows, but datasets.json says {count}")
+        if count not in (None, len(rows)):
+            raise ValueError(f"{where}: {len(rows)} rows, but datasets.json says {count}")
     train, test, labels = encode(*frames, labels)
-    for rows, where in zip((train, test), wheres): check_split(rows, labels, where)
+    for rows, where in zip((train, test), wheres):
+        check_split(rows, labels, where)
     return Corpus(folder.name, family, labels, train, test, source)
 
 # %% ../nbs/10_corpora.ipynb #5882aeae
 def read_list(
-    path: Path, # datasets.json
-) -> dict: # name -> entry
+    path: Path,  # datasets.json
+) -> dict:  # name -> entry
     "The entries of datasets.json, each with a name of its own."
-    try: entries = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (ValueError, RecursionError): raise ValueError("datasets.json: not JSON in UTF-8") from None
+    try:
+        entries = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        raise ValueError("datasets.json: not JSON in UTF-8") from None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError("datasets.json: not a list of objects")
     named = {}
     for i, entry in enumerate(entries, 1):
-        if "name" not in entry: raise ValueError(f"datasets.json, entry {i}: name is missing")
+        if "name" not in entry:
+            raise ValueError(f"datasets.json, entry {i}: name is missing")
         name = check_name(entry["name"])
-        if name in named: raise ValueError(f"datasets.json, entry {i}: dataset {name} is there twice")
-        if not isinstance(entry.get("family", ""), str): raise ValueError(f"datasets.json, dataset {name}: family is not a string")
+        if name in named:
+            raise ValueError(f"datasets.json, entry {i}: dataset {name} is there twice")
+        if not isinstance(entry.get("family", ""), str):
+            raise ValueError(f"datasets.json, dataset {name}: family is not a string")
         named[name] = entry | {"label_names": check_labels(entry.get("label_names"), name)}
     return named
 
 # %% ../nbs/10_corpora.ipynb #8456ddcc
 def read_families(
-    path: Path, # families.csv: columns name and family
-    known,      # names of the datasets that are there
-) -> dict: # name -> family
+    path: Path,  # families.csv: columns name and family
+    known,  # names of the datasets that are there
+) -> dict:  # name -> family
     "The families of a folder without datasets.json."
     families = {}
     for i, row in (read_csv(path, "families.csv") if path.is_file() else {}).items():
         name, family = row.get("name"), row.get("family")
-        if not name or not family: raise ValueError(f"families.csv, row {i}: name or family is missing")
-        if name not in known: raise ValueError(f"families.csv, row {i}: there is no dataset {name}")
-        if name in families: raise ValueError(f"families.csv, row {i}: dataset {name} is there twice")
+        if not name or not family:
+            raise ValueError(f"families.csv, row {i}: name or family is missing")
+        if name not in known:
+            raise ValueError(f"families.csv, row {i}: there is no dataset {name}")
+        if name in families:
+            raise ValueError(f"families.csv, row {i}: dataset {name} is there twice")
         families[name] = family
     return families
 
 # %% ../nbs/10_corpora.ipynb #99e365ba
 def in_folder(
-    folder: Path, # of datasets
-) -> dict: # name -> function without arguments that reads the dataset
+    folder: Path,  # of datasets
+) -> dict:  # name -> function without arguments that reads the dataset
     "The datasets of a folder, not yet read."
     source = f"folder {folder.resolve().name}"
-    if (folder/"datasets.json").is_file():
-        return {name: partial(read_corpus, folder/name, entry.get("family", "unknown"), entry["label_names"],
-                              (entry.get("n_train"), entry.get("n_test", entry.get("n_validation"))), source)
-                for name, entry in read_list(folder/"datasets.json").items()}
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._")
-    families = read_families(folder/"families.csv", names)
-    return {name: partial(read_corpus, folder/name, families.get(name, "unknown"), source=source) for name in names}
+    if (folder / "datasets.json").is_file():
+        return {
+            name: partial(
+                read_corpus,
+                folder / name,
+                entry.get("family", "unknown"),
+                entry["label_names"],
+                (entry.get("n_train"), entry.get("n_test", entry.get("n_validation"))),
+                source,
+            )
+            for name, entry in read_list(folder / "datasets.json").items()
+        }
+    names = sorted(
+        path.name for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._"
+    )
+    families = read_families(folder / "families.csv", names)
+    return {
+        name: partial(read_corpus, folder / name, families.get(name, "unknown"), source=source)
+        for name in names
+    }
 
 # %% ../nbs/10_corpora.ipynb #f7fdf97d
-_all_ = ["hub_entries", "hub_table"] # of the registry, at hand here too
+_all_ = ["hub_entries", "hub_table"]  # of the registry, at hand here too
 
 # %% ../nbs/10_corpora.ipynb #2e1cda64
 SEP = " <SEP> "  # between text columns that become one text
 
+# %% ../nbs/10_corpora.ipynb #a72c31b2
 def hub_rows(
     entry: dict,  # of the registry
-    data,         # datasets.DatasetDict, or a mapping from split name to Dataset
-    splits: list, # names of the splits to read, one after the other
-) -> pd.DataFrame: # text, text_pair (pairs only), label; incomplete rows left out
+    data,  # datasets.DatasetDict, or a mapping from split name to Dataset
+    splits: list,  # names of the splits to read, one after the other
+) -> pd.DataFrame:  # text, text_pair (pairs only), label; incomplete rows left out
     "Rows of some splits of a hub dataset."
-    parts, columns = {}, {"text": entry["text"], "text_pair": entry["text_pair"], "label": [entry["label"]]}
+    parts, columns = (
+        {},
+        {"text": entry["text"], "text_pair": entry["text_pair"], "label": [entry["label"]]},
+    )
     for split in splits:
-        if split not in data: raise ValueError(f"dataset {entry['name']}: no split {split!r}, there are {', '.join(data)}")
+        if split not in data:
+            raise ValueError(
+                f"dataset {entry['name']}: no split {split!r}, there are {', '.join(data)}"
+            )
         absent = [c for of in columns.values() for c in of if c not in data[split].column_names]
         present = ", ".join(data[split].column_names)
-        if absent: raise ValueError(f"dataset {entry['name']}, split {split}: no column {absent[0]!r}, there are {present}")
+        if absent:
+            raise ValueError(
+                f"dataset {entry['name']}, split {split}: no column {absent[0]!r}, there are {present}"
+            )
         table = data[split].select_columns([c for of in columns.values() for c in of]).to_dict()
-        said = lambda row: SEP.join(text for text in row if isinstance(text, str) and text.strip())
+        said = lambda row: SEP.join(
+            text for text in row if isinstance(text, str) and text.strip()
+        )
         join = lambda of: [said(row) for row in zip(*(table[c] for c in of))]
-        parts[split] = pd.DataFrame({c: table[of[0]] if c == "label" else join(of) for c, of in columns.items() if of}, dtype=object)
+        parts[split] = pd.DataFrame(
+            {c: table[of[0]] if c == "label" else join(of) for c, of in columns.items() if of},
+            dtype=object,
+        )
     rows = pd.concat(parts.values(), ignore_index=True)
-    whole = rows["label"].notna() & (rows["label"] != -1) & rows.drop(columns="label").ne("").all(axis=1)
-    if whole.all(): return rows
+    whole = (
+        rows["label"].notna()
+        & (rows["label"] != -1)
+        & rows.drop(columns="label").ne("").all(axis=1)
+    )
+    if whole.all():
+        return rows
     message = f"dataset {entry['name']}, {' + '.join(splits)}: {(~whole).sum()} of {len(rows)} rows lack a text or a label"
-    if whole.mean() < 0.95: raise ValueError(message)
+    if whole.mean() < 0.95:
+        raise ValueError(message)
     warnings.warn(f"{message} and are left out", stacklevel=2)
     return rows[whole]
 
 # %% ../nbs/10_corpora.ipynb #aa7818b3
 def hub_split(
-    entry: dict, # of the registry
-    data,        # datasets.DatasetDict
-) -> tuple: # a Corpus, and a DataFrame of the rows to choose settings on (dev): text, text_pair (pairs only), label
+    entry: dict,  # of the registry
+    data,  # datasets.DatasetDict
+) -> tuple:  # a Corpus, and a DataFrame of the rows to choose settings on (dev): text, text_pair (pairs only), label
     "A hub dataset as a corpus and its dev part, by the rules above."
     train, names = hub_rows(entry, data, entry["train"]), entry["label_names"]
-    if entry["test"]: test = hub_rows(entry, data, entry["test"])
+    if entry["test"]:
+        test = hub_rows(entry, data, entry["test"])
     else:
-        fifth = np.array([int(hashlib.sha256(text.encode()).hexdigest(), 16) % 5 == 0 for text in train["text"]])
+        fifth = np.array(
+            [
+                int(hashlib.sha256(text.encode()).hexdigest(), 16) % 5 == 0
+                for text in train["text"]
+            ]
+        )
         train, test = train[~fifth], train[fifth]
-    if entry["dev"]: dev = hub_rows(entry, data, entry["dev"])
+    if entry["dev"]:
+        dev = hub_rows(entry, data, entry["dev"])
     else:
         held = np.isin(np.arange(len(train)), dev_rows(len(train)))
         train, dev = train[~held], train[held]
     own = getattr(data[entry["train"][0]].features[entry["label"]], "names", None)
     if own and list(own) != names:
-        warnings.warn(f"dataset {entry['name']}: the hub names its labels {', '.join(own)}; those are used", stacklevel=2)
+        warnings.warn(
+            f"dataset {entry['name']}: the hub names its labels {', '.join(own)}; those are used",
+            stacklevel=2,
+        )
         names = own
-    (train, test, _), (dev, _, names) = encode(train, test, list(names)), encode(dev, dev, list(names))
-    if faults := [fault for label in dev["label"] if (fault := label_fault(label, names))]: raise ValueError(f"dataset {entry['name']}, dev: label {faults[0]}")
+    (train, test, _), (dev, _, names) = (
+        encode(train, test, list(names)),
+        encode(dev, dev, list(names)),
+    )
+    if faults := [fault for label in dev["label"] if (fault := label_fault(label, names))]:
+        raise ValueError(f"dataset {entry['name']}, dev: label {faults[0]}")
     place = "/".join(filter(None, (entry["id"], entry["config"])))
-    corpus = Corpus(entry["name"], entry["family"], names, train, test, f"hub {place}@{(entry['revision'] or 'main')[:12]}")
+    corpus = Corpus(
+        entry["name"],
+        entry["family"],
+        names,
+        train,
+        test,
+        f"hub {place}@{(entry['revision'] or 'main')[:12]}",
+    )
     return corpus, dev.reset_index(drop=True).astype({"label": "int64"})
 
+# %% ../nbs/10_corpora.ipynb #c116570b
 def hub_corpus(
-    entry: dict, # of the registry
-    data,        # datasets.DatasetDict
+    entry: dict,  # of the registry
+    data,  # datasets.DatasetDict
 ) -> Corpus:
     "A hub dataset as a corpus, by the rules above."
     return hub_split(entry, data)[0]
 
 # %% ../nbs/10_corpora.ipynb #8203b188
 def from_hub(
-    entry: dict, # of the registry
+    entry: dict,  # of the registry
 ) -> Corpus:
     "Download a dataset, or take it from the cache of `datasets`, and read it."
     import datasets  # only here, for it takes two seconds
-    try: data = datasets.load_dataset(entry["id"], entry["config"], revision=revision_of(entry))
+
+    try:
+        data = datasets.load_dataset(entry["id"], entry["config"], revision=revision_of(entry))
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
-        raise OSError(f"dataset {entry['name']}: {entry['id']} could not be loaded: {type(error).__name__}: {reason}") from error
+        raise OSError(
+            f"dataset {entry['name']}: {entry['id']} could not be loaded: {type(error).__name__}: {reason}"
+        ) from error
     return hub_corpus(entry, data)
 
 # %% ../nbs/10_corpora.ipynb #d2cba7e2
 def builtin_corpus(
-    name: str,    # of a built-in dataset
-    n_train: int, # training rows
+    name: str,  # of a built-in dataset
+    n_train: int,  # training rows
     n_test: int,  # test rows
-    seed: int,    # of its sentences
+    seed: int,  # of its sentences
 ) -> Corpus:
     "A built-in dataset as a corpus."
     train, test = generate(name, n_train, n_test, seed)
-    return Corpus(name, BUILTIN[name].family, tuple(BUILTIN[name].labels), pd.DataFrame(train), pd.DataFrame(test), f"builtin, seed {seed}")
+    return Corpus(
+        name,
+        BUILTIN[name].family,
+        tuple(BUILTIN[name].labels),
+        pd.DataFrame(train),
+        pd.DataFrame(test),
+        f"builtin, seed {seed}",
+    )
 
 # %% ../nbs/10_corpora.ipynb #0f121eea
 def sources(
-    source,       # "builtin", "hub" or a folder of datasets
-    seed: int,    # of the built-in sentences
-    n_train: int, # training rows of each built-in dataset
+    source,  # "builtin", "hub" or a folder of datasets
+    seed: int,  # of the built-in sentences
+    n_train: int,  # training rows of each built-in dataset
     n_test: int,  # test rows of each built-in dataset
-) -> dict: # name -> function without arguments that returns the dataset
+) -> dict:  # name -> function without arguments that returns the dataset
     "The datasets that a source has, not yet read."
-    if source == "hub": return {name: partial(from_hub, entry) for name, entry in hub_entries().items()}
-    if source == "builtin": return {name: partial(builtin_corpus, name, n_train, n_test, seed) for name in BUILTIN}
-    if not Path(source).is_dir(): raise FileNotFoundError(f"source {str(source)!r} is neither 'builtin' nor 'hub' nor a folder")
+    if source == "hub":
+        return {name: partial(from_hub, entry) for name, entry in hub_entries().items()}
+    if source == "builtin":
+        return {name: partial(builtin_corpus, name, n_train, n_test, seed) for name in BUILTIN}
+    if not Path(source).is_dir():
+        raise FileNotFoundError(
+            f"source {str(source)!r} is neither 'builtin' nor 'hub' nor a folder"
+        )
     return in_folder(Path(source))
 
 # %% ../nbs/10_corpora.ipynb #b9f2e5ef
 def load_corpora(
-    source="builtin",     # "builtin", "hub" or a folder of datasets
-    names=None,           # datasets to load, in this order; None: all (of the hub: the authors')
-    seed: int = 0,        # of the built-in sentences; a folder and the hub have no use for it
+    source="builtin",  # "builtin", "hub" or a folder of datasets
+    names=None,  # datasets to load, in this order; None: all (of the hub: the authors')
+    seed: int = 0,  # of the built-in sentences; a folder and the hub have no use for it
     n_train: int = 2000,  # training rows of each built-in dataset
-    n_test: int = 500,    # test rows of each built-in dataset
-) -> dict: # name -> Corpus
+    n_test: int = 500,  # test rows of each built-in dataset
+) -> dict:  # name -> Corpus
     "Datasets of one source, each checked."
     found = sources(source, seed, n_train, n_test)
-    if names is None: names = hub_names() if source == "hub" else list(found)
+    if names is None:
+        names = hub_names() if source == "hub" else list(found)
     names = [names] if isinstance(names, str) else list(names)
-    if source == "hub": names = [entry_of(name)["name"] for name in names]
+    if source == "hub":
+        names = [entry_of(name)["name"] for name in names]
     if unknown := [name for name in names if name not in found]:
         place = source if source in ("builtin", "hub") else Path(source).name
-        raise ValueError(f"no dataset {unknown[0]!r} in {place}: there are {', '.join(found) or 'none'}")
+        raise ValueError(
+            f"no dataset {unknown[0]!r} in {place}: there are {', '.join(found) or 'none'}"
+        )
     corpora = {name: found[name]() for name in names}
     for name, corpus in corpora.items():
         if shared := shared_rows(corpus):
-            warnings.warn(f"dataset {name}: {shared} of {len(corpus.test)} test rows are training rows too", stacklevel=2)
+            warnings.warn(
+                f"dataset {name}: {shared} of {len(corpus.test)} test rows are training rows too",
+                stacklevel=2,
+            )
     return corpora
 
 # %% ../nbs/10_corpora.ipynb #c0833239
 def describe(
-    corpora: dict, # name -> Corpus
-) -> pd.DataFrame: # a row for each corpus
+    corpora: dict,  # name -> Corpus
+) -> pd.DataFrame:  # a row for each corpus
     "What the datasets are like: sizes, the accuracy of a constant answer, and the median number of words in a training row."
-    words = lambda c: sum(c.train[column].str.split().str.len() for column in ["text"] + ["text_pair"] * c.pair).median()
-    return pd.DataFrame([{"name": c.name, "family": c.family, "classes": len(c.labels), "n_train": len(c.train), "n_test": len(c.test),
-                          "majority": round(c.majority, 3), "words": int(words(c))} for c in corpora.values()])
+    words = lambda c: sum(
+        c.train[column].str.split().str.len() for column in ["text"] + ["text_pair"] * c.pair
+    ).median()
+    return pd.DataFrame(
+        [
+            {
+                "name": c.name,
+                "family": c.family,
+                "classes": len(c.labels),
+                "n_train": len(c.train),
+                "n_test": len(c.test),
+                "majority": round(c.majority, 3),
+                "words": int(words(c)),
+            }
+            for c in corpora.values()
+        ]
+    )

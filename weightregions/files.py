@@ -14,18 +14,21 @@ from pathlib import Path
 @contextmanager
 def _named(file):
     "Let an error of the disk say which file it is about."
-    try: yield
+    try:
+        yield
     except OSError as e:
-        if e.filename or not e.errno: raise
+        if e.filename or not e.errno:
+            raise
         raise OSError(e.errno, e.strerror, str(file)) from None
     except Exception as e:
-        if not (found := re.search(r"\(os error (\d+)\)", str(e))): raise
+        if not (found := re.search(r"\(os error (\d+)\)", str(e))):
+            raise
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(file)) from None
 
 # %% ../nbs/01_files.ipynb #1cb2d332
 @contextmanager
 def whole_folder(
-    target: Path, # the folder that is to appear
+    target: Path,  # the folder that is to appear
 ):
     "A folder to write into, which becomes `target` when the block ends well and vanishes when it does not."
     target = Path(target)
@@ -35,21 +38,25 @@ def whole_folder(
         with _named(target):
             yield beside
             for file in beside.rglob("*"):
-                if file.is_file(): flush(file)
+                if file.is_file():
+                    flush(file)
             beside.chmod(0o755)
             os.rename(beside, target)
-    finally: shutil.rmtree(beside, ignore_errors=True)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
 
 def flush(
-    file: Path, # a file that must survive a power cut
+    file: Path,  # a file that must survive a power cut
 ):
     "Bring a file's bytes to the disk."
-    with open(file, "rb") as f: os.fsync(f.fileno())
+    with open(file, "rb") as f:
+        os.fsync(f.fileno())
 
 # %% ../nbs/01_files.ipynb #918dfdca
 @contextmanager
 def whole_file(
-    file: Path, # the file that is to appear
+    file: Path,  # the file that is to appear
 ):
     "A binary file to write into, which becomes `file` when the block ends well and vanishes when it does not."
     file = Path(file)
@@ -58,30 +65,34 @@ def whole_file(
     try:
         with _named(file), os.fdopen(handle, "wb") as f:
             yield f
-            f.flush(); os.fsync(f.fileno())
+            f.flush()
+            os.fsync(f.fileno())
         os.chmod(beside, 0o644)
         os.replace(beside, file)
     except BaseException:
         os.unlink(beside)
         raise
 
+
 def write_whole(
-    file: Path, # the file that is to appear
+    file: Path,  # the file that is to appear
     text: str,  # its content
 ):
     "Write a text file at once: readers see the old content or the new, never a part."
-    with whole_file(file) as f: f.write(text.encode("utf-8"))
+    with whole_file(file) as f:
+        f.write(text.encode("utf-8"))
 
 # %% ../nbs/01_files.ipynb #7a2be9f4
 def append_line(
     file: Path,  # the file that grows; it is made if it is not there
-    line: bytes, # with the newline at its end
+    line: bytes,  # with the newline at its end
 ):
     "Add a line to a file: on the disk when this returns, and no part of it there when it did not fit."
     with _named(file), open(file, "ab", buffering=0) as f:
         size, rest = os.fstat(f.fileno()).st_size, line
         try:
-            while rest: rest = rest[f.write(rest):]
+            while rest:
+                rest = rest[f.write(rest) :]
             os.fsync(f.fileno())
         except OSError:
             os.ftruncate(f.fileno(), size)
@@ -89,13 +100,15 @@ def append_line(
 
 # %% ../nbs/01_files.ipynb #58e42d51
 def as_json(
-    value, # dictionaries, lists, strings and numbers
-) -> str: # the same text for the same value
+    value,  # dictionaries, lists, strings and numbers
+) -> str:  # the same text for the same value
     "Readable JSON with sorted keys."
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
+
 def file_sha256(
-    file: Path, # any file
-) -> str: # 64 hexadecimal digits
+    file: Path,  # any file
+) -> str:  # 64 hexadecimal digits
     "The SHA-256 of a file's bytes."
-    with open(file, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -13,7 +13,16 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 from torch.utils.data import Sampler
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils import logging as hf_logging
 
 from .jobs import ranks
@@ -23,152 +32,243 @@ from .registry import dev_rows
 @dataclass(frozen=True)
 class Recipe:
     "How to fine-tune: all that matters besides the base, the data and the seed."
-    steps: int = 200             # optimiser steps, if no epochs are given
-    batch_size: int = 16         # rows in a step
+
+    steps: int = 200  # optimiser steps, if no epochs are given
+    batch_size: int = 16  # rows in a step
     learning_rate: float = 2e-4  # peak of AdamW's learning rate for the body
-    head_rate: float = 5e-3      # the same for the head
-    warmup: float = 0.1          # share of the steps in which the rate rises; then it falls linearly to 0
-    weight_decay: float = 0.0    # AdamW's decoupled weight decay
-    max_length: int = 40         # tokens a row is cut to
-    rows: int | None = None      # training rows, a stratified sub-sample; None: all of them
-    trains: str = "all"          # "all", "bitfit" (biases and head) or "head"
-    head: str = "zero"           # how the head's last layer starts: at "zero", or "random" as transformers leaves it
-    dtype: str = "auto"          # "float32", "bfloat16" (autocast) or "auto": bfloat16 where the processor is fast in it
+    head_rate: float = 5e-3  # the same for the head
+    warmup: float = (
+        0.1  # share of the steps in which the rate rises; then it falls linearly to 0
+    )
+    weight_decay: float = 0.0  # AdamW's decoupled weight decay
+    max_length: int = 40  # tokens a row is cut to
+    rows: int | None = None  # training rows, a stratified sub-sample; None: all of them
+    trains: str = "all"  # "all", "bitfit" (biases and head) or "head"
+    head: str = "zero"  # how the head's last layer starts: at "zero", or "random" as transformers leaves it
+    dtype: str = "auto"  # "float32", "bfloat16" (autocast) or "auto": bfloat16 where the processor is fast in it
     epochs: float | None = None  # passes over the training rows, in place of steps
-    patience: int | None = None  # training rows after which it stops if they brought no gain on rows held back; None: it runs to its end
+    patience: int | None = (
+        None  # training rows after which it stops if they brought no gain on rows held back; None: it runs to its end
+    )
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "max_length"):
-            if getattr(self, name) < 1: raise ValueError(f"recipe: {name} must be at least 1, not {getattr(self, name)}")
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"recipe: {name} must be at least 1, not {getattr(self, name)}"
+                )
         for name in ("rows", "patience"):
-            if getattr(self, name) is not None and getattr(self, name) < 1: raise ValueError(f"recipe: {name} must be at least 1, not {getattr(self, name)}")
-        if self.epochs is not None and not 0 < self.epochs < math.inf: raise ValueError(f"recipe: epochs must be a positive number, not {self.epochs}")
-        if not self.weight_decay >= 0: raise ValueError(f"recipe: weight_decay must not be below 0, not {self.weight_decay}")
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(
+                    f"recipe: {name} must be at least 1, not {getattr(self, name)}"
+                )
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ValueError(f"recipe: epochs must be a positive number, not {self.epochs}")
+        if not self.weight_decay >= 0:
+            raise ValueError(
+                f"recipe: weight_decay must not be below 0, not {self.weight_decay}"
+            )
         for name in ("learning_rate", "head_rate"):
-            if not 0 < getattr(self, name) < 1: raise ValueError(f"recipe: {name} must lie between 0 and 1, not {getattr(self, name)}")
-        if not 0 <= self.warmup <= 1: raise ValueError(f"recipe: warmup is a share between 0 and 1, not {self.warmup}")
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(
+                    f"recipe: {name} must lie between 0 and 1, not {getattr(self, name)}"
+                )
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"recipe: warmup is a share between 0 and 1, not {self.warmup}")
         for name, known in CHOICES.items():
-            if getattr(self, name) not in known: raise ValueError(f"recipe: {name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"recipe: {name} must be one of {', '.join(known)}, not {getattr(self, name)!r}"
+                )
 
-    def steps_on(self,
-        rows: int, # that train
-    ) -> int: # optimiser steps; with patience, the most
+    def steps_on(
+        self,
+        rows: int,  # that train
+    ) -> int:  # optimiser steps; with patience, the most
         "How long a fine-tuning on so many rows is; the last batch of each epoch may be short."
-        return self.steps if self.epochs is None else math.ceil(self.epochs * math.ceil(rows / self.batch_size))
+        return (
+            self.steps
+            if self.epochs is None
+            else math.ceil(self.epochs * math.ceil(rows / self.batch_size))
+        )
 
     @property
     def looks(self) -> int:
         "Looks at the rows held back without a gain, after which a fine-tuning stops."
         return math.ceil(self.patience / (LOOK * self.batch_size))
 
-    def held(self,
-        rows: int, # of the training split
-    ) -> np.ndarray: # positions of those that are held back
+    def held(
+        self,
+        rows: int,  # of the training split
+    ) -> np.ndarray:  # positions of those that are held back
         "The rows that tell when to stop; none where the end comes first anyway."
-        return dev_rows(rows) if self.patience and self.steps_on(rows) > LOOK * (1 + self.looks) else np.array([], int)
+        return (
+            dev_rows(rows)
+            if self.patience and self.steps_on(rows) > LOOK * (1 + self.looks)
+            else np.array([], int)
+        )
 
     def as_dict(self) -> dict:
         "What a file says of the recipe: of steps and epochs the one that counts, and patience if there is any."
-        unsaid = {"steps" if self.epochs else "epochs"} | ({"patience"} if self.patience is None else set())
+        unsaid = {"steps" if self.epochs else "epochs"} | (
+            {"patience"} if self.patience is None else set()
+        )
         return {k: v for k, v in asdict(self).items() if k not in unsaid}
 
-LOOK, GAIN = 50, 0.001 # steps from one look at the rows held back to the next, and the accuracy that counts as a gain
+# %% ../nbs/12_finetuning.ipynb #f2e56ae5
+LOOK, GAIN = (
+    50,
+    0.001,
+)  # steps from one look at the rows held back to the next, and the accuracy that counts as a gain
 
-CHOICES = {"trains": ("all", "bitfit", "head"), "head": ("zero", "random"), "dtype": ("auto", "float32", "bfloat16")}
+CHOICES = {
+    "trains": ("all", "bitfit", "head"),
+    "head": ("zero", "random"),
+    "dtype": ("auto", "float32", "bfloat16"),
+}
 
 # %% ../nbs/12_finetuning.ipynb #003e1869
 def usable(
-    device: "str | None" = None, # "cpu" or "cuda"
-) -> str: # that one, or "cuda" where there is one
+    device: "str | None" = None,  # "cpu" or "cuda"
+) -> str:  # that one, or "cuda" where there is one
     "Where to compute."
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
+
 def fast_bfloat16(
-    device: str = "cpu", # "cpu" or "cuda"
-) -> bool: # whether the device multiplies bfloat16 matrices natively
+    device: str = "cpu",  # "cpu" or "cuda"
+) -> bool:  # whether the device multiplies bfloat16 matrices natively
     "Whether bfloat16 is worth while on this machine."
-    if device == "cuda": return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+    if device == "cuda":
+        return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
     return torch.cpu._is_amx_tile_supported()
 
 # %% ../nbs/12_finetuning.ipynb #47d0030d
 class Tokenized(torch.utils.data.Dataset):
     "The rows of one split as token ids, with labels."
-    def __init__(self,
-        rows,            # DataFrame with columns text, text_pair (if pairs) and label
-        tokenizer,       # the base model's tokenizer
-        max_length: int, # tokens a row is cut to
+
+    def __init__(
+        self,
+        rows,  # DataFrame with columns text, text_pair (if pairs) and label
+        tokenizer,  # the base model's tokenizer
+        max_length: int,  # tokens a row is cut to
     ):
-        pair = rows["text_pair"].tolist() if "text_pair" in rows and rows["text_pair"].notna().any() else None
-        self.encoded = tokenizer(rows["text"].tolist(), pair, truncation=True, max_length=max_length)
+        pair = (
+            rows["text_pair"].tolist()
+            if "text_pair" in rows and rows["text_pair"].notna().any()
+            else None
+        )
+        self.encoded = tokenizer(
+            rows["text"].tolist(), pair, truncation=True, max_length=max_length
+        )
         self.labels = rows["label"].tolist()
         self.lengths = [len(ids) for ids in self.encoded["input_ids"]]
 
-    def __len__(self): return len(self.labels)
-    def __getitem__(self, i): return {k: v[i] for k, v in self.encoded.items()} | {"labels": self.labels[i]}
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return {k: v[i] for k, v in self.encoded.items()} | {"labels": self.labels[i]}
 
 # %% ../nbs/12_finetuning.ipynb #e4dfce70
 class BucketSampler(Sampler):
     "Row numbers such that each batch holds rows of like length; rows and batches in random order."
-    def __init__(self,
-        lengths: list[int], # tokens of each row
-        batch_size: int,    # rows in a batch
-        seed: int,          # of the order
-        window: int = 50,   # batches that are sorted together
+
+    def __init__(
+        self,
+        lengths: list[int],  # tokens of each row
+        batch_size: int,  # rows in a batch
+        seed: int,  # of the order
+        window: int = 50,  # batches that are sorted together
     ):
         self.lengths, self.batch_size, self.window = np.asarray(lengths), batch_size, window
         self.rng = np.random.default_rng(seed)
 
-    def __len__(self): return len(self.lengths)
+    def __len__(self):
+        return len(self.lengths)
 
     def __iter__(self):
         order = self.rng.permutation(len(self.lengths))
         width = self.batch_size * self.window
-        spans = [order[i:i + width] for i in range(0, len(order), width)]
+        spans = [order[i : i + width] for i in range(0, len(order), width)]
         spans = [span[np.argsort(self.lengths[span], kind="stable")] for span in spans]
-        batches = [span[i:i + self.batch_size] for span in spans for i in range(0, len(span), self.batch_size)]
+        batches = [
+            span[i : i + self.batch_size]
+            for span in spans
+            for i in range(0, len(span), self.batch_size)
+        ]
         short = [b for b in batches if len(b) < self.batch_size]
         full = [b for b in batches if len(b) == self.batch_size]
-        for j in self.rng.permutation(len(full)): yield from full[j].tolist()
-        for batch in short: yield from batch.tolist()
+        for j in self.rng.permutation(len(full)):
+            yield from full[j].tolist()
+        for batch in short:
+            yield from batch.tolist()
 
 # %% ../nbs/12_finetuning.ipynb #3cbf64b4
 def set_trainable(
-    model,       # a transformers sequence classifier
-    trains: str, # "all", "bitfit" or "head"
-) -> int: # parameters that train
+    model,  # a transformers sequence classifier
+    trains: str,  # "all", "bitfit" or "head"
+) -> int:  # parameters that train
     "Freeze all parameters of `model` but those that `trains` names."
-    if trains not in CHOICES["trains"]: raise ValueError(f"trains must be one of {', '.join(CHOICES['trains'])}, not {trains!r}")
+    if trains not in CHOICES["trains"]:
+        raise ValueError(
+            f"trains must be one of {', '.join(CHOICES['trains'])}, not {trains!r}"
+        )
     body = {id(p) for p in model.base_model.parameters()}
     for name, p in model.named_parameters():
-        p.requires_grad = trains == "all" or id(p) not in body or (trains == "bitfit" and name.endswith("bias"))
+        p.requires_grad = (
+            trains == "all"
+            or id(p) not in body
+            or (trains == "bitfit" and name.endswith("bias"))
+        )
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 # %% ../nbs/12_finetuning.ipynb #e7fbe80f
 def with_head(
-    start,         # folder or hub id of a checkpoint
-    labels: tuple, # names of the classes
-    **config,      # further settings of its configuration
-): # a transformers sequence classifier in float32, on the CPU
+    start,  # folder or hub id of a checkpoint
+    labels: tuple,  # names of the classes
+    **config,  # further settings of its configuration
+):  # a transformers sequence classifier in float32, on the CPU
     "The body of a checkpoint under a head for these classes: the checkpoint's own where it fits, else a fresh one."
     names = dict(enumerate(labels))
     model, told = AutoModelForSequenceClassification.from_pretrained(
-        start, num_labels=len(names), id2label=names, label2id={v: k for k, v in names.items()}, dtype=torch.float32,
-        ignore_mismatched_sizes=True, output_loading_info=True, **config)
+        start,
+        num_labels=len(names),
+        id2label=names,
+        label2id={v: k for k, v in names.items()},
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **config,
+    )
     absent = [*told["missing_keys"], *(m[0] for m in told["mismatched_keys"])]
-    if lacking := sorted(k for k in absent if k.startswith(f"{model.base_model_prefix}.") and ".pooler." not in k):
+    if lacking := sorted(
+        k for k in absent if k.startswith(f"{model.base_model_prefix}.") and ".pooler." not in k
+    ):
         raise ValueError(f"{start}: has no {lacking[0]} that fits its configuration")
     return model
 
+# %% ../nbs/12_finetuning.ipynb #75721638
 def zero_head(
-    model, # a transformers sequence classifier
-) -> list[str]: # names of the modules set to zero
+    model,  # a transformers sequence classifier
+) -> list[str]:  # names of the modules set to zero
     "Start the head's last layer at zero."
     body = set(model.base_model.modules())
-    last = {name: m for name, m in model.named_modules() if m not in body and isinstance(m, torch.nn.Linear) and m.out_features == model.config.num_labels}
-    if not last: raise ValueError(f"{type(model).__name__}: no linear layer outside its base model gives {model.config.num_labels} classes")
+    last = {
+        name: m
+        for name, m in model.named_modules()
+        if m not in body
+        and isinstance(m, torch.nn.Linear)
+        and m.out_features == model.config.num_labels
+    }
+    if not last:
+        raise ValueError(
+            f"{type(model).__name__}: no linear layer outside its base model gives {model.config.num_labels} classes"
+        )
     for m in last.values():
         torch.nn.init.zeros_(m.weight)
-        if m.bias is not None: torch.nn.init.zeros_(m.bias)
+        if m.bias is not None:
+            torch.nn.init.zeros_(m.bias)
     return list(last)
 
 # %% ../nbs/12_finetuning.ipynb #772a2714
@@ -176,75 +276,133 @@ def zero_head(
 def quiet():
     "Keep transformers from warning of the fresh head and from drawing bars while weights load."
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
-    try: yield
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
     finally:
         hf_logging.set_verbosity(level)
-        if bars: hf_logging.enable_progress_bar()
+        if bars:
+            hf_logging.enable_progress_bar()
 
 # %% ../nbs/12_finetuning.ipynb #f59a098a
 class BucketTrainer(Trainer):
     "A Trainer whose batches hold rows of like length, and whose head may learn at a rate of its own."
-    head_rate = None # AdamW's peak learning rate for the head; None: the body's
+
+    head_rate = None  # AdamW's peak learning rate for the head; None: the body's
 
     def create_optimizer(self, *args):
-        if self.head_rate is None: return super().create_optimizer(*args)
-        body, rate = {id(p) for p in self.model.base_model.parameters()}, self.args.learning_rate
+        if self.head_rate is None:
+            return super().create_optimizer(*args)
+        body, rate = (
+            {id(p) for p in self.model.base_model.parameters()},
+            self.args.learning_rate,
+        )
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        groups = [{"params": [p for p in trained if (id(p) in body) == inside], "lr": lr} for inside, lr in ((True, rate), (False, self.head_rate))]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, weight_decay=self.args.weight_decay, fused=True)
+        groups = [
+            {"params": [p for p in trained if (id(p) in body) == inside], "lr": lr}
+            for inside, lr in ((True, rate), (False, self.head_rate))
+        ]
+        self.optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]],
+            lr=rate,
+            weight_decay=self.args.weight_decay,
+            fused=True,
+        )
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset=None):
         data = self.train_dataset if train_dataset is None else train_dataset
         return BucketSampler(data.lengths, self.args.train_batch_size, self.args.seed)
 
+# %% ../nbs/12_finetuning.ipynb #9820e4cb
 def trainer_for(
-    model,             # what trains, its frozen parameters aside
-    data,              # rows with their `lengths`, such as a Tokenized
-    collate,           # makes a batch of rows
-    recipe: Recipe,    # how to train
-    seed: int,         # of the order of rows and dropout
-    scratch: str,      # folder for what the Trainer may want to write
-    device: str = "cpu", # "cpu" or "cuda"
-    held=None,         # rows held back that tell when to stop, as the recipe says; None: it runs to its end
-    **arguments,       # further TrainingArguments
-) -> BucketTrainer:    # to be run by `train()`
+    model,  # what trains, its frozen parameters aside
+    data,  # rows with their `lengths`, such as a Tokenized
+    collate,  # makes a batch of rows
+    recipe: Recipe,  # how to train
+    seed: int,  # of the order of rows and dropout
+    scratch: str,  # folder for what the Trainer may want to write
+    device: str = "cpu",  # "cpu" or "cuda"
+    held=None,  # rows held back that tell when to stop, as the recipe says; None: it runs to its end
+    **arguments,  # further TrainingArguments
+) -> BucketTrainer:  # to be run by `train()`
     "A trainer that follows a recipe, keeps nothing on disk and prints nothing."
     n = ranks()[1]
-    if recipe.batch_size % n: raise ValueError(f"recipe: {n} processes cannot share a batch of {recipe.batch_size} rows")
+    if recipe.batch_size % n:
+        raise ValueError(
+            f"recipe: {n} processes cannot share a batch of {recipe.batch_size} rows"
+        )
     steps, watch = recipe.steps_on(len(data)), []
     if held is not None:
-        arguments |= {"eval_strategy": "steps", "eval_steps": LOOK, "per_device_eval_batch_size": recipe.batch_size, "metric_for_best_model": "accuracy", "greater_is_better": True}
-        watch = [EarlyStoppingCallback(recipe.looks, GAIN - 1e-9)] # a gain of just so much counts, whichever way it is rounded
-    if n > 1: arguments |= {"accelerator_config": {"split_batches": True}, "average_tokens_across_devices": False}
+        arguments |= {
+            "eval_strategy": "steps",
+            "eval_steps": LOOK,
+            "per_device_eval_batch_size": recipe.batch_size,
+            "metric_for_best_model": "accuracy",
+            "greater_is_better": True,
+        }
+        watch = [
+            EarlyStoppingCallback(recipe.looks, GAIN - 1e-9)
+        ]  # a gain of just so much counts, whichever way it is rounded
+    if n > 1:
+        arguments |= {
+            "accelerator_config": {"split_batches": True},
+            "average_tokens_across_devices": False,
+        }
     bf16 = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and fast_bfloat16(device))
     args = TrainingArguments(
-        output_dir=scratch, max_steps=steps, per_device_train_batch_size=recipe.batch_size, learning_rate=recipe.learning_rate,
-        warmup_steps=math.ceil(recipe.warmup * steps), lr_scheduler_type="linear", weight_decay=recipe.weight_decay, seed=seed, bf16=bf16,
-        use_cpu=device == "cpu", logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, **arguments)
-    args._n_gpu = min(args.n_gpu, 1) # on all GPUs that it sees, a Trainer would train with a batch on each
-    accuracy = lambda told: {"accuracy": float((told.predictions.argmax(-1) == told.label_ids).mean())}
-    trainer = BucketTrainer(model=model, train_dataset=data, eval_dataset=held, data_collator=collate, args=args, compute_metrics=accuracy, callbacks=watch)
+        output_dir=scratch,
+        max_steps=steps,
+        per_device_train_batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        warmup_steps=math.ceil(recipe.warmup * steps),
+        lr_scheduler_type="linear",
+        weight_decay=recipe.weight_decay,
+        seed=seed,
+        bf16=bf16,
+        use_cpu=device == "cpu",
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **arguments,
+    )
+    args._n_gpu = min(
+        args.n_gpu, 1
+    )  # on all GPUs that it sees, a Trainer would train with a batch on each
+    accuracy = lambda told: {
+        "accuracy": float((told.predictions.argmax(-1) == told.label_ids).mean())
+    }
+    trainer = BucketTrainer(
+        model=model,
+        train_dataset=data,
+        eval_dataset=held,
+        data_collator=collate,
+        args=args,
+        compute_metrics=accuracy,
+        callbacks=watch,
+    )
     trainer.head_rate = recipe.head_rate
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 # %% ../nbs/12_finetuning.ipynb #8c26b707
 def evaluate(
-    model,                 # a sequence classifier
-    data: Tokenized,       # the split to measure on
-    tokenizer,             # pads the batches
+    model,  # a sequence classifier
+    data: Tokenized,  # the split to measure on
+    tokenizer,  # pads the batches
     batch_size: int = 64,  # rows in a forward pass
-) -> dict: # accuracy and cross-entropy loss in nats, and the number of rows
+) -> dict:  # accuracy and cross-entropy loss in nats, and the number of rows
     "Accuracy and loss of `model` on `data`, shortest rows first to save padding."
     model.eval()
     collate, order = DataCollatorWithPadding(tokenizer), np.argsort(data.lengths, kind="stable")
     right, loss = 0, 0.0
     for i in range(0, len(order), batch_size):
-        batch = collate([data[j] for j in order[i:i + batch_size]]).to(model.device)
+        batch = collate([data[j] for j in order[i : i + batch_size]]).to(model.device)
         labels = batch.pop("labels")
-        with torch.inference_mode(): logits = model(**batch).logits.float()
+        with torch.inference_mode():
+            logits = model(**batch).logits.float()
         right += (logits.argmax(-1) == labels).sum().item()
         loss += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
     return {"accuracy": right / len(order), "loss": loss / len(order), "n_test": len(order)}
@@ -252,22 +410,25 @@ def evaluate(
 # %% ../nbs/12_finetuning.ipynb #35df8b8b
 @contextlib.contextmanager
 def one_thread(
-    device: str = "cpu", # where the model computes; on "cuda" nothing changes
+    device: str = "cpu",  # where the model computes; on "cuda" nothing changes
 ):
     "Compute in one thread, so that sums come out the same however many cores there are."
     threads = torch.get_num_threads()
-    if device == "cpu": torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(threads)
+    if device == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 # %% ../nbs/12_finetuning.ipynb #1edda845
 def train(
-    base,              # folder or hub id of the pretrained model
-    corpus,            # a Corpus: train and test splits with labels
-    recipe: Recipe,    # how to fine-tune
-    seed: int,         # of the head, the order of rows and dropout
-    device: str | None = None, # "cpu" or "cuda"; None: cuda where there is one
-) -> tuple: # the fine-tuned model, its tokenizer and its metrics on the test split; with epochs or patience also the steps taken
+    base,  # folder or hub id of the pretrained model
+    corpus,  # a Corpus: train and test splits with labels
+    recipe: Recipe,  # how to fine-tune
+    seed: int,  # of the head, the order of rows and dropout
+    device: str | None = None,  # "cpu" or "cuda"; None: cuda where there is one
+) -> tuple:  # the fine-tuned model, its tokenizer and its metrics on the test split; with epochs or patience also the steps taken
     "Fine-tune `base` on `corpus`."
     device = usable(device)
     rows = corpus.train if recipe.rows is None else corpus.subsample(recipe.rows, seed=0).train
@@ -275,10 +436,27 @@ def train(
     with quiet(), one_thread(device), tempfile.TemporaryDirectory() as scratch:
         set_seed(seed)
         tokenizer, model = AutoTokenizer.from_pretrained(base), with_head(base, corpus.labels)
-        if recipe.head == "zero": zero_head(model)
+        if recipe.head == "zero":
+            zero_head(model)
         set_trainable(model, recipe.trains)
-        data, held = (Tokenized(part, tokenizer, recipe.max_length) if len(part) else None for part in (rows.drop(rows.index[at]), rows.iloc[at]))
-        trainer = trainer_for(model, data, DataCollatorWithPadding(tokenizer), recipe, seed, scratch, device, held)
+        data, held = (
+            Tokenized(part, tokenizer, recipe.max_length) if len(part) else None
+            for part in (rows.drop(rows.index[at]), rows.iloc[at])
+        )
+        trainer = trainer_for(
+            model, data, DataCollatorWithPadding(tokenizer), recipe, seed, scratch, device, held
+        )
         trainer.train()
-        metrics = evaluate(model, Tokenized(corpus.test, tokenizer, recipe.max_length), tokenizer)
-        return model, tokenizer, metrics | ({} if recipe.epochs is None and recipe.patience is None else {"steps": trainer.state.global_step})
+        metrics = evaluate(
+            model, Tokenized(corpus.test, tokenizer, recipe.max_length), tokenizer
+        )
+        return (
+            model,
+            tokenizer,
+            metrics
+            | (
+                {}
+                if recipe.epochs is None and recipe.patience is None
+                else {"steps": trainer.state.global_step}
+            ),
+        )

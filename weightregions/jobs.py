@@ -18,74 +18,112 @@ from joblib import Parallel, cpu_count, delayed, parallel_config, register_paral
 from joblib.externals.loky import ProcessPoolExecutor
 
 # %% ../nbs/11_jobs.ipynb #44c32ebc
-def gpus_here() -> list: # their names, as CUDA_VISIBLE_DEVICES has them; empty without a GPU
+def gpus_here() -> list:  # their names, as CUDA_VISIBLE_DEVICES has them; empty without a GPU
     "The GPUs that this process may use."
-    import torch # not before a worker has its environment
-    if not torch.cuda.is_available(): return []
-    return [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or [str(i) for i in range(torch.cuda.device_count())]
+    import torch  # not before a worker has its environment
+
+    if not torch.cuda.is_available():
+        return []
+    return [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or [
+        str(i) for i in range(torch.cuda.device_count())
+    ]
 
 # %% ../nbs/11_jobs.ipynb #4212c19d
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS") # what limits the threads of a process
+THREADS = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+)  # what limits the threads of a process
+
 
 def places(
-    n: int,     # jobs at a time
-    gpus: list, # the GPUs that they share, as `gpus_here` names them; [""] hides all
-) -> list: # for each place the environment of its worker process, as pairs
+    n: int,  # jobs at a time
+    gpus: list,  # the GPUs that they share, as `gpus_here` names them; [""] hides all
+) -> list:  # for each place the environment of its worker process, as pairs
     "Where `n` jobs at a time run on this machine."
     threads = {name: os.environ.get(name, str(max(cpu_count() // n, 1))) for name in THREADS}
     on = lambda i: {"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {}
-    return [tuple((threads | on(i) | {"WEIGHTREGIONS_PLACE": str(i)}).items()) for i in range(n)]
+    return [
+        tuple((threads | on(i) | {"WEIGHTREGIONS_PLACE": str(i)}).items()) for i in range(n)
+    ]
 
 # %% ../nbs/11_jobs.ipynb #067d26a0
 def _told(name) -> str:
     "A job's name, to be read."
     return name if isinstance(name, str) else " ".join(map(str, name))
 
+
 def _call(name, folder, function, args):
     "One job, in whatever process it runs: its name, and what it gave."
-    try: os.chdir(folder)
-    except OSError as e: raise ValueError(f"{socket.gethostname()} has no folder {folder}: all machines must share one file system") from e
-    try: return name, function(*args)
+    try:
+        os.chdir(folder)
+    except OSError as e:
+        raise ValueError(
+            f"{socket.gethostname()} has no folder {folder}: all machines must share one file system"
+        ) from e
+    try:
+        return name, function(*args)
     except Exception as e:
         e.add_note(f"in the job {_told(name)}")
         raise
 
+
 class _Died:
     "What a job gave whose worker died twice."
 
+
 def _again(name):
     "Say that a worker died."
-    warnings.warn(f"the worker of the job {_told(name)} died (killed, or out of memory?); the job is tried once more", RuntimeWarning, stacklevel=2)
+    warnings.warn(
+        f"the worker of the job {_told(name)} died (killed, or out of memory?); the job is tried once more",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 # %% ../nbs/11_jobs.ipynb #1ee0727d
-_WORKERS = {} # process id of the owner and place -> executor of one worker process
-IDLE = 300 # seconds without a job after which a worker leaves
+_WORKERS = {}  # process id of the owner and place -> executor of one worker process
+IDLE = 300  # seconds without a job after which a worker leaves
+
 
 def _at_a_place(free, name, *call):
     "Run a job in the worker of a free place; if the worker dies, once more in a fresh one."
     place = free.get()
-    key = os.getpid(), place # a fork has no part in its parent's workers
+    key = os.getpid(), place  # a fork has no part in its parent's workers
     try:
         for again in (True, False):
-            if key in _WORKERS and not _WORKERS[key]._processes: _WORKERS.pop(key).shutdown(wait=False) # its worker has left; were loky to start another for it, nobody would see that one die
-            if key not in _WORKERS: _WORKERS[key] = ProcessPoolExecutor(1, timeout=IDLE, env=dict(place))
-            try: return _WORKERS[key].submit(_call, name, *call).result()
+            if key in _WORKERS and not _WORKERS[key]._processes:
+                _WORKERS.pop(key).shutdown(
+                    wait=False
+                )  # its worker has left; were loky to start another for it, nobody would see that one die
+            if key not in _WORKERS:
+                _WORKERS[key] = ProcessPoolExecutor(1, timeout=IDLE, env=dict(place))
+            try:
+                return _WORKERS[key].submit(_call, name, *call).result()
             except BrokenExecutor:
                 _WORKERS.pop(key).shutdown(wait=False)
-                if again: _again(name)
+                if again:
+                    _again(name)
         return name, _Died()
-    finally: free.put(place)
+    finally:
+        free.put(place)
+
 
 def _processes(calls, n, gpus):
     "What the jobs give, as it comes, each from a process of this machine."
     free, well = SimpleQueue(), False
-    warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning) # loky renews a worker that has grown; nothing is lost
-    for place in places(n, gpus): free.put(place)
+    warnings.filterwarnings(
+        "ignore", "A worker stopped while some jobs", UserWarning
+    )  # loky renews a worker that has grown; nothing is lost
+    for place in places(n, gpus):
+        free.put(place)
     try:
-        yield from Parallel(n_jobs=n, backend="threading", return_as="generator_unordered")(delayed(_at_a_place)(free, *call) for call in calls)
+        yield from Parallel(n_jobs=n, backend="threading", return_as="generator_unordered")(
+            delayed(_at_a_place)(free, *call) for call in calls
+        )
         well = True
     finally:
-        while not well and _WORKERS: _WORKERS.popitem()[1].shutdown(wait=False, kill_workers=True)
+        while not well and _WORKERS:
+            _WORKERS.popitem()[1].shutdown(wait=False, kill_workers=True)
 
 # %% ../nbs/11_jobs.ipynb #d060b2a5
 @lru_cache(maxsize=1)
@@ -94,43 +132,59 @@ def _register():
     from ray.exceptions import OutOfMemoryError, RayActorError, WorkerCrashedError
     from ray.util.joblib.ray_backend import RayBackend
     from ray.util.multiprocessing import Pool
+
     deaths = OutOfMemoryError, RayActorError, WorkerCrashedError
 
     class Places(RayBackend):
         "Ray's backend, with a pool of one worker for each job at a time."
+
         supports_return_generator = True
 
-        def effective_n_jobs(self, n_jobs): return n_jobs
+        def effective_n_jobs(self, n_jobs):
+            return n_jobs
 
         def configure(self, n_jobs=1, parallel=None, **_):
-            self.parallel, self._free, self._pools, self._turn, self._over = parallel, SimpleQueue(), [], Lock(), False
+            self.parallel, self._free, self._pools, self._turn, self._over = (
+                parallel,
+                SimpleQueue(),
+                [],
+                Lock(),
+                False,
+            )
             with ThreadPoolExecutor(n_jobs) as starts:
-                for pool in starts.map(lambda _: self._open(), range(n_jobs)): self._free.put(pool)
-            return max(n_jobs, 2) # of one, joblib would make none
+                for pool in starts.map(lambda _: self._open(), range(n_jobs)):
+                    self._free.put(pool)
+            return max(n_jobs, 2)  # of one, joblib would make none
 
         def _open(self):
             self._pools.append(pool := Pool(1, ray_remote_args=self.ray_remote_args))
             return pool
 
-        def submit(self, func, callback=None): return self._run(self._free.get(), func, callback, True)
+        def submit(self, func, callback=None):
+            return self._run(self._free.get(), func, callback, True)
 
         def _run(self, pool, func, callback, again):
             def done(out, pool=pool):
                 if isinstance(out, deaths) and not self._over:
                     name = func.items[0][1][0]
-                    try: pool = self._open()
-                    except Exception as e: return callback(e) # the cluster is gone
-                    if again: return _again(name), self._run(pool, func, callback, False)
+                    try:
+                        pool = self._open()
+                    except Exception as e:
+                        return callback(e)  # the cluster is gone
+                    if again:
+                        return _again(name), self._run(pool, func, callback, False)
                     out = [(name, _Died())]
                 self._free.put(pool)
                 callback(out)
+
             with self._turn:
                 self._pool = pool
                 return super().submit(func, done)
 
         def terminate(self):
             self._over, self._pool = True, None
-            while self._pools: self._pools.pop().terminate()
+            while self._pools:
+                self._pools.pop().terminate()
 
     register_parallel_backend("ray", Places)
 
@@ -138,75 +192,126 @@ def _register():
 def _cluster(gpus):
     "What a job asks of the Ray cluster, and how many such jobs it has room for."
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try: import ray
-    except ImportError as e: raise ValueError('the backend "ray" needs Ray: pip install "weightregions[ray]"') from e
+    try:
+        import ray
+    except ImportError as e:
+        raise ValueError('the backend "ray" needs Ray: pip install "weightregions[ray]"') from e
     _register()
-    if not ray.is_initialized(): ray.init()
+    if not ray.is_initialized():
+        ray.init()
     has = {kind: ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU")}
     asked = (1 if has["GPU"] else 0) if gpus is None else gpus
-    if asked > has["GPU"]: raise ValueError(f"a job asks for {asked:g} GPU{'s' * (asked != 1)}, and the Ray cluster has {has['GPU']:g}")
-    return {"num_cpus": 1, "num_gpus": asked}, int(min(has["CPU"], has["GPU"] / asked if asked else has["CPU"]))
+    if asked > has["GPU"]:
+        raise ValueError(
+            f"a job asks for {asked:g} GPU{'s' * (asked != 1)}, and the Ray cluster has {has['GPU']:g}"
+        )
+    return {"num_cpus": 1, "num_gpus": asked}, int(
+        min(has["CPU"], has["GPU"] / asked if asked else has["CPU"])
+    )
+
 
 def _on_ray(calls, n, asks):
     "What the jobs give, as it comes, each from a worker of the Ray cluster."
     with parallel_config(backend="ray", n_jobs=n, ray_remote_args=asks):
-        done = Parallel(return_as="generator_unordered", pre_dispatch="n_jobs", batch_size=1)(delayed(_call)(*call) for call in calls)
+        done = Parallel(return_as="generator_unordered", pre_dispatch="n_jobs", batch_size=1)(
+            delayed(_call)(*call) for call in calls
+        )
     yield from done
 
 # %% ../nbs/11_jobs.ipynb #2444fd86
-def ranks() -> tuple: # rank of this process, and how many train together
+def ranks() -> tuple:  # rank of this process, and how many train together
     "Whether torchrun or accelerate started this process to share a fine-tuning, and with how many others."
-    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys() else (0, 1)
+    return (
+        (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+        else (0, 1)
+    )
+
 
 def agreed(
-    value, # what this process says
-): # what rank 0 says; alone, that is `value`
+    value,  # what this process says
+):  # what rank 0 says; alone, that is `value`
     "One word for all processes that share a fine-tuning; each waits for the others here."
-    if ranks()[1] == 1: return value
+    if ranks()[1] == 1:
+        return value
     import torch
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
+
     PartialState(cpu=not torch.cuda.is_available())
     return broadcast_object_list([value])[0]
 
 # %% ../nbs/11_jobs.ipynb #8994eede
-BACKENDS = ("processes", "ray") # who can run jobs
+BACKENDS = ("processes", "ray")  # who can run jobs
+
 
 def _asked(backend, gpus):
     "Backend and GPUs of a job, from the arguments or the environment; refuses what is unknown."
-    source, gpus = ("gpus", gpus) if gpus is not None else ("WEIGHTREGIONS_GPUS", os.environ.get("WEIGHTREGIONS_GPUS") or None)
+    source, gpus = (
+        ("gpus", gpus)
+        if gpus is not None
+        else ("WEIGHTREGIONS_GPUS", os.environ.get("WEIGHTREGIONS_GPUS") or None)
+    )
     backend = backend or os.environ.get("WEIGHTREGIONS_BACKEND") or BACKENDS[0]
-    if backend not in BACKENDS: raise ValueError(f"the backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    try: share = None if gpus is None else float(gpus)
-    except ValueError: share = -1
-    if share is not None and not 0 <= share <= 1: raise ValueError(f"{source}: a job takes 0 to 1 GPUs, not {gpus!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"the backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    try:
+        share = None if gpus is None else float(gpus)
+    except ValueError:
+        share = -1
+    if share is not None and not 0 <= share <= 1:
+        raise ValueError(f"{source}: a job takes 0 to 1 GPUs, not {gpus!r}")
     return backend, share
 
+# %% ../nbs/11_jobs.ipynb #8433e810
 def run_jobs(
-    function,    # what each job calls; a function of a module, so that it can be sent to another process
+    function,  # what each job calls; a function of a module, so that it can be sent to another process
     jobs: dict,  # name -> arguments, a job each; a name is text, or a tuple of texts and numbers
-    workers: int | None = None,  # jobs at a time; None: one a core, one a GPU, or as many as the Ray cluster has room for
-    backend: str | None = None,  # "processes" or "ray"; None: what WEIGHTREGIONS_BACKEND says, else processes
-    gpus: float | None = None,   # GPUs that a job takes, 0 to 1; None: what WEIGHTREGIONS_GPUS says, else 1 where there are any
-): # iterator of pairs of name and result, in the order in which jobs end
+    workers: int
+    | None = None,  # jobs at a time; None: one a core, one a GPU, or as many as the Ray cluster has room for
+    backend: str
+    | None = None,  # "processes" or "ray"; None: what WEIGHTREGIONS_BACKEND says, else processes
+    gpus: float
+    | None = None,  # GPUs that a job takes, 0 to 1; None: what WEIGHTREGIONS_GPUS says, else 1 where there are any
+):  # iterator of pairs of name and result, in the order in which jobs end
     "Run independent jobs, several at a time."
     backend, share = _asked(backend, gpus)
-    if workers is not None and workers < 1: raise ValueError(f"workers must be at least 1, not {workers}")
-    if ranks()[1] > 1: raise ValueError("torchrun is for fine-tuning a zoo; what runs as a list of independent jobs is started without it")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, not {workers}")
+    if ranks()[1] > 1:
+        raise ValueError(
+            "torchrun is for fine-tuning a zoo; what runs as a list of independent jobs is started without it"
+        )
     calls = [(name, os.getcwd(), function, args) for name, args in jobs.items()]
-    if not calls: return iter(())
+    if not calls:
+        return iter(())
     if backend == "ray":
         asks, room = _cluster(share)
-        if not room: raise ValueError(f"the Ray cluster has no room for a job of {asks['num_cpus']} core and {asks['num_gpus']:g} GPU{'s' * (asks['num_gpus'] != 1)}")
+        if not room:
+            raise ValueError(
+                f"the Ray cluster has no room for a job of {asks['num_cpus']} core and {asks['num_gpus']:g} GPU{'s' * (asks['num_gpus'] != 1)}"
+            )
         return _finished(_on_ray(calls, min(workers or room, room, len(calls)), asks))
     here = gpus_here() if share != 0 else [""]
-    n = min(workers or (int(len(here) / (share or 1)) if any(here) else cpu_count()), len(calls))
-    return _finished((_call(*call) for call in calls) if n == 1 and share != 0 else _processes(calls, n, here))
+    n = min(
+        workers or (int(len(here) / (share or 1)) if any(here) else cpu_count()), len(calls)
+    )
+    return _finished(
+        (_call(*call) for call in calls)
+        if n == 1 and share != 0
+        else _processes(calls, n, here)
+    )
 
+# %% ../nbs/11_jobs.ipynb #2b9af581
 def _finished(results):
     "Pass results on; name, at the end, the jobs that have none."
     dead = []
     for name, result in results:
-        if isinstance(result, _Died): dead.append(_told(name))
-        else: yield name, result
-    if dead: raise ChildProcessError(f"the worker died twice in {', '.join(dead)} (killed, or out of memory?); all other jobs are done, and the same call again does what is left")
+        if isinstance(result, _Died):
+            dead.append(_told(name))
+        else:
+            yield name, result
+    if dead:
+        raise ChildProcessError(
+            f"the worker died twice in {', '.join(dead)} (killed, or out of memory?); all other jobs are done, and the same call again does what is left"
+        )

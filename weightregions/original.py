@@ -18,69 +18,113 @@ import pandas as pd
 from .files import whole_file
 
 # %% ../nbs/16_original.ipynb #c490edf4
-DATASETS = ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli", "boolq", "cb", "copa", "multirc", "wic", "wsc")
+DATASETS = (
+    "cola",
+    "sst2",
+    "mrpc",
+    "qqp",
+    "mnli",
+    "qnli",
+    "rte",
+    "wnli",
+    "boolq",
+    "cb",
+    "copa",
+    "multirc",
+    "wic",
+    "wsc",
+)
 
 SHA256 = {
     "sim_matrix_glue_super_glue_70.csv": "bc6401064d278f0d0f7b5c4fe38e1186a9a333238607f622d5cd10ab5e743491",
     "euc_dist_matrix_glue_super_glue_70.csv": "f2c8e293f2862d99897a9fa2cd5bb11b0b3733a2d6e7573f4f88fd6bee5866a1",
 }
 
-SOURCE = ("https://raw.githubusercontent.com/IBM/model-recycling/1c1d4228810ef0506de1a85144a3744b274c8bbc/"
-          "python_code/clustering%20code/analysis_utils/saved_matrices/")
+SOURCE = (
+    "https://raw.githubusercontent.com/IBM/model-recycling/1c1d4228810ef0506de1a85144a3744b274c8bbc/"
+    "python_code/clustering%20code/analysis_utils/saved_matrices/"
+)
 
 # %% ../nbs/16_original.ipynb #e6f52c68
 def read_matrix(
-    file: Path, # one of the published files
-) -> pd.DataFrame: # square, labelled "dataset-seed" on both sides
+    file: Path,  # one of the published files
+) -> pd.DataFrame:  # square, labelled "dataset-seed" on both sides
     "A published matrix with our names for the models."
     header, *rows = Path(file).read_text(encoding="utf-8").split("\n")
-    found = [re.fullmatch(r"seed_(\d+)_data_(\d+)", column.strip()) for column in header.strip().strip('"').split(",")]
+    found = [
+        re.fullmatch(r"seed_(\d+)_data_(\d+)", column.strip())
+        for column in header.strip().strip('"').split(",")
+    ]
     if None in found:
-        raise ValueError(f"{file}: column {found.index(None) + 1} of the header is not of the form seed_S_data_D")
+        raise ValueError(
+            f"{file}: column {found.index(None) + 1} of the header is not of the form seed_S_data_D"
+        )
     names = [f"{DATASETS[int(m[2])]}-{m[1]}" for m in found]
     try:
         values = np.array([row.split(",") for row in rows if row.strip()], float)
     except ValueError as e:
         raise ValueError(f"{file}: not a table of numbers ({e})") from None
     if values.shape != (len(names), len(names)):
-        raise ValueError(f"{file}: {len(names)} columns are named, but the numbers are {' x '.join(map(str, values.shape))}")
+        raise ValueError(
+            f"{file}: {len(names)} columns are named, but the numbers are {' x '.join(map(str, values.shape))}"
+        )
     return pd.DataFrame(values, names, names)
 
 # %% ../nbs/16_original.ipynb #476cf05b
 def _checked(content: bytes, name: str, where: str) -> bytes:
     "The content, if it is what the authors published."
     if (found := hashlib.sha256(content).hexdigest()) != SHA256[name]:
-        raise ValueError(f"{where}: sha256 is {found[:12]}..., but the published file has {SHA256[name][:12]}...")
+        raise ValueError(
+            f"{where}: sha256 is {found[:12]}..., but the published file has {SHA256[name][:12]}..."
+        )
     return content
+
 
 def _fetch(name: str, folder: Path) -> None:
     "Bring one file from the pinned commit into `folder`."
     with urllib.request.urlopen(SOURCE + name, timeout=60) as answer:
         content = _checked(answer.read(), name, SOURCE + name)
-    with whole_file(folder / name) as f: f.write(content)
+    with whole_file(folder / name) as f:
+        f.write(content)
 
 # %% ../nbs/16_original.ipynb #b6c28593
 def original_folder(
-    folder: str | Path | None = None, # where the two files lie; None: WEIGHTREGIONS_PAPER_DATA, or the cache
+    folder: str
+    | Path
+    | None = None,  # where the two files lie; None: WEIGHTREGIONS_PAPER_DATA, or the cache
 ) -> Path:
     "The folder in which the published matrices are looked for."
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "weightregions" / "original"
+    cache = (
+        Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        / "weightregions"
+        / "original"
+    )
     return Path(folder or os.environ.get("WEIGHTREGIONS_PAPER_DATA") or cache)
 
 # %% ../nbs/16_original.ipynb #9ed8ee31
 def load_original(
-    folder: str | Path | None = None, # where the two files lie; None: WEIGHTREGIONS_PAPER_DATA, or the cache
-    fetch: bool = False, # get what is missing from the authors' repository
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.Series]: # cosines (70, 70), Euclidean distances (70, 70), dataset of each model (70,)
+    folder: str
+    | Path
+    | None = None,  # where the two files lie; None: WEIGHTREGIONS_PAPER_DATA, or the cache
+    fetch: bool = False,  # get what is missing from the authors' repository
+) -> tuple[
+    pd.DataFrame, pd.DataFrame, pd.Series
+]:  # cosines (70, 70), Euclidean distances (70, 70), dataset of each model (70,)
     "The published matrices of 70 RoBERTa-base models, checked by their checksums."
     folder, matrices = original_folder(folder), []
     for name in SHA256:
         if fetch and not (folder / name).is_file():
             _fetch(name, folder)
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{name} is not in {folder}: set WEIGHTREGIONS_PAPER_DATA to the folder that holds it, or fetch it")
+            raise FileNotFoundError(
+                f"{name} is not in {folder}: set WEIGHTREGIONS_PAPER_DATA to the folder that holds it, or fetch it"
+            )
         _checked((folder / name).read_bytes(), name, str(folder / name))
         matrices.append(read_matrix(folder / name))
     cosine, squared = matrices
     euclidean = np.sqrt(squared.where(~np.eye(len(squared), dtype=bool), 0.0))
-    return cosine, euclidean, pd.Series(cosine.index.str.rsplit("-", n=1).str[0], cosine.index, name="dataset")
+    return (
+        cosine,
+        euclidean,
+        pd.Series(cosine.index.str.rsplit("-", n=1).str[0], cosine.index, name="dataset"),
+    )

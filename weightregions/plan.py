@@ -31,78 +31,138 @@ from .walks import Walk, leading, plan
 @dataclass(frozen=True)
 class ModelShape:
     "What of an encoder its cost depends on."
-    layers: int    # transformer layers
-    hidden: int    # width of a token's vector
-    inner: int     # width of the feed-forward layers
-    vocab: int     # entries of the vocabulary
-    positions: int # position embeddings
-    types: int     # token-type embeddings
+
+    layers: int  # transformer layers
+    hidden: int  # width of a token's vector
+    inner: int  # width of the feed-forward layers
+    vocab: int  # entries of the vocabulary
+    positions: int  # position embeddings
+    types: int  # token-type embeddings
 
     @property
     def weights(self) -> int:
         "Weights of the encoder and of the one square layer above it (pooler or head); the classes' own rows are left out."
         d = self.hidden
         layer = 4 * (d * d + d) + 2 * d * self.inner + self.inner + d + 4 * d
-        return (self.vocab + self.positions + self.types + 2) * d + self.layers * layer + d * d + d
+        return (
+            (self.vocab + self.positions + self.types + 2) * d + self.layers * layer + d * d + d
+        )
 
-    def forward(self,
-        tokens: float, # of one row
-    ) -> float: # FLOPs
+    def forward(
+        self,
+        tokens: float,  # of one row
+    ) -> float:  # FLOPs
         "Cost of one row's way through the layers."
-        return tokens * self.layers * (8 * self.hidden**2 + 4 * self.hidden * self.inner + 4 * tokens * self.hidden)
+        return (
+            tokens
+            * self.layers
+            * (8 * self.hidden**2 + 4 * self.hidden * self.inner + 4 * tokens * self.hidden)
+        )
 
-SHAPES = {"tiny": ModelShape(2, 64, 128, 2000, 130, 1), "minilm": ModelShape(6, 384, 1536, 30522, 512, 2), "FacebookAI/roberta-base": ModelShape(12, 768, 3072, 50265, 514, 1)}
+
+SHAPES = {
+    "tiny": ModelShape(2, 64, 128, 2000, 130, 1),
+    "minilm": ModelShape(6, 384, 1536, 30522, 512, 2),
+    "FacebookAI/roberta-base": ModelShape(12, 768, 3072, 50265, 514, 1),
+}
 
 # %% ../nbs/51_plan.ipynb #417e8912
-KEYS = dict(layers="num_hidden_layers", hidden="hidden_size", inner="intermediate_size", vocab="vocab_size", positions="max_position_embeddings", types="type_vocab_size")
+KEYS = dict(
+    layers="num_hidden_layers",
+    hidden="hidden_size",
+    inner="intermediate_size",
+    vocab="vocab_size",
+    positions="max_position_embeddings",
+    types="type_vocab_size",
+)
+
 
 def model_shape(
-    base, # "tiny", "minilm", "FacebookAI/roberta-base", or the folder of a checkpoint
+    base,  # "tiny", "minilm", "FacebookAI/roberta-base", or the folder of a checkpoint
 ) -> ModelShape:
     "The shape of a base model, from its config.json if it is not one of the study's."
-    if base in SHAPES: return SHAPES[base]
-    file = Path(base)/"config.json"
-    if not file.is_file(): raise ValueError(f"base {base}: its shape is not known; name a folder with a config.json, or one of {', '.join(SHAPES)}")
-    try: config = dict(json.loads(file.read_text("utf-8")))
-    except (ValueError, TypeError): raise ValueError(f"base {base}: config.json is no JSON object") from None
+    if base in SHAPES:
+        return SHAPES[base]
+    file = Path(base) / "config.json"
+    if not file.is_file():
+        raise ValueError(
+            f"base {base}: its shape is not known; name a folder with a config.json, or one of {', '.join(SHAPES)}"
+        )
+    try:
+        config = dict(json.loads(file.read_text("utf-8")))
+    except (ValueError, TypeError):
+        raise ValueError(f"base {base}: config.json is no JSON object") from None
     missing = [key for key in KEYS.values() if not isinstance(config.get(key), int)]
-    if missing: raise ValueError(f"base {base}: config.json gives no number for {missing[0]}")
+    if missing:
+        raise ValueError(f"base {base}: config.json gives no number for {missing[0]}")
     return ModelShape(**{name: config[key] for name, key in KEYS.items()})
 
 # %% ../nbs/51_plan.ipynb #c9872efa
 @dataclass(frozen=True)
 class Device:
     "How fast one job runs."
-    name: str     # of the device
-    rate: float   # FLOPs a second that training attains
-    memory: float # bytes a second through memory
-    step: float   # seconds that every optimiser step takes besides
+
+    name: str  # of the device
+    rate: float  # FLOPs a second that training attains
+    memory: float  # bytes a second through memory
+    step: float  # seconds that every optimiser step takes besides
     start: float  # seconds to begin a job and to write its files
-    source: str   # how these figures are known
+    source: str  # how these figures are known
 
     def __post_init__(self):
         for name in ("rate", "memory"):
-            if not getattr(self, name) > 0: raise ValueError(f"device {self.name}: {name} must be positive, not {getattr(self, name)}")
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"device {self.name}: {name} must be positive, not {getattr(self, name)}"
+                )
         for name in ("step", "start"):
-            if not getattr(self, name) >= 0: raise ValueError(f"device {self.name}: {name} must not be negative, not {getattr(self, name)}")
+            if not getattr(self, name) >= 0:
+                raise ValueError(
+                    f"device {self.name}: {name} must not be negative, not {getattr(self, name)}"
+                )
+
 
 def _gpu(name, peak, memory):
     "A GPU by its data sheet: 35 % of its bfloat16 peak and 70 % of its memory bandwidth."
-    return Device(name, 0.35 * peak, 0.7 * memory, 0.03, 10, "stated: data sheet, 35 % of the dense bfloat16 peak, 70 % of the memory bandwidth")
+    return Device(
+        name,
+        0.35 * peak,
+        0.7 * memory,
+        0.03,
+        10,
+        "stated: data sheet, 35 % of the dense bfloat16 peak, 70 % of the memory bandwidth",
+    )
 
-DEVICES = {d.name: d for d in (
-    Device("core", 1.05e11, 9e9, 0.01, 3, "measured: one Xeon core, float32, beside one other job, fine-tuning MiniLM"),
-    _gpu("RTX 4090", 165e12, 1.01e12), _gpu("A100", 312e12, 1.55e12), _gpu("H100", 989e12, 3.35e12))}
+# %% ../nbs/51_plan.ipynb #e8a13340
+DEVICES = {
+    d.name: d
+    for d in (
+        Device(
+            "core",
+            1.05e11,
+            9e9,
+            0.01,
+            3,
+            "measured: one Xeon core, float32, beside one other job, fine-tuning MiniLM",
+        ),
+        _gpu("RTX 4090", 165e12, 1.01e12),
+        _gpu("A100", 312e12, 1.55e12),
+        _gpu("H100", 989e12, 3.35e12),
+    )
+}
 
 # %% ../nbs/51_plan.ipynb #62f37c07
 def measure_device(
-    base,              # folder or hub id of the pretrained model
-    corpus: Corpus,    # what to fine-tune on
-    recipe: Recipe,    # how; its steps are those of the longer run
-    name: str = "here", # of the device
-) -> Device: # its memory and step are no matter: the rate holds for this model and this batch size
+    base,  # folder or hub id of the pretrained model
+    corpus: Corpus,  # what to fine-tune on
+    recipe: Recipe,  # how; its steps are those of the longer run
+    name: str = "here",  # of the device
+) -> (
+    Device
+):  # its memory and step are no matter: the rate holds for this model and this batch size
     "Time a fine-tuning on this machine."
-    if recipe.steps < 4: raise ValueError(f"recipe: {recipe.steps} steps are too few to be timed")
+    if recipe.steps < 4:
+        raise ValueError(f"recipe: {recipe.steps} steps are too few to be timed")
     seconds, short = {}, recipe.steps // 4
     recipe = replace(recipe, epochs=None, patience=None)
     for steps in (1, short, recipe.steps):  # the first run only warms up
@@ -110,270 +170,507 @@ def measure_device(
         train(base, corpus, replace(recipe, steps=steps), seed=0)
         seconds[steps] = time.perf_counter() - begin
     outline = outline_of(corpus)
-    flops = lambda steps: run_cost(model_shape(base), outline, replace(recipe, steps=steps)).flops
-    rate = (flops(recipe.steps) - flops(short)) / max(seconds[recipe.steps] - seconds[short], 1e-6)
-    return Device(name, rate, math.inf, 0.0, max(seconds[short] - flops(short) / rate, 0.0), f"measured: {recipe.steps - short} steps of {recipe.batch_size} rows")
+    flops = lambda steps: (
+        run_cost(model_shape(base), outline, replace(recipe, steps=steps)).flops
+    )
+    rate = (flops(recipe.steps) - flops(short)) / max(
+        seconds[recipe.steps] - seconds[short], 1e-6
+    )
+    return Device(
+        name,
+        rate,
+        math.inf,
+        0.0,
+        max(seconds[short] - flops(short) / rate, 0.0),
+        f"measured: {recipe.steps - short} steps of {recipe.batch_size} rows",
+    )
 
+# %% ../nbs/51_plan.ipynb #2da3613e
 def this_device(
-    scale: Scale, # whose base and recipe are timed
-) -> Device: # a core, or the GPU by its name
+    scale: Scale,  # whose base and recipe are timed
+) -> Device:  # a core, or the GPU by its name
     "Measure this machine on built-in texts, three sentences and one a row."
     corpus = load_corpora("builtin", "scenes", n_train=800, n_test=50)["scenes"]
-    corpus = replace(corpus, train=corpus.train.assign(text=[" ".join([text] * 3) for text in corpus.train.text]))
+    corpus = replace(
+        corpus,
+        train=corpus.train.assign(text=[" ".join([text] * 3) for text in corpus.train.text]),
+    )
     gpu = usable() == "cuda"
-    recipe = replace(scale.recipe, steps=max(8, (25_600 if gpu else 1_600) // scale.recipe.batch_size))
+    recipe = replace(
+        scale.recipe, steps=max(8, (25_600 if gpu else 1_600) // scale.recipe.batch_size)
+    )
     with tempfile.TemporaryDirectory() as folder:
-        return measure_device(start(scale.base, folder), corpus, recipe, torch.cuda.get_device_name() if gpu else "core")
+        return measure_device(
+            start(scale.base, folder),
+            corpus,
+            recipe,
+            torch.cuda.get_device_name() if gpu else "core",
+        )
 
 # %% ../nbs/51_plan.ipynb #b93bdbd6
 @dataclass(frozen=True)
 class Outline:
     "A dataset without its texts."
-    name: str     # of the dataset
-    family: str   # its task family
-    train: range  # as many as training rows
-    test: range   # as many as test rows
-    tokens: float # of a training row, on average
 
-PIECES = 1.3 # word pieces a word of English, about
+    name: str  # of the dataset
+    family: str  # its task family
+    train: range  # as many as training rows
+    test: range  # as many as test rows
+    tokens: float  # of a training row, on average
+
+
+PIECES = 1.3  # word pieces a word of English, about
+
 
 def outline_of(
-    corpus: Corpus,       # to be looked at
-    max_length: int = 250, # tokens a row is cut to
-) -> Outline: # tokens counted from the words of at most 2000 rows
+    corpus: Corpus,  # to be looked at
+    max_length: int = 250,  # tokens a row is cut to
+) -> Outline:  # tokens counted from the words of at most 2000 rows
     "The outline of a dataset that is at hand."
-    rows = corpus.train.iloc[::max(1, len(corpus.train) // 2000)]
+    rows = corpus.train.iloc[:: max(1, len(corpus.train) // 2000)]
     words = sum(rows[c].str.split().str.len() for c in ["text"] + ["text_pair"] * corpus.pair)
-    return Outline(corpus.name, corpus.family, range(len(corpus.train)), range(len(corpus.test)), float(np.minimum(PIECES * words + 2 + corpus.pair, max_length).mean()))
+    return Outline(
+        corpus.name,
+        corpus.family,
+        range(len(corpus.train)),
+        range(len(corpus.test)),
+        float(np.minimum(PIECES * words + 2 + corpus.pair, max_length).mean()),
+    )
 
+# %% ../nbs/51_plan.ipynb #6f0ccca9
 def outlines(
-    data,            # "builtin", "hub", a folder of datasets, or name -> Corpus or Outline
-    scale: Scale,    # rows of built-in datasets; tokens a row is cut to
-    names=None,      # datasets, in this order; None: all (of the hub: the authors')
-) -> dict: # name -> Outline
+    data,  # "builtin", "hub", a folder of datasets, or name -> Corpus or Outline
+    scale: Scale,  # rows of built-in datasets; tokens a row is cut to
+    names=None,  # datasets, in this order; None: all (of the hub: the authors')
+) -> dict:  # name -> Outline
     "The outlines of a study's datasets; of the hub's without a download."
     most, names = scale.recipe.max_length, [names] if isinstance(names, str) else names
     if isinstance(data, dict):
-        if unknown := [name for name in names or () if name not in data]: raise ValueError(f"no dataset {unknown[0]!r}: there are {', '.join(data)}")
-        return {name: data[name] if isinstance(data[name], Outline) else outline_of(data[name], most) for name in (names or data)}
+        if unknown := [name for name in names or () if name not in data]:
+            raise ValueError(f"no dataset {unknown[0]!r}: there are {', '.join(data)}")
+        return {
+            name: data[name]
+            if isinstance(data[name], Outline)
+            else outline_of(data[name], most)
+            for name in (names or data)
+        }
     if isinstance(data, str) and data == "hub":
         sizes = {name: hub_sizes(name) for name in (names or hub_names())}
-        return {n: Outline(n, hub_entries()[n]["family"], range(s["train"]), range(s["test"]), min(hub_entries()[n]["tokens"], most)) for n, s in sizes.items()}
+        return {
+            n: Outline(
+                n,
+                hub_entries()[n]["family"],
+                range(s["train"]),
+                range(s["test"]),
+                min(hub_entries()[n]["tokens"], most),
+            )
+            for n, s in sizes.items()
+        }
     if isinstance(data, str) and data == "builtin":  # a few rows tell how long they are
         few = outlines(load_corpora("builtin", names, n_train=60, n_test=30), scale)
-        return {n: replace(o, train=range(scale.n_train), test=range(scale.n_test)) for n, o in few.items()}
+        return {
+            n: replace(o, train=range(scale.n_train), test=range(scale.n_test))
+            for n, o in few.items()
+        }
     return outlines(load_corpora(data, names), scale)
 
 # %% ../nbs/51_plan.ipynb #1db2a065
 @dataclass(frozen=True)
 class Stage:
     "What one stage of a study takes; stages add up, and can be taken several times."
-    name: str = ""      # of the stage
-    jobs: float = 0     # processes' units of work: fine-tunings, walks
-    models: float = 0   # checkpoints written
-    steps: float = 0    # optimiser steps
-    tokens: float = 0   # through the model, forward
-    flops: float = 0    # floating-point operations
+
+    name: str = ""  # of the stage
+    jobs: float = 0  # processes' units of work: fine-tunings, walks
+    models: float = 0  # checkpoints written
+    steps: float = 0  # optimiser steps
+    tokens: float = 0  # through the model, forward
+    flops: float = 0  # floating-point operations
     traffic: float = 0  # bytes through memory besides
-    bytes: float = 0    # of disk
+    bytes: float = 0  # of disk
 
-    def __add__(self, other): return Stage(self.name, *(a + b for a, b in zip(astuple(self)[1:], astuple(other)[1:])))
-    def __mul__(self, times): return Stage(self.name, *(times * a for a in astuple(self)[1:]))
+    def __add__(self, other):
+        return Stage(self.name, *(a + b for a, b in zip(astuple(self)[1:], astuple(other)[1:])))
 
-    def hours(self,
-        device: Device, # one of it
-    ) -> float: # hours, if nothing runs at the same time
+    def __mul__(self, times):
+        return Stage(self.name, *(times * a for a in astuple(self)[1:]))
+
+    def hours(
+        self,
+        device: Device,  # one of it
+    ) -> float:  # hours, if nothing runs at the same time
         "How long the stage takes."
-        return (self.jobs * device.start + self.steps * device.step + self.traffic / device.memory + self.flops / device.rate) / 3600
+        return (
+            self.jobs * device.start
+            + self.steps * device.step
+            + self.traffic / device.memory
+            + self.flops / device.rate
+        ) / 3600
 
 # %% ../nbs/51_plan.ipynb #33d4a545
-MOVES = {"all": (3, 40), "bitfit": (2, 8), "head": (1, 4)} # what trains -> passes through the layers, and bytes moved a weight and step
+MOVES = {
+    "all": (3, 40),
+    "bitfit": (2, 8),
+    "head": (1, 4),
+}  # what trains -> passes through the layers, and bytes moved a weight and step
+
 
 def checkpoint_bytes(
-    shape: ModelShape, # of the model
-) -> int: # bytes on disk: float32 weights and a tokenizer
+    shape: ModelShape,  # of the model
+) -> int:  # bytes on disk: float32 weights and a tokenizer
     "What one checkpoint takes."
     return 4 * shape.weights + 60 * shape.vocab
 
+
 def run_cost(
-    shape: ModelShape, # of the base
+    shape: ModelShape,  # of the base
     dataset: Outline,  # what is learned
-    recipe: Recipe,    # how
+    recipe: Recipe,  # how
     looks: float = 0,  # rows looked at besides the test split
-    n_test: int | None = None, # test rows at most; None: all
-    writes: bool = True, # whether a checkpoint is kept
+    n_test: int | None = None,  # test rows at most; None: all
+    writes: bool = True,  # whether a checkpoint is kept
 ) -> Stage:
     "The cost of one fine-tuning that does not stop early."
     tokens, (passes, moved) = min(dataset.tokens, recipe.max_length), MOVES[recipe.trains]
     rows = min(recipe.rows or len(dataset.train), len(dataset.train))
     held = len(recipe.held(rows))
     steps = recipe.steps_on(rows - held)
-    trained, looked = steps * recipe.batch_size, looks + steps // LOOK * held + min(len(dataset.test), n_test or len(dataset.test))
-    return Stage("", 1, int(writes), steps, tokens * (trained + looked), shape.forward(tokens) * (passes * trained + looked),
-                 steps * moved * shape.weights, writes * checkpoint_bytes(shape))
+    trained, looked = (
+        steps * recipe.batch_size,
+        looks + steps // LOOK * held + min(len(dataset.test), n_test or len(dataset.test)),
+    )
+    return Stage(
+        "",
+        1,
+        int(writes),
+        steps,
+        tokens * (trained + looked),
+        shape.forward(tokens) * (passes * trained + looked),
+        steps * moved * shape.weights,
+        writes * checkpoint_bytes(shape),
+    )
 
 # %% ../nbs/51_plan.ipynb #3954791c
 @dataclass(frozen=True)
 class Planned:
     "What a study is about to do."
-    scale: Scale           # how much
-    shape: ModelShape      # of its base
-    datasets: dict         # name -> Outline, those chosen
-    hub: bool              # whether the datasets are to be downloaded
 
-    def models(self) -> pd.DataFrame: # indexed by name: dataset, family, seed, n_train
+    scale: Scale  # how much
+    shape: ModelShape  # of its base
+    datasets: dict  # name -> Outline, those chosen
+    hub: bool  # whether the datasets are to be downloaded
+
+    def models(self) -> pd.DataFrame:  # indexed by name: dataset, family, seed, n_train
         "The main zoo's table, as far as it is known."
-        rows = [{"model": f"{d.name}/seed-{s}", "dataset": d.name, "family": d.family, "seed": s, "n_train": len(d.train)}
-                for d in self.datasets.values() for s in range(1, self.scale.seeds + 1)]
+        rows = [
+            {
+                "model": f"{d.name}/seed-{s}",
+                "dataset": d.name,
+                "family": d.family,
+                "seed": s,
+                "n_train": len(d.train),
+            }
+            for d in self.datasets.values()
+            for s in range(1, self.scale.seeds + 1)
+        ]
         return pd.DataFrame(rows).set_index("model")
 
-    def runs(self,
-        name: str,      # of the stage
-        datasets: dict, # name -> Outline
-        seeds: int,     # models of each
-        rows: int | None = None, # training rows; None: all
+    def runs(
+        self,
+        name: str,  # of the stage
+        datasets: dict,  # name -> Outline
+        seeds: int,  # models of each
+        rows: int | None = None,  # training rows; None: all
     ) -> Stage:
         "Fine-tunings of some datasets."
-        return sum((run_cost(self.shape, d, replace(self.scale.recipe, rows=rows)) * seeds for d in datasets.values()), Stage(name))
+        return sum(
+            (
+                run_cost(self.shape, d, replace(self.scale.recipe, rows=rows)) * seeds
+                for d in datasets.values()
+            ),
+            Stage(name),
+        )
 
 # %% ../nbs/51_plan.ipynb #a83c5dc9
 def _masked(p: Planned, name: str, steps: int) -> Stage:
     "Masked-language modelling on the built-in texts: batches of 32 texts of some 20 tokens, and a prediction of every token."
     rows, tokens, d = 32 * steps, 20, p.shape.hidden
     flops = 3 * rows * (p.shape.forward(tokens) + 2 * tokens * d * (d + p.shape.vocab))
-    return Stage(name, 1, 1, steps, rows * tokens, flops, steps * 40 * p.shape.weights, checkpoint_bytes(p.shape))
+    return Stage(
+        name,
+        1,
+        1,
+        steps,
+        rows * tokens,
+        flops,
+        steps * 40 * p.shape.weights,
+        checkpoint_bytes(p.shape),
+    )
+
 
 def the_base(
-    p: Planned, # what is planned
+    p: Planned,  # what is planned
 ) -> Stage:
     "The pretrained model: on disk once; the tiny one is made first."
-    return _masked(p, "base", 60) if p.scale.base == "tiny" else Stage("base", bytes=checkpoint_bytes(p.shape))
+    return (
+        _masked(p, "base", 60)
+        if p.scale.base == "tiny"
+        else Stage("base", bytes=checkpoint_bytes(p.shape))
+    )
+
 
 def the_data(
-    p: Planned, # what is planned
+    p: Planned,  # what is planned
 ) -> Stage:
     "The hub's texts, once as downloaded and once as `datasets` keeps them: some 4.2 letters a token, and no less than that where rows were cut."
     rows = {d: len(d.train) + len(d.test) for d in p.datasets.values()} if p.hub else {}
-    return Stage("datasets", jobs=len(rows), bytes=sum(2 * 4.2 * d.tokens * n for d, n in rows.items()))
+    return Stage(
+        "datasets", jobs=len(rows), bytes=sum(2 * 4.2 * d.tokens * n for d, n in rows.items())
+    )
 
 # %% ../nbs/51_plan.ipynb #093da0e9
 def main_zoo(
-    p: Planned, # what is planned
+    p: Planned,  # what is planned
 ) -> Stage:
     "The main zoo: every dataset, every seed."
     return p.runs("fine-tuning", p.datasets, p.scale.seeds)
 
+
 def second_start(
-    p: Planned, # what is planned
+    p: Planned,  # what is planned
 ) -> Stage:
     "The second start and the models fine-tuned from it (C6)."
-    return _masked(p, "second start", p.scale.start_steps) + p.runs("", some_of(p.datasets, p.scale.started), p.scale.start_seeds)
+    return _masked(p, "second start", p.scale.start_steps) + p.runs(
+        "", some_of(p.datasets, p.scale.started), p.scale.start_seeds
+    )
+
 
 def sub_samples(
-    p: Planned, # what is planned
+    p: Planned,  # what is planned
 ) -> Stage:
     "One model of each sub-sample (C5)."
-    return sum((p.runs("", enough_rows(p.datasets, p.scale, rows), 1, rows) for rows in p.scale.sizes), Stage("sub-samples"))
+    return sum(
+        (p.runs("", enough_rows(p.datasets, p.scale, rows), 1, rows) for rows in p.scale.sizes),
+        Stage("sub-samples"),
+    )
 
 # %% ../nbs/51_plan.ipynb #36a9aed4
 def similarities(
-    p: Planned, # what is planned
+    p: Planned,  # what is planned
 ) -> Stage:
     "Cosines of all models, of those of both starts, and of the sub-samples (C1 to C6)."
-    twins, sized = min(p.scale.started, len(p.datasets)), [len(few) for rows in p.scale.sizes if (few := enough_rows(p.datasets, p.scale, rows))]
-    sets = [len(p.datasets) * p.scale.seeds, twins * (p.scale.start_seeds + min(p.scale.seeds, p.scale.start_seeds)), sum(sized) + sized[0] if sized else 0]
-    return Stage("similarity", jobs=sum(n > 0 for n in sets), flops=sum(2 * n * n * p.shape.weights for n in sets), traffic=sum(4 * n * p.shape.weights for n in sets))
+    twins, sized = (
+        min(p.scale.started, len(p.datasets)),
+        [len(few) for rows in p.scale.sizes if (few := enough_rows(p.datasets, p.scale, rows))],
+    )
+    sets = [
+        len(p.datasets) * p.scale.seeds,
+        twins * (p.scale.start_seeds + min(p.scale.seeds, p.scale.start_seeds)),
+        sum(sized) + sized[0] if sized else 0,
+    ]
+    return Stage(
+        "similarity",
+        jobs=sum(n > 0 for n in sets),
+        flops=sum(2 * n * n * p.shape.weights for n in sets),
+        traffic=sum(4 * n * p.shape.weights for n in sets),
+    )
 
 # %% ../nbs/51_plan.ipynb #b0e12c18
 def visits(
-    walk: Walk, # a path
-) -> int: # points
+    walk: Walk,  # a path
+) -> int:  # points
     "How many points a walk visits."
-    ways = {"models": len(walk.members) + 1, "edges": 2 * walk.points - 2, "plane": walk.points**2}
+    ways = {
+        "models": len(walk.members) + 1,
+        "edges": 2 * walk.points - 2,
+        "plane": walk.points**2,
+    }
     return ways.get(walk.kind, walk.points)
 
 # %% ../nbs/51_plan.ipynb #2096257d
 def the_walks(
-    p: Planned, # what is planned
+    p: Planned,  # what is planned
 ) -> Stage:
     "The generalized loss at models, between them and beyond (C7 to C11)."
     reach, total = p.scale.reach, Stage("walks")
     for walk in plan(p.models(), reach):
-        read = [(min(p.datasets[t].tokens, reach.max_length), min(reach.n_train, len(p.datasets[t].train)) + min(reach.n_test, len(p.datasets[t].test))) for t in walk.targets]
-        total += Stage("", 1, 0, 0, visits(walk) * sum(t * n for t, n in read), visits(walk) * sum(n * p.shape.forward(t) for t, n in read),
-                       4 * p.shape.weights * (visits(walk) + 1) * (1 if walk.kind in ("models", "perturbations") else len(walk.members)))
+        read = [
+            (
+                min(p.datasets[t].tokens, reach.max_length),
+                min(reach.n_train, len(p.datasets[t].train))
+                + min(reach.n_test, len(p.datasets[t].test)),
+            )
+            for t in walk.targets
+        ]
+        total += Stage(
+            "",
+            1,
+            0,
+            0,
+            visits(walk) * sum(t * n for t, n in read),
+            visits(walk) * sum(n * p.shape.forward(t) for t, n in read),
+            4
+            * p.shape.weights
+            * (visits(walk) + 1)
+            * (1 if walk.kind in ("models", "perturbations") else len(walk.members)),
+        )
     return total
 
 # %% ../nbs/51_plan.ipynb #95fac0c8
 def search_cost(
-    p: Planned,       # what is planned
-    dataset: Outline, # a target
-    size: int | None, # training examples, those for validation among them; None: all
+    p: Planned,  # what is planned
+    dataset: Outline,  # a target
+    size: int | None,  # training examples, those for validation among them; None: all
 ) -> Stage:
     "The cost of one fine-tuning whose learning rate is searched."
     contest, n = p.scale.contest, min(size or len(dataset.train), len(dataset.train))
     search, held = contest.search, min(contest.search.share * n, contest.search.at_most)
     rates = len(search.rates or RATES[contest.recipe.trains])
     steps = rates * search.steps(contest.recipe, math.ceil(n - held))
-    return run_cost(p.shape, dataset, replace(contest.recipe, steps=steps), rates * search.evaluations * held, contest.n_test, writes=False)
+    return run_cost(
+        p.shape,
+        dataset,
+        replace(contest.recipe, steps=steps),
+        rates * search.evaluations * held,
+        contest.n_test,
+        writes=False,
+    )
 
 # %% ../nbs/51_plan.ipynb #c03ea6e7
 def the_starts(
-    p: Planned, # what is planned
+    p: Planned,  # what is planned
 ) -> Stage:
     "BitFit from the pretrained model, two centroids and the best other model, after a look at all starts there are (C12, C13)."
     contest, total, models = p.scale.contest, Stage("starts"), p.models()
     targets = [p.datasets[name] for name in leading(models, contest.targets)]
-    for seeds, among, sizes in ((contest.seeds, targets, contest.sizes), (1, targets[:contest.curve_targets], contest.curve)):
-        total = sum((search_cost(p, d, n) * (4 * seeds) for d in among for n in sizes if n is None or n < len(d.train)), total)
+    for seeds, among, sizes in (
+        (contest.seeds, targets, contest.sizes),
+        (1, targets[: contest.curve_targets], contest.curve),
+    ):
+        total = sum(
+            (
+                search_cost(p, d, n) * (4 * seeds)
+                for d in among
+                for n in sizes
+                if n is None or n < len(d.train)
+            ),
+            total,
+        )
     looked, read = len(p.datasets) + models.family.nunique() + 1, 3 * len(models)
     for d in targets:
-        tokens, n = min(d.tokens, contest.recipe.max_length), looked * min(contest.sample, len(d.train))
-        total += Stage("", 1, 2, 0, n * tokens, n * p.shape.forward(tokens), 4 * read * p.shape.weights, 2 * checkpoint_bytes(p.shape))
+        tokens, n = (
+            min(d.tokens, contest.recipe.max_length),
+            looked * min(contest.sample, len(d.train)),
+        )
+        total += Stage(
+            "",
+            1,
+            2,
+            0,
+            n * tokens,
+            n * p.shape.forward(tokens),
+            4 * read * p.shape.weights,
+            2 * checkpoint_bytes(p.shape),
+        )
     return total
 
-STAGES = (the_base, the_data, main_zoo, second_start, sub_samples, similarities, the_walks, the_starts) # in the order of a study
+# %% ../nbs/51_plan.ipynb #f91e20a3
+STAGES = (
+    the_base,
+    the_data,
+    main_zoo,
+    second_start,
+    sub_samples,
+    similarities,
+    the_walks,
+    the_starts,
+)  # in the order of a study
 
 # %% ../nbs/51_plan.ipynb #92493714
 def plan_of(
-    scale="paper",       # "tiny", "laptop", "full" or "paper", or a Scale
-    data=None,           # "builtin", "hub", a folder of datasets, or name -> Corpus or Outline; None: the scale's
-    names=None,          # datasets; None: all (of the hub: the authors')
-    min_rows: int = 0,   # training rows a dataset must have to take part
-    device=None,         # a name in DEVICES, or a Device; None: "H100" for the paper's base, else "core"
-    base=None,           # shape of another base: the folder of a checkpoint; None: the scale's
-    stages=STAGES,       # functions of Planned that return a Stage each
-) -> pd.DataFrame: # a row a stage and one for all: jobs, models, steps, tokens, flops, hours of one device, bytes of disk
+    scale="paper",  # "tiny", "laptop", "full" or "paper", or a Scale
+    data=None,  # "builtin", "hub", a folder of datasets, or name -> Corpus or Outline; None: the scale's
+    names=None,  # datasets; None: all (of the hub: the authors')
+    min_rows: int = 0,  # training rows a dataset must have to take part
+    device=None,  # a name in DEVICES, or a Device; None: "H100" for the paper's base, else "core"
+    base=None,  # shape of another base: the folder of a checkpoint; None: the scale's
+    stages=STAGES,  # functions of Planned that return a Stage each
+) -> pd.DataFrame:  # a row a stage and one for all: jobs, models, steps, tokens, flops, hours of one device, bytes of disk
     "What a study would do, and what it would cost."
-    if isinstance(scale, str) and scale not in SCALES: raise ValueError(f"no scale {scale!r}: there are {', '.join(SCALES)}")
+    if isinstance(scale, str) and scale not in SCALES:
+        raise ValueError(f"no scale {scale!r}: there are {', '.join(SCALES)}")
     scale = SCALES[scale] if isinstance(scale, str) else scale
-    data, device = scale.data if data is None else data, device or ("core" if scale.base in ("tiny", "minilm") else "H100")
-    if isinstance(device, str) and device not in DEVICES: raise ValueError(f"no device {device!r}: there are {', '.join(DEVICES)}; or measure yours with measure_device")
+    data, device = (
+        scale.data if data is None else data,
+        device or ("core" if scale.base in ("tiny", "minilm") else "H100"),
+    )
+    if isinstance(device, str) and device not in DEVICES:
+        raise ValueError(
+            f"no device {device!r}: there are {', '.join(DEVICES)}; or measure yours with measure_device"
+        )
     device = DEVICES[device] if isinstance(device, str) else device
     chosen = choose(outlines(data, scale, names), scale.per_family, min_rows)
-    planned = Planned(scale, model_shape(base or scale.base), chosen, isinstance(data, str) and data == "hub")
+    planned = Planned(
+        scale, model_shape(base or scale.base), chosen, isinstance(data, str) and data == "hub"
+    )
     done = [stage(planned) for stage in stages]
     done.append(replace(sum(done, Stage()), name="all"))
-    table = pd.DataFrame([vars(s) | {"hours": s.hours(device)} for s in done]).set_index("name").rename_axis("stage")
-    table = table[["jobs", "models", "steps", "tokens", "flops", "hours", "bytes"]].astype({"jobs": int, "models": int, "steps": int})
-    table.attrs = {"scale": scale.name, "data": data if data in ("builtin", "hub") else "a folder" if isinstance(data, (str, Path)) else "given outlines", "base": str(base or scale.base), "length": how_long(scale.recipe.as_dict()), "datasets": len(chosen), "seeds": scale.seeds, "device": device.name, "source": device.source}
+    table = (
+        pd.DataFrame([vars(s) | {"hours": s.hours(device)} for s in done])
+        .set_index("name")
+        .rename_axis("stage")
+    )
+    table = table[["jobs", "models", "steps", "tokens", "flops", "hours", "bytes"]].astype(
+        {"jobs": int, "models": int, "steps": int}
+    )
+    table.attrs = {
+        "scale": scale.name,
+        "data": data
+        if data in ("builtin", "hub")
+        else "a folder"
+        if isinstance(data, (str, Path))
+        else "given outlines",
+        "base": str(base or scale.base),
+        "length": how_long(scale.recipe.as_dict()),
+        "datasets": len(chosen),
+        "seeds": scale.seeds,
+        "device": device.name,
+        "source": device.source,
+    }
     return table
 
 # %% ../nbs/51_plan.ipynb #c9615b55
 def _short(x: float, unit: str = "") -> str:
     "A number for readers: three digits and a letter."
     for letter in ("", "k", "M", "G", "T", "P", "E"):
-        if abs(x) < 999.5 or letter == "E": return f"{x:.3g} {letter}{unit}".strip()
+        if abs(x) < 999.5 or letter == "E":
+            return f"{x:.3g} {letter}{unit}".strip()
         x /= 1000
 
+
 def plan_text(
-    plan: pd.DataFrame, # from `plan_of`
-    devices: int = 1,   # that work at the same time
-) -> str: # a few lines
+    plan: pd.DataFrame,  # from `plan_of`
+    devices: int = 1,  # that work at the same time
+) -> str:  # a few lines
     "A plan for the screen."
     about = plan.attrs
-    table = plan.assign(**{c: plan[c].map(_short) for c in ("steps", "tokens", "flops")}, hours=plan.hours.map("{:.2f}".format), disk=plan.bytes.map(lambda b: _short(b, "B")))
-    if devices < 1: raise ValueError(f"at least one device is needed, not {devices}")
-    lines = [f"scale {about['scale']}: {about['datasets']} datasets ({about['data']}) x {about['seeds']} seeds from {about['base']}, {about['length']}",
-             f"hours of one {about['device']} ({about['source']})", "", table.drop(columns="bytes").reset_index().to_string(index=False)]
-    return "\n".join(lines + ([f"with {devices} of them about {plan.hours['all'] / devices:.2f} hours"] if devices > 1 else []))
+    table = plan.assign(
+        **{c: plan[c].map(_short) for c in ("steps", "tokens", "flops")},
+        hours=plan.hours.map("{:.2f}".format),
+        disk=plan.bytes.map(lambda b: _short(b, "B")),
+    )
+    if devices < 1:
+        raise ValueError(f"at least one device is needed, not {devices}")
+    lines = [
+        f"scale {about['scale']}: {about['datasets']} datasets ({about['data']}) x {about['seeds']} seeds from {about['base']}, {about['length']}",
+        f"hours of one {about['device']} ({about['source']})",
+        "",
+        table.drop(columns="bytes").reset_index().to_string(index=False),
+    ]
+    return "\n".join(
+        lines
+        + (
+            [f"with {devices} of them about {plan.hours['all'] / devices:.2f} hours"]
+            if devices > 1
+            else []
+        )
+    )

@@ -31,63 +31,124 @@ from .clustering import Scores
 # %% ../nbs/40_plots.ipynb #e35d4f31
 def use_theme() -> None:
     "Set the look of all figures."
-    sns.set_theme(context="notebook", style="ticks", rc={
-        "figure.dpi": 90, "savefig.dpi": 90, "figure.figsize": (7.5, 4.5), "figure.constrained_layout.use": True,
-        "font.size": 11, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 10,
-        "axes.labelsize": 11, "xtick.labelsize": 10, "ytick.labelsize": 10, "legend.fontsize": 10, "legend.title_fontsize": 10,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#777777", "legend.frameon": False})
+    sns.set_theme(
+        context="notebook",
+        style="ticks",
+        rc={
+            "figure.dpi": 90,
+            "savefig.dpi": 90,
+            "figure.figsize": (7.5, 4.5),
+            "figure.constrained_layout.use": True,
+            "font.size": 11,
+            "axes.titlesize": 13,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.titlepad": 10,
+            "axes.labelsize": 11,
+            "xtick.labelsize": 10,
+            "ytick.labelsize": 10,
+            "legend.fontsize": 10,
+            "legend.title_fontsize": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.edgecolor": "#777777",
+            "legend.frameon": False,
+        },
+    )
 
 # %% ../nbs/40_plots.ipynb #971f0a7f
 def _palette_png(figure: Figure) -> bytes:
     "The figure as a PNG of 128 colours."
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", bbox_inches="tight")
-    Image.open(drawn).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    Image.open(drawn).convert("RGB").quantize(
+        128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+    ).save(small, "png", optimize=True)
     return small.getvalue()
+
 
 def small_figures() -> None:
     "Store the figures of this notebook in 128 colours; without a notebook, do nothing."
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if shell is None or "inline" not in plt.get_backend(): return
-    shell.run_line_magic("matplotlib", "inline")  # set up now, for it would overrule us after this cell
+    if shell is None or "inline" not in plt.get_backend():
+        return
+    shell.run_line_magic(
+        "matplotlib", "inline"
+    )  # set up now, for it would overrule us after this cell
     shell.display_formatter.formatters["image/png"].for_type(Figure, _palette_png)
 
 # %% ../nbs/40_plots.ipynb #ce6babb9
-HUES = ("#0072B2", "#E69F00", "#009E73", "#882255", "#BBBBBB", "#56B4E9", "#D55E00", "#CC79A7")  # after Okabe and Ito, and Tol
-FAMILY_HUES = {"nli": HUES[0], "sentiment": HUES[1], "topic": HUES[2], "twitter": HUES[3], "general": HUES[4]}
+HUES = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#882255",
+    "#BBBBBB",
+    "#56B4E9",
+    "#D55E00",
+    "#CC79A7",
+)  # after Okabe and Ito, and Tol
+FAMILY_HUES = {
+    "nli": HUES[0],
+    "sentiment": HUES[1],
+    "topic": HUES[2],
+    "twitter": HUES[3],
+    "general": HUES[4],
+}
+
 
 def _family_hues(families: Sequence) -> dict:
     "A hue for each family: its own for the paper's, the next free one for others."
-    free = [h for h in HUES if h not in {FAMILY_HUES.get(str(f).lower()) for f in families}] or list(HUES)
+    free = [
+        h for h in HUES if h not in {FAMILY_HUES.get(str(f).lower()) for f in families}
+    ] or list(HUES)
     others = [f for f in families if str(f).lower() not in FAMILY_HUES]
-    return {f: FAMILY_HUES.get(str(f).lower()) or free[others.index(f) % len(free)] for f in families}
+    return {
+        f: FAMILY_HUES.get(str(f).lower()) or free[others.index(f) % len(free)]
+        for f in families
+    }
+
 
 def _shades(hue: str, n: int) -> list:
     "`n` shades of a hue, from dark to light."
-    if n == 1: return [sns.blend_palette([hue, hue], 1)[0]]
-    return sns.blend_palette([sns.blend_palette([hue, "black"], 5)[2], hue, sns.blend_palette([hue, "white"], 9)[4]], n)
+    if n == 1:
+        return [sns.blend_palette([hue, hue], 1)[0]]
+    return sns.blend_palette(
+        [sns.blend_palette([hue, "black"], 5)[2], hue, sns.blend_palette([hue, "white"], 9)[4]],
+        n,
+    )
 
 # %% ../nbs/40_plots.ipynb #bc381392
 def group_colours(
-    groups: Sequence, # names of groups, such as datasets; repeats are ignored
-    families: Mapping | None = None, # family of each group; None: every group a hue of its own, shades after the eighth
-) -> dict: # group -> (r, g, b)
+    groups: Sequence,  # names of groups, such as datasets; repeats are ignored
+    families: Mapping
+    | None = None,  # family of each group; None: every group a hue of its own, shades after the eighth
+) -> dict:  # group -> (r, g, b)
     "A colour for each group: families by hue, groups by shade."
     names = sorted(dict.fromkeys(groups), key=str)
     if families is None:
-        columns = [names[i::len(HUES)] for i in range(len(HUES))]
-        return {name: colour for hue, column in zip(HUES, columns) for name, colour in zip(column, _shades(hue, len(column)) if column else [])}
+        columns = [names[i :: len(HUES)] for i in range(len(HUES))]
+        return {
+            name: colour
+            for hue, column in zip(HUES, columns)
+            for name, colour in zip(column, _shades(hue, len(column)) if column else [])
+        }
     if missing := [name for name in names if name not in families]:
         raise ValueError(f"no family is given for {missing[0]!r}")
     hues = _family_hues(sorted({families[name] for name in names}, key=str))
     members = {f: [name for name in names if families[name] == f] for f in hues}
-    return {name: colour for f, hue in hues.items() for name, colour in zip(members[f], _shades(hue, len(members[f])))}
+    return {
+        name: colour
+        for f, hue in hues.items()
+        for name, colour in zip(members[f], _shades(hue, len(members[f])))
+    }
 
 # %% ../nbs/40_plots.ipynb #97f59f27
-def _blocks(order: Sequence) -> list: # [(name, first, stop)]
+def _blocks(order: Sequence) -> list:  # [(name, first, stop)]
     "Runs of equal names."
     edges = [0, *[i for i in range(1, len(order)) if order[i] != order[i - 1]], len(order)]
     return [(order[a], a, b) for a, b in zip(edges, edges[1:])]
+
 
 def _label_blocks(ax: Axes, order: Sequence, x: bool = True) -> None:
     "Name runs of equal groups beside and under a heat map."
@@ -102,60 +163,100 @@ def _label_blocks(ax: Axes, order: Sequence, x: bool = True) -> None:
 
 # %% ../nbs/40_plots.ipynb #16c0b3f5
 def similarity_heatmap(
-    matrix: pd.DataFrame, # (n, n) cosines or distances, labelled on both sides
-    groups: pd.Series | None = None, # group of each model, a strip of colour; None: models are listed by name
-    families: Mapping | None = None, # family of each group, see `group_colours`
-    order: str = "group", # models by "group" (families together), by "cluster" (average linkage, with its tree) or as "given"
-    metric: str = "cosine", # what the matrix holds: "cosine" or "euclidean"
-    title: str = "Similarity of task vectors", # of the figure
-    size: float = 7.0, # side of the figure, in inches
+    matrix: pd.DataFrame,  # (n, n) cosines or distances, labelled on both sides
+    groups: pd.Series
+    | None = None,  # group of each model, a strip of colour; None: models are listed by name
+    families: Mapping | None = None,  # family of each group, see `group_colours`
+    order: str = "group",  # models by "group" (families together), by "cluster" (average linkage, with its tree) or as "given"
+    metric: str = "cosine",  # what the matrix holds: "cosine" or "euclidean"
+    title: str = "Similarity of task vectors",  # of the figure
+    size: float = 7.0,  # side of the figure, in inches
 ) -> sns.matrix.ClusterGrid:
     "Heat map of all pairs of models, with groups as strips of colour."
     if order not in ("group", "cluster", "given"):
-        raise ValueError(f"models can be in order of group, of cluster or as given: not {order!r}")
-    if metric not in ("cosine", "euclidean"): raise ValueError(f"the matrix holds cosine or euclidean: not {metric!r}")
-    groups = pd.Series(matrix.index, matrix.index) if groups is None else groups.reindex(matrix.index)
+        raise ValueError(
+            f"models can be in order of group, of cluster or as given: not {order!r}"
+        )
+    if metric not in ("cosine", "euclidean"):
+        raise ValueError(f"the matrix holds cosine or euclidean: not {metric!r}")
+    groups = (
+        pd.Series(matrix.index, matrix.index)
+        if groups is None
+        else groups.reindex(matrix.index)
+    )
     colours = group_colours(groups, families)
     if order == "group":
-        key = sorted(matrix.index, key=lambda m: (str((families or {}).get(groups[m], "")), str(groups[m])))
+        key = sorted(
+            matrix.index,
+            key=lambda m: (str((families or {}).get(groups[m], "")), str(groups[m])),
+        )
         matrix, groups = matrix.loc[key, key], groups[key]
     others = matrix.to_numpy()[~np.eye(len(matrix), dtype=bool)]
     cosine = metric == "cosine"
     low, high = 0, max(np.quantile(others, 0.99), 0.01) if cosine else others.max()
     diagonal, strip = np.eye(len(matrix), dtype=bool), groups.map(colours).to_list()
-    with plt.rc_context({"figure.constrained_layout.use": False}):  # clustermap has a layout of its own
-        grid = sns.clustermap(matrix.mask(diagonal, high if cosine else 0), figsize=(size, size), cmap="GnBu" if cosine else "GnBu_r", vmin=low, vmax=high,
-                              row_colors=strip, col_colors=strip, dendrogram_ratio=0.12 if order == "cluster" else 0.02, colors_ratio=0.02,
-                              cbar_pos=(1.0, 0.62, 0.025, 0.22), **_linkage(matrix, order == "cluster", cosine))
+    with plt.rc_context(
+        {"figure.constrained_layout.use": False}
+    ):  # clustermap has a layout of its own
+        grid = sns.clustermap(
+            matrix.mask(diagonal, high if cosine else 0),
+            figsize=(size, size),
+            cmap="GnBu" if cosine else "GnBu_r",
+            vmin=low,
+            vmax=high,
+            row_colors=strip,
+            col_colors=strip,
+            dendrogram_ratio=0.12 if order == "cluster" else 0.02,
+            colors_ratio=0.02,
+            cbar_pos=(1.0, 0.62, 0.025, 0.22),
+            **_linkage(matrix, order == "cluster", cosine),
+        )
     return _dress(grid, groups, families, order, title, "cosine" if cosine else "distance")
 
 # %% ../nbs/40_plots.ipynb #3e63cade
 def _linkage(matrix: pd.DataFrame, tree: bool, cosine: bool) -> dict:
     "Arguments of `clustermap` for average linkage on the matrix itself, or for none."
-    if not tree: return dict(row_cluster=False, col_cluster=False)
+    if not tree:
+        return dict(row_cluster=False, col_cluster=False)
     from scipy.cluster.hierarchy import linkage
     from scipy.spatial.distance import squareform
+
     distance = (1 - matrix).clip(lower=0) if cosine else matrix
-    z = linkage(squareform(distance.to_numpy() * (1 - np.eye(len(matrix))), checks=False), "average")
+    z = linkage(
+        squareform(distance.to_numpy() * (1 - np.eye(len(matrix))), checks=False), "average"
+    )
     return dict(row_linkage=z, col_linkage=z)
 
-def _dress(grid, groups: pd.Series, families: Mapping | None, order: str, title: str, unit: str):
+
+def _dress(
+    grid, groups: pd.Series, families: Mapping | None, order: str, title: str, unit: str
+):
     "Names, scale and legend of a heat map."
     shown = groups.iloc[grid.dendrogram_row.reordered_ind] if order == "cluster" else groups
     ax = grid.ax_heatmap
-    if len(_blocks(list(shown))) <= 40: _label_blocks(ax, list(shown))
-    else: ax.set(xticks=[], yticks=[])
+    if len(_blocks(list(shown))) <= 40:
+        _label_blocks(ax, list(shown))
+    else:
+        ax.set(xticks=[], yticks=[])
     ax.set(xlabel="", ylabel="")
-    for strip in (grid.ax_row_colors, grid.ax_col_colors): strip.set(xticks=[], yticks=[])
+    for strip in (grid.ax_row_colors, grid.ax_col_colors):
+        strip.set(xticks=[], yticks=[])
     grid.ax_cbar.set_title(unit, fontsize=10, fontweight="normal", loc="left")
     grid.figure.suptitle(title, x=0.02, y=1.02, ha="left", fontsize=13, fontweight="bold")
     if families:
         hues = _family_hues(sorted({families[g] for g in groups.unique()}, key=str))
-        grid.figure.legend(handles=[Patch(color=h, label=str(f)) for f, h in hues.items()], title="family", loc="upper left", bbox_to_anchor=(0.985, 0.56), alignment="left")
+        grid.figure.legend(
+            handles=[Patch(color=h, label=str(f)) for f, h in hues.items()],
+            title="family",
+            loc="upper left",
+            bbox_to_anchor=(0.985, 0.56),
+            alignment="left",
+        )
     return grid
 
 # %% ../nbs/40_plots.ipynb #8c10f752
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
+
 
 def _move_apart(boxes: np.ndarray, steps: int = 300) -> np.ndarray:
     "Shift boxes (x, y, width, height; x, y the centre) until they no longer overlap, drawn back to where they were."
@@ -164,10 +265,15 @@ def _move_apart(boxes: np.ndarray, steps: int = 300) -> np.ndarray:
         gap = at[:, None] - at[None]
         overlap = half[:, None] + half[None] - np.abs(gap)
         hit = (overlap > 0).all(axis=2) & ~np.eye(len(at), dtype=bool)
-        if not hit.any(): break
+        if not hit.any():
+            break
         axis = overlap.argmin(axis=2)  # apart along the direction in which less is needed
         for d in (0, 1):
-            side = np.where(gap[..., d] == 0, np.sign(np.subtract.outer(np.arange(len(at)), np.arange(len(at)))), np.sign(gap[..., d]))
+            side = np.where(
+                gap[..., d] == 0,
+                np.sign(np.subtract.outer(np.arange(len(at)), np.arange(len(at)))),
+                np.sign(gap[..., d]),
+            )
             at[:, d] += 0.5 * np.where(hit & (axis == d), side * overlap[..., d], 0).sum(axis=1)
         at += 0.01 * (boxes[:, :2] - at)
     return at
@@ -176,21 +282,48 @@ def _move_apart(boxes: np.ndarray, steps: int = 300) -> np.ndarray:
 def _name_groups(ax: Axes, centres: pd.DataFrame, colours: Mapping) -> None:
     "Write the names of groups near their centres, without covering one another."
     halo = [patheffects.withStroke(linewidth=3, foreground="white")]
-    texts = [ax.annotate(str(g), (x, y), (0, 8), textcoords="offset points", ha="center", va="bottom", fontsize=10, color=_ink(colours[g]), path_effects=halo, zorder=5)
-             for g, (x, y) in centres.iterrows()]
+    texts = [
+        ax.annotate(
+            str(g),
+            (x, y),
+            (0, 8),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=10,
+            color=_ink(colours[g]),
+            path_effects=halo,
+            zorder=5,
+        )
+        for g, (x, y) in centres.iterrows()
+    ]
     ax.figure.canvas.draw()
     extents = [t.get_window_extent() for t in texts]
-    boxes = np.array([[e.x0 + e.width / 2, e.y0 + e.height / 2, e.width + 4, e.height + 2] for e in extents])
-    for text, shift, box, start in zip(texts, _move_apart(boxes) - boxes[:, :2], boxes, centres.to_numpy()):
+    boxes = np.array(
+        [[e.x0 + e.width / 2, e.y0 + e.height / 2, e.width + 4, e.height + 2] for e in extents]
+    )
+    for text, shift, box, start in zip(
+        texts, _move_apart(boxes) - boxes[:, :2], boxes, centres.to_numpy()
+    ):
         x, y = shift * 72 / ax.figure.dpi
         text.set_position((x, y + 8))
         if abs(shift[1]) > box[3] or abs(shift[0]) > box[2] / 2:
-            ax.annotate("", start, (x, y + 8), xycoords="data", textcoords="offset points", arrowprops=dict(arrowstyle="-", color="#999999", lw=0.7), zorder=1)
+            ax.annotate(
+                "",
+                start,
+                (x, y + 8),
+                xycoords="data",
+                textcoords="offset points",
+                arrowprops=dict(arrowstyle="-", color="#999999", lw=0.7),
+                zorder=1,
+            )
+
 
 def _ink(colour) -> tuple:
     "A colour dark enough to read."
     return tuple(np.array(colour) * min(1, 0.4 / (np.dot(colour, [0.3, 0.59, 0.11]) + 1e-9)))
 
+# %% ../nbs/40_plots.ipynb #80bb1f65
 def _above(places: pd.DataFrame) -> pd.Series:
     "The point above the bulk of a group: over its median, as high as the three quarters of it that are nearest."
     centre = places.median()
@@ -199,12 +332,12 @@ def _above(places: pd.DataFrame) -> pd.Series:
 
 # %% ../nbs/40_plots.ipynb #dd0bc24b
 def region_map(
-    places: pd.DataFrame, # columns x, y, indexed by model: see `embed_map`
-    groups: pd.Series, # group of each model
-    families: Mapping | None = None, # family of each group, see `group_colours`
-    names: bool = True, # write the groups' names on the map
-    title: str = "Map of the models", # of the figure
-    ax: Axes | None = None, # where to draw
+    places: pd.DataFrame,  # columns x, y, indexed by model: see `embed_map`
+    groups: pd.Series,  # group of each model
+    families: Mapping | None = None,  # family of each group, see `group_colours`
+    names: bool = True,  # write the groups' names on the map
+    title: str = "Map of the models",  # of the figure
+    ax: Axes | None = None,  # where to draw
 ) -> Axes:
     "Scatter of models on a map, groups by colour and named in place."
     ax = ax or plt.subplots(figsize=(7.5, 5.5))[1]
@@ -213,31 +346,70 @@ def region_map(
     kinds = sorted({families[g] for g in groups.unique()}, key=str) if families else [None]
     for kind, marker in zip(kinds, MARKERS * len(kinds)):
         mine = groups.map(lambda g: families is None or families[g] == kind)
-        ax.scatter(places.x[mine], places.y[mine], c=groups[mine].map(colours).to_list(), marker=marker, s=40, lw=0.7,
-                   edgecolor=[_ink(colours[g]) for g in groups[mine]], zorder=3)
+        ax.scatter(
+            places.x[mine],
+            places.y[mine],
+            c=groups[mine].map(colours).to_list(),
+            marker=marker,
+            s=40,
+            lw=0.7,
+            edgecolor=[_ink(colours[g]) for g in groups[mine]],
+            zorder=3,
+        )
     if families:
-        handles = [Line2D([], [], ls="", marker=m, color=h, label=str(f)) for (f, h), m in zip(_family_hues(kinds).items(), MARKERS * len(kinds))]
-        ax.legend(handles=handles, title="family", loc="center left", bbox_to_anchor=(1.0, 0.5), alignment="left")
-    ax.set(xticks=[], yticks=[], title=title, xlabel="nearness only: the axes have no unit", ylabel="")
+        handles = [
+            Line2D([], [], ls="", marker=m, color=h, label=str(f))
+            for (f, h), m in zip(_family_hues(kinds).items(), MARKERS * len(kinds))
+        ]
+        ax.legend(
+            handles=handles,
+            title="family",
+            loc="center left",
+            bbox_to_anchor=(1.0, 0.5),
+            alignment="left",
+        )
+    ax.set(
+        xticks=[],
+        yticks=[],
+        title=title,
+        xlabel="nearness only: the axes have no unit",
+        ylabel="",
+    )
     ax.margins(0.08)
-    if names: _name_groups(ax, places[["x", "y"]].groupby(groups.to_numpy()).apply(_above), colours)
+    if names:
+        _name_groups(ax, places[["x", "y"]].groupby(groups.to_numpy()).apply(_above), colours)
     return ax
 
 # %% ../nbs/40_plots.ipynb #1bb49882
 def confusion(
-    scores: Scores, # from `score` or `cluster_report`
-    families: Mapping | None = None, # family of each group: keeps families together
-    title: str = "Clusters and groups", # of the figure
-    ax: Axes | None = None, # where to draw
+    scores: Scores,  # from `score` or `cluster_report`
+    families: Mapping | None = None,  # family of each group: keeps families together
+    title: str = "Clusters and groups",  # of the figure
+    ax: Axes | None = None,  # where to draw
 ) -> Axes:
     "How many models of each group are in each cluster."
     names = sorted(scores.table.index, key=lambda g: (str((families or {}).get(g, "")), str(g)))
     counts = pd.crosstab(scores.clusters, scores.groups)[names]
     place = {g: i for i, g in enumerate(names)}
-    counts = counts.loc[sorted(counts.index, key=lambda c: place.get(scores.matching.get(c), len(names)))]
+    counts = counts.loc[
+        sorted(counts.index, key=lambda c: place.get(scores.matching.get(c), len(names)))
+    ]
     side = 0.36 * max(counts.shape) + 1.6
     ax = ax or plt.subplots(figsize=(min(8.5, side + 1), min(8, side)))[1]
-    sns.heatmap(counts, mask=counts == 0, ax=ax, cmap="GnBu", vmin=0, vmax=1.2 * counts.to_numpy().max(), annot=True, fmt="d", cbar=False, linewidths=0.5, linecolor="#e8e8e8", square=True)
+    sns.heatmap(
+        counts,
+        mask=counts == 0,
+        ax=ax,
+        cmap="GnBu",
+        vmin=0,
+        vmax=1.2 * counts.to_numpy().max(),
+        annot=True,
+        fmt="d",
+        cbar=False,
+        linewidths=0.5,
+        linecolor="#e8e8e8",
+        square=True,
+    )
     ax.set(title=title, xlabel=scores.table.index.name or "group", ylabel="cluster")
     ax.tick_params(length=0)
     plt.setp(ax.get_yticklabels(), rotation=0)
@@ -246,11 +418,11 @@ def confusion(
 
 # %% ../nbs/40_plots.ipynb #95274ed7
 def f1_bars(
-    scores: Scores, # from `cluster_report`
-    paper: Mapping | None = None, # the paper's F1 of some groups, 0 to 1
-    families: Mapping | None = None, # family of each group, see `group_colours`
-    title: str = "F1 of each group", # of the figure
-    ax: Axes | None = None, # where to draw
+    scores: Scores,  # from `cluster_report`
+    paper: Mapping | None = None,  # the paper's F1 of some groups, 0 to 1
+    families: Mapping | None = None,  # family of each group, see `group_colours`
+    title: str = "F1 of each group",  # of the figure
+    ax: Axes | None = None,  # where to draw
 ) -> Axes:
     "F1 of each group, with intervals if there are any."
     table = scores.table.iloc[::-1]
@@ -258,11 +430,29 @@ def f1_bars(
     colours, y = group_colours(table.index, families), np.arange(len(table))
     ax.barh(y, 100 * table.f1, color=[colours[g] for g in table.index], height=0.62)
     if "f1_low" in table:
-        ax.hlines(y, 100 * table.f1_low, 100 * table.f1_high, color="#333333", lw=1.4, label="95 % interval")
+        ax.hlines(
+            y,
+            100 * table.f1_low,
+            100 * table.f1_high,
+            color="#333333",
+            lw=1.4,
+            label="95 % interval",
+        )
     if paper:
         told = [(i, 100 * paper[g]) for i, g in enumerate(table.index) if g in paper]
-        ax.scatter([v for _, v in told], [i for i, _ in told], marker="D", s=44, facecolor="white", edgecolor="black", zorder=4, label="paper", clip_on=False)
-    if ax.get_legend_handles_labels()[0]: ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        ax.scatter(
+            [v for _, v in told],
+            [i for i, _ in told],
+            marker="D",
+            s=44,
+            facecolor="white",
+            edgecolor="black",
+            zorder=4,
+            label="paper",
+            clip_on=False,
+        )
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     ax.set_yticks(y, [str(g) for g in table.index])
     ax.set(xlim=(0, 100), xlabel="F1 (%)", title=title)
     ax.tick_params(axis="y", length=0)
@@ -270,8 +460,8 @@ def f1_bars(
 
 # %% ../nbs/40_plots.ipynb #87278c48
 def scores_table(
-    scores: Mapping[str, Scores], # name of each clustering -> its scores
-) -> pd.DataFrame: # accuracy, low, high, ARI and NMI in percent; p; counts
+    scores: Mapping[str, Scores],  # name of each clustering -> its scores
+) -> pd.DataFrame:  # accuracy, low, high, ARI and NMI in percent; p; counts
     "A row for each clustering."
     table = pd.DataFrame({name: s.row() for name, s in scores.items()}).T
     percent = ["accuracy", "low", "high", "ari", "nmi"]
@@ -281,107 +471,214 @@ def scores_table(
 # %% ../nbs/40_plots.ipynb #03e34e48
 def _natural(name) -> list:
     "A key that sorts `layer 10` after `layer 9`, and embeddings first."
-    return [(not str(name).startswith(("whole", "all")), str(name) != "embeddings"), *[(0, int(t), "") if t.isdigit() else (1, 0, t) for t in re.split(r"(\d+)", str(name))]]
+    return [
+        (not str(name).startswith(("whole", "all")), str(name) != "embeddings"),
+        *[(0, int(t), "") if t.isdigit() else (1, 0, t) for t in re.split(r"(\d+)", str(name))],
+    ]
+
 
 def _offset(part, kind, rows: pd.DataFrame, hue: str | None, kinds: list) -> float:
     "Where in the band of a part a kind is drawn: kinds side by side, in the middle of the band."
-    if hue is None: return 0.0
+    if hue is None:
+        return 0.0
     there = [k for k in kinds if k in set(rows.loc[rows["part"] == part, hue])]
     return (there.index(kind) - (len(there) - 1) / 2) * 0.7 / len(kinds)
 
 # %% ../nbs/40_plots.ipynb #9cb4de2f
 def part_accuracy(
-    rows: pd.DataFrame, # columns part, accuracy, low, high (0 to 1), and the column `hue` if given
-    hue: str | None = None, # column that splits each part, such as the kind of tensor
-    chance: float | None = None, # accuracy of chance, 0 to 1, drawn as a line
-    title: str = "Which part of the model knows its data", # of the figure
-    ax: Axes | None = None, # where to draw
+    rows: pd.DataFrame,  # columns part, accuracy, low, high (0 to 1), and the column `hue` if given
+    hue: str | None = None,  # column that splits each part, such as the kind of tensor
+    chance: float | None = None,  # accuracy of chance, 0 to 1, drawn as a line
+    title: str = "Which part of the model knows its data",  # of the figure
+    ax: Axes | None = None,  # where to draw
 ) -> Axes:
     "Accuracy of each part of the model, with intervals."
     parts = sorted(rows["part"].unique(), key=_natural)
     kinds = sorted(rows[hue].unique(), key=_natural) if hue else [None]
-    ax = ax or plt.subplots(figsize=(7.5, 0.3 * len(parts) * max(1, 0.45 * len(kinds)) + 1.5))[1]
+    ax = (
+        ax or plt.subplots(figsize=(7.5, 0.3 * len(parts) * max(1, 0.45 * len(kinds)) + 1.5))[1]
+    )
     colours, marks = dict(zip(kinds, HUES * len(kinds))), dict(zip(kinds, MARKERS * len(kinds)))
     for kind in kinds:
         mine = rows[rows[hue] == kind] if hue else rows
         y = [_offset(part, kind, rows, hue, kinds) + parts.index(part) for part in mine["part"]]
         ax.hlines(y, 100 * mine["low"], 100 * mine["high"], color=colours[kind], lw=1.6)
-        ax.scatter(100 * mine["accuracy"], y, color=colours[kind], marker=marks[kind], s=34, zorder=3, label=kind, clip_on=False)
-    if chance is not None: ax.axvline(100 * chance, color="#777777", ls=":", lw=1.2, label="chance")
-    if hue or chance is not None: ax.legend(title=hue, loc="center left", bbox_to_anchor=(1.01, 0.5), alignment="left")
+        ax.scatter(
+            100 * mine["accuracy"],
+            y,
+            color=colours[kind],
+            marker=marks[kind],
+            s=34,
+            zorder=3,
+            label=kind,
+            clip_on=False,
+        )
+    if chance is not None:
+        ax.axvline(100 * chance, color="#777777", ls=":", lw=1.2, label="chance")
+    if hue or chance is not None:
+        ax.legend(title=hue, loc="center left", bbox_to_anchor=(1.01, 0.5), alignment="left")
     ax.set_yticks(range(len(parts)), [str(p) for p in parts])
-    ax.set(xlim=(0, 100), ylim=(len(parts) - 0.4, -0.6), xlabel="clustering accuracy (%), 95 % interval", title=title)
+    ax.set(
+        xlim=(0, 100),
+        ylim=(len(parts) - 0.4, -0.6),
+        xlabel="clustering accuracy (%), 95 % interval",
+        title=title,
+    )
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="x", color="#e5e5e5", lw=0.8)
     ax.set_axisbelow(True)
     return ax
 
 # %% ../nbs/40_plots.ipynb #45e10d50
-def _on_target(rows: pd.DataFrame, target: str | None, columns: Sequence) -> tuple: # rows of one target, its name or None
+def _on_target(
+    rows: pd.DataFrame, target: str | None, columns: Sequence
+) -> tuple:  # rows of one target, its name or None
     "The rows of the target that a figure shows; refuses rows of several when none is named."
-    if missing := [c for c in columns if c not in rows]: raise ValueError(f"the rows have no column {missing[0]!r}, only {', '.join(map(str, rows))}")
-    if "target" not in rows: there = []
-    elif not (there := list(dict.fromkeys(rows["target"]))) or target is not None and target not in there:
-        raise ValueError(f"no row is of the target {target!r}, only of {', '.join(map(str, there)) or 'none'}")
-    elif target is None and len(there) > 1: raise ValueError(f"the rows have several targets, {', '.join(map(str, there))}: name one of them")
-    else: rows = rows[rows["target"] == (there[0] if target is None else target)]
-    if not np.isfinite(rows[list(columns)].select_dtypes("number")).all(axis=1).any(): raise ValueError(f"no row has a finite {' and '.join(columns)}: there is nothing to draw")
+    if missing := [c for c in columns if c not in rows]:
+        raise ValueError(
+            f"the rows have no column {missing[0]!r}, only {', '.join(map(str, rows))}"
+        )
+    if "target" not in rows:
+        there = []
+    elif (
+        not (there := list(dict.fromkeys(rows["target"])))
+        or target is not None
+        and target not in there
+    ):
+        raise ValueError(
+            f"no row is of the target {target!r}, only of {', '.join(map(str, there)) or 'none'}"
+        )
+    elif target is None and len(there) > 1:
+        raise ValueError(
+            f"the rows have several targets, {', '.join(map(str, there))}: name one of them"
+        )
+    else:
+        rows = rows[rows["target"] == (there[0] if target is None else target)]
+    if not np.isfinite(rows[list(columns)].select_dtypes("number")).all(axis=1).any():
+        raise ValueError(
+            f"no row has a finite {' and '.join(columns)}: there is nothing to draw"
+        )
     return rows, there[0] if there and target is None else target
+
 
 def _loss_label(y: str, target: str | None, than: str = "") -> str:
     "What an axis of measurements is called, in lines that an axis has room for."
-    what, unit = {"loss": ("generalized loss", "nats"), "accuracy": ("accuracy", "share of 1")}.get(y, (y, ""))
-    return textwrap.fill(f"{what}{f' on {target}' if target else ''}{than}{f' ({unit})' if unit else ''}", 36)
+    what, unit = {
+        "loss": ("generalized loss", "nats"),
+        "accuracy": ("accuracy", "share of 1"),
+    }.get(y, (y, ""))
+    return textwrap.fill(
+        f"{what}{f' on {target}' if target else ''}{than}{f' ({unit})' if unit else ''}", 36
+    )
 
+# %% ../nbs/40_plots.ipynb #e3f8b46c
 def _mark_broken(ax: Axes, x, label: str = "not finite") -> None:
     "Triangles at the upper edge, where a loss is not finite."
-    if len(x): ax.scatter(x, [0.98] * len(x), marker="^", s=40, color="#D55E00", transform=ax.get_xaxis_transform(), label=label, zorder=5, clip_on=False)
+    if len(x):
+        ax.scatter(
+            x,
+            [0.98] * len(x),
+            marker="^",
+            s=40,
+            color="#D55E00",
+            transform=ax.get_xaxis_transform(),
+            label=label,
+            zorder=5,
+            clip_on=False,
+        )
 
 # %% ../nbs/40_plots.ipynb #5f3260d5
-def _curves(ax: Axes, rows: pd.DataFrame, x: str, y: str, colour) -> pd.Series: # mean y at each x
+def _curves(
+    ax: Axes, rows: pd.DataFrame, x: str, y: str, colour
+) -> pd.Series:  # mean y at each x
     "Every line thin, their mean thick, and a band of one standard deviation."
     rows = rows.sort_values(x, kind="stable")
     values = rows[y].astype(float).where(np.isfinite(rows[y].astype(float)))
     rows = rows.assign(**{x: rows[x].round(9), y: values})  # 0.1 + 0.2 is 0.3
     lines = list(rows.groupby("line", sort=False)) if "line" in rows else [(None, rows)]
-    mean, sd = (getattr(rows.groupby(x)[y], how)(skipna=False) for how in ("mean", "std"))  # no mean where a line has no height
+    mean, sd = (
+        getattr(rows.groupby(x)[y], how)(skipna=False) for how in ("mean", "std")
+    )  # no mean where a line has no height
     if len(lines) > 1:
-        for i, (_, line) in enumerate(lines): ax.plot(line[x], line[y], color=colour, lw=0.8, alpha=0.45, label=f"{len(lines)} lines" if not i else None)
-        ax.fill_between(mean.index, mean - sd, mean + sd, color=colour, alpha=0.15, lw=0, label="one standard deviation")
-    ax.plot(mean.index, mean, color=colour, lw=2.4, marker="o", ms=4.5, label="mean" if len(lines) > 1 else y)
+        for i, (_, line) in enumerate(lines):
+            ax.plot(
+                line[x],
+                line[y],
+                color=colour,
+                lw=0.8,
+                alpha=0.45,
+                label=f"{len(lines)} lines" if not i else None,
+            )
+        ax.fill_between(
+            mean.index,
+            mean - sd,
+            mean + sd,
+            color=colour,
+            alpha=0.15,
+            lw=0,
+            label="one standard deviation",
+        )
+    ax.plot(
+        mean.index,
+        mean,
+        color=colour,
+        lw=2.4,
+        marker="o",
+        ms=4.5,
+        label="mean" if len(lines) > 1 else y,
+    )
     _mark_broken(ax, rows.loc[values.isna(), x].unique())
-    if 0 < values.min() < values.max() / 30: _log_scale(ax)
+    if 0 < values.min() < values.max() / 30:
+        _log_scale(ax)
     return mean
 
+# %% ../nbs/40_plots.ipynb #020ca3df
 def _log_scale(ax: Axes) -> None:
     "A logarithmic axis with plain numbers."
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter("{x:g}")
 
+
 def _legend(ax: Axes) -> None:
     "The legend, beside the axes and never over the data."
-    if ax.get_legend_handles_labels()[0]: ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 # %% ../nbs/40_plots.ipynb #0562de7a
 def loss_line(
-    rows: pd.DataFrame, # measured rows: columns x, y, and line where there are several
-    x: str = "alpha", # column of the place, 0 at the first end and 1 at the second
-    y: str = "loss", # column of what is drawn
-    ends: Sequence = ("a", "b"), # names of the ends
-    target: str | None = None, # which target's rows; None: the only one
-    title: str = "Loss along a line", # of the figure
-    ax: Axes | None = None, # where to draw
+    rows: pd.DataFrame,  # measured rows: columns x, y, and line where there are several
+    x: str = "alpha",  # column of the place, 0 at the first end and 1 at the second
+    y: str = "loss",  # column of what is drawn
+    ends: Sequence = ("a", "b"),  # names of the ends
+    target: str | None = None,  # which target's rows; None: the only one
+    title: str = "Loss along a line",  # of the figure
+    ax: Axes | None = None,  # where to draw
 ) -> Axes:
     "Loss along the line between two models, and where it is lowest."
     rows, target = _on_target(rows, target, [x, y])
     ax = ax or plt.subplots(figsize=(7.5, 3.6))[1]
     mean = _curves(ax, rows, x, y, HUES[0])
     for place, name, style in zip((0, 1), ends, (":", (0, (1, 3)))):
-        if place in mean.index: ax.axhline(mean[place], color="#555555", ls=style, lw=1.3, zorder=1, label=f"{name} alone")
+        if place in mean.index:
+            ax.axhline(
+                mean[place], color="#555555", ls=style, lw=1.3, zorder=1, label=f"{name} alone"
+            )
         ax.axvline(place, color="#cccccc", lw=0.9, zorder=0)
     if mean.notna().any():
-        best, what = (mean.idxmax(), "highest") if y == "accuracy" else (mean.idxmin(), "lowest")
-        ax.scatter(best, mean[best], marker="D", s=70, facecolor="white", edgecolor=HUES[0], lw=1.8, zorder=6, label=f"{what}, {x} = {best:g}")
+        best, what = (
+            (mean.idxmax(), "highest") if y == "accuracy" else (mean.idxmin(), "lowest")
+        )
+        ax.scatter(
+            best,
+            mean[best],
+            marker="D",
+            s=70,
+            facecolor="white",
+            edgecolor=HUES[0],
+            lw=1.8,
+            zorder=6,
+            label=f"{what}, {x} = {best:g}",
+        )
     ticks = {t: f"{t:g}" for t in (0.25, 0.5, 0.75)} | {0: f"0\n{ends[0]}", 1: f"1\n{ends[1]}"}
     ax.set_xticks(list(ticks), list(ticks.values()))
     ax.set(title=title, xlabel=x, ylabel=_loss_label(y, target))
@@ -393,19 +690,21 @@ def _from_middle(alpha):
     "Where an alpha is drawn: distance from 0.5, linear near it and logarithmic far away."
     return np.arcsinh(2 * (np.asarray(alpha, float) - 0.5))
 
+
 def _to_alpha(at):
     "The alpha that is drawn there."
     return 0.5 + np.sinh(np.asarray(at, float)) / 2
 
 # %% ../nbs/40_plots.ipynb #625a5720
 def edges(
-    rows: pd.DataFrame, # measured rows: columns x, y, and line where there are several
-    x: str = "alpha", # column of the place, 0 at the first end and 1 at the second
-    y: str = "loss", # column of what is drawn
-    target: str | None = None, # which target's rows; None: the only one
-    references: Mapping | None = None, # name -> loss of models to compare with, such as the pretrained one
-    title: str = "Loss beyond the ends of a line", # of the figure
-    ax: Axes | None = None, # where to draw
+    rows: pd.DataFrame,  # measured rows: columns x, y, and line where there are several
+    x: str = "alpha",  # column of the place, 0 at the first end and 1 at the second
+    y: str = "loss",  # column of what is drawn
+    target: str | None = None,  # which target's rows; None: the only one
+    references: Mapping
+    | None = None,  # name -> loss of models to compare with, such as the pretrained one
+    title: str = "Loss beyond the ends of a line",  # of the figure
+    ax: Axes | None = None,  # where to draw
 ) -> Axes:
     "Loss far beyond the two ends of a line: the basin and its edges."
     rows, target = _on_target(rows, target, [x, y])
@@ -413,13 +712,25 @@ def edges(
     ax.set_xscale("function", functions=(_from_middle, _to_alpha))
     ax.axvspan(0, 1, color="#e9e9e9", lw=0, zorder=0, label="between the models")
     _curves(ax, rows, x, y, HUES[0])
-    for (name, loss), style in zip((references or {}).items(), [":", "--", "-."] * len(references or {})): ax.axhline(loss, color="#555555", ls=style, lw=1.3, zorder=1, label=name)
+    for (name, loss), style in zip(
+        (references or {}).items(), [":", "--", "-."] * len(references or {})
+    ):
+        ax.axhline(loss, color="#555555", ls=style, lw=1.3, zorder=1, label=name)
     far = float(np.abs(rows[x] - 0.5).max())
-    ticks = [t for t in (-127, -31, -7, -3, -1, 0, 1, 2, 4, 8, 32, 128) if abs(t - 0.5) <= max(far, 0.5)]
+    ticks = [
+        t
+        for t in (-127, -31, -7, -3, -1, 0, 1, 2, 4, 8, 32, 128)
+        if abs(t - 0.5) <= max(far, 0.5)
+    ]
     ax.set_xticks(ticks, [f"{t}".replace("-", "\N{MINUS SIGN}") for t in ticks])
     ax.minorticks_off()
     span = _from_middle(0.5 + 1.12 * max(far, 0.5))
-    ax.set(xlim=_to_alpha([-span, span]), title=title, xlabel=f"{x} (0 and 1: the two models)", ylabel=_loss_label(y, target))
+    ax.set(
+        xlim=_to_alpha([-span, span]),
+        title=title,
+        xlabel=f"{x} (0 and 1: the two models)",
+        ylabel=_loss_label(y, target),
+    )
     _legend(ax)
     return ax
 
@@ -427,32 +738,78 @@ def edges(
 GROUP_HUES = {"In": HUES[0], "In'": HUES[2], "Ex": HUES[6]}
 GROUP_MARKERS = {"In": "o", "In'": "D", "Ex": "s"}
 
+# %% ../nbs/40_plots.ipynb #9b35996d
 def group_strip(
-    rows: pd.DataFrame, # measured rows: columns group, y, and target where there are several
-    y: str = "loss", # column of what is drawn
-    target: str | None = None, # which target's rows; None: all, relative to the mean of In where there are several
-    title: str = "Models, their hull, and others", # of the figure
-    ax: Axes | None = None, # where to draw
+    rows: pd.DataFrame,  # measured rows: columns group, y, and target where there are several
+    y: str = "loss",  # column of what is drawn
+    target: str
+    | None = None,  # which target's rows; None: all, relative to the mean of In where there are several
+    title: str = "Models, their hull, and others",  # of the figure
+    ax: Axes | None = None,  # where to draw
 ) -> Axes:
     "Every point of In, In' and Ex, on each target."
-    if target is not None or "target" not in rows: rows, target = _on_target(rows, target, ["group", y])
-    rows = rows.assign(target=rows["target"] if "target" in rows else "", **{y: rows[y].astype(float)})
+    if target is not None or "target" not in rows:
+        rows, target = _on_target(rows, target, ["group", y])
+    rows = rows.assign(
+        target=rows["target"] if "target" in rows else "", **{y: rows[y].astype(float)}
+    )
     targets = sorted(rows["target"].unique(), key=str)
-    if strange := set(rows["group"]) - set(GROUP_HUES): raise ValueError(f"no such group as {sorted(strange, key=str)[0]!r}: only {', '.join(GROUP_HUES)}")
-    if several := len(targets) > 1: rows = _relative(rows, y)
+    if strange := set(rows["group"]) - set(GROUP_HUES):
+        raise ValueError(
+            f"no such group as {sorted(strange, key=str)[0]!r}: only {', '.join(GROUP_HUES)}"
+        )
+    if several := len(targets) > 1:
+        rows = _relative(rows, y)
     ax = ax or plt.subplots(figsize=(7.5 if several else 5.5, 3.6))[1]
     there, rng = [g for g in GROUP_HUES if g in set(rows["group"])], np.random.default_rng(0)
-    for group, shift in zip(there, (np.arange(len(there)) - (len(there) - 1) / 2) * 0.8 / len(there)):
+    for group, shift in zip(
+        there, (np.arange(len(there)) - (len(there) - 1) / 2) * 0.8 / len(there)
+    ):
         for i, t in enumerate(targets):
             values = rows[y][(rows["group"] == group) & (rows["target"] == t)].to_numpy()
             fine, at = values[np.isfinite(values)], i + shift
-            ax.scatter(at + 0.16 / len(there) * rng.uniform(-1, 1, len(fine)), fine, s=22, color=GROUP_HUES[group], marker=GROUP_MARKERS[group], alpha=0.65, lw=0, label=None if i else group)
-            if len(fine): ax.hlines(np.median(fine), at - 0.3 / len(there), at + 0.3 / len(there), color="black", lw=1.8, zorder=4)
-            if len(fine) < len(values): _mark_broken(ax, [at], None if ax.get_legend_handles_labels()[1].count("not finite") else "not finite")
+            ax.scatter(
+                at + 0.16 / len(there) * rng.uniform(-1, 1, len(fine)),
+                fine,
+                s=22,
+                color=GROUP_HUES[group],
+                marker=GROUP_MARKERS[group],
+                alpha=0.65,
+                lw=0,
+                label=None if i else group,
+            )
+            if len(fine):
+                ax.hlines(
+                    np.median(fine),
+                    at - 0.3 / len(there),
+                    at + 0.3 / len(there),
+                    color="black",
+                    lw=1.8,
+                    zorder=4,
+                )
+            if len(fine) < len(values):
+                _mark_broken(
+                    ax,
+                    [at],
+                    None
+                    if ax.get_legend_handles_labels()[1].count("not finite")
+                    else "not finite",
+                )
     crowded = len("  ".join(map(str, targets))) > 64
-    ax.set_xticks(range(len(targets)), map(str, targets) if several else [""], **dict(rotation=40, ha="right", rotation_mode="anchor") if crowded else {})
-    ax.set(title=title, ylabel=_loss_label(y, None, " less the mean of In") if several else _loss_label(y, targets[0]), xlim=(-0.6, len(targets) - 0.4))
-    if several: ax.axhline(0, color="#999999", lw=0.9, ls=":", zorder=0)
+    ax.set_xticks(
+        range(len(targets)),
+        map(str, targets) if several else [""],
+        **dict(rotation=40, ha="right", rotation_mode="anchor") if crowded else {},
+    )
+    ax.set(
+        title=title,
+        ylabel=_loss_label(y, None, " less the mean of In")
+        if several
+        else _loss_label(y, targets[0]),
+        xlim=(-0.6, len(targets) - 0.4),
+    )
+    if several:
+        ax.axhline(0, color="#999999", lw=0.9, ls=":", zorder=0)
     _legend(ax)
     return ax
 
@@ -460,32 +817,68 @@ def group_strip(
 def _relative(rows: pd.DataFrame, y: str) -> pd.DataFrame:
     "Rows whose values are less the mean of In on their target."
     own = rows[(rows["group"] == "In") & np.isfinite(rows[y])].groupby("target")[y].mean()
-    if lost := sorted(set(rows["target"]) - set(own.index), key=str): raise ValueError(f"In is not measured on {lost[0]!r}: there is nothing to relate it to")
+    if lost := sorted(set(rows["target"]) - set(own.index), key=str):
+        raise ValueError(f"In is not measured on {lost[0]!r}: there is nothing to relate it to")
     return rows.assign(**{y: rows[y] - rows["target"].map(own)})
 
 # %% ../nbs/40_plots.ipynb #ec34bf3c
 def pb_matrix(
-    table: pd.DataFrame, # from `comparison_table`: columns comparison, value, low, high (0 to 1), and the column `by`
-    paper: Mapping | None = None, # the paper's shares: comparison -> share, for the row "overall"; or row -> such a mapping
-    by: str = "target", # column whose values are the rows of the matrix, such as "granularity"
-    title: str = "How often the first is better", # of the figure
-    ax: Axes | None = None, # where to draw
+    table: pd.DataFrame,  # from `comparison_table`: columns comparison, value, low, high (0 to 1), and the column `by`
+    paper: Mapping
+    | None = None,  # the paper's shares: comparison -> share, for the row "overall"; or row -> such a mapping
+    by: str = "target",  # column whose values are the rows of the matrix, such as "granularity"
+    title: str = "How often the first is better",  # of the figure
+    ax: Axes | None = None,  # where to draw
 ) -> Axes:
     "Probabilities of better in percent, comparisons beside one another."
-    if missing := [c for c in ("comparison", "value", "low", "high", by) if c not in table]: raise ValueError(f"the table has no column {missing[0]!r}")
+    if missing := [c for c in ("comparison", "value", "low", "high", by) if c not in table]:
+        raise ValueError(f"the table has no column {missing[0]!r}")
     twice = table.duplicated([by, "comparison"])
-    if twice.any(): raise ValueError(f"{table['comparison'][twice].iloc[0]} of {table[by][twice].iloc[0]!r} comes twice: choose one row, such as target == 'overall'")
+    if twice.any():
+        raise ValueError(
+            f"{table['comparison'][twice].iloc[0]} of {table[by][twice].iloc[0]!r} comes twice: choose one row, such as target == 'overall'"
+        )
     names, columns = list(dict.fromkeys(table[by])), list(dict.fromkeys(table["comparison"]))
     told = paper or {}
-    if not all(isinstance(v, Mapping) for v in told.values()): told = {"overall": told}
+    if not all(isinstance(v, Mapping) for v in told.values()):
+        told = {"overall": told}
     ax = ax or plt.subplots(figsize=(1.5 * len(columns) + 1.2, 0.62 * len(names) + 0.9))[1]
-    shares = 100 * table.pivot(index=by, columns="comparison", values="value").loc[names, columns]
-    sns.heatmap(shares, ax=ax, cmap=sns.diverging_palette(30, 245, s=70, l=60, as_cmap=True), vmin=0, vmax=100, cbar=False, linewidths=1.5, linecolor="white")
+    shares = (
+        100 * table.pivot(index=by, columns="comparison", values="value").loc[names, columns]
+    )
+    sns.heatmap(
+        shares,
+        ax=ax,
+        cmap=sns.diverging_palette(30, 245, s=70, l=60, as_cmap=True),
+        vmin=0,
+        vmax=100,
+        cbar=False,
+        linewidths=1.5,
+        linecolor="white",
+    )
     for row in table.itertuples():
-        at, name = (columns.index(row.comparison) + 0.5, names.index(getattr(row, by)) + 0.5), getattr(row, by)
+        at, name = (
+            (columns.index(row.comparison) + 0.5, names.index(getattr(row, by)) + 0.5),
+            getattr(row, by),
+        )
         theirs = told.get(name, {}).get(row.comparison)
-        ax.text(at[0], at[1] - 0.16, f"{100 * row.value:.0f} %", ha="center", va="center", fontsize=12.5)
-        ax.text(at[0], at[1] + 0.22, f"{100 * row.low:.0f} to {100 * row.high:.0f}" + (f"; paper {100 * theirs:.4g}" if theirs is not None else ""), ha="center", va="center", fontsize=8.5)
+        ax.text(
+            at[0],
+            at[1] - 0.16,
+            f"{100 * row.value:.0f} %",
+            ha="center",
+            va="center",
+            fontsize=12.5,
+        )
+        ax.text(
+            at[0],
+            at[1] + 0.22,
+            f"{100 * row.low:.0f} to {100 * row.high:.0f}"
+            + (f"; paper {100 * theirs:.4g}" if theirs is not None else ""),
+            ha="center",
+            va="center",
+            fontsize=8.5,
+        )
     ax.set(xlabel="", ylabel="", title=title)
     ax.tick_params(length=0)
     plt.setp(ax.get_yticklabels(), rotation=0)
@@ -494,83 +887,152 @@ def pb_matrix(
 
 # %% ../nbs/40_plots.ipynb #ef64e5c6
 def plane_map(
-    rows: pd.DataFrame, # measured rows: columns x, y (norm of weights) and loss
-    marks: pd.DataFrame | None = None, # columns name, x, y: models to mark
-    target: str | None = None, # which target's rows; None: the only one
-    loss: str = "loss", # column of what the colours show
-    title: str = "Loss on the plane through three models", # of the figure
-    ax: Axes | None = None, # where to draw
+    rows: pd.DataFrame,  # measured rows: columns x, y (norm of weights) and loss
+    marks: pd.DataFrame | None = None,  # columns name, x, y: models to mark
+    target: str | None = None,  # which target's rows; None: the only one
+    loss: str = "loss",  # column of what the colours show
+    title: str = "Loss on the plane through three models",  # of the figure
+    ax: Axes | None = None,  # where to draw
 ) -> Axes:
     "Contours of the loss on a plane, with models marked and named."
     rows, target = _on_target(rows, target, ["x", "y", loss])
     fine = rows[np.isfinite(rows[loss].astype(float))]
-    if np.linalg.matrix_rank(fine[["x", "y"]] - fine[["x", "y"]].mean(), tol=1e-9) < 2: raise ValueError("a plane needs finite losses at three points that are not on a line")
+    if np.linalg.matrix_rank(fine[["x", "y"]] - fine[["x", "y"]].mean(), tol=1e-9) < 2:
+        raise ValueError("a plane needs finite losses at three points that are not on a line")
     ax = ax or plt.subplots(figsize=(6.2, 4.2))[1]
     shown = ax.tricontourf(fine["x"], fine["y"], fine[loss], levels=9, cmap="GnBu_r", zorder=0)
-    ax.tricontour(fine["x"], fine["y"], fine[loss], levels=shown.levels, colors="white", linewidths=0.5, zorder=1)
+    ax.tricontour(
+        fine["x"],
+        fine["y"],
+        fine[loss],
+        levels=shown.levels,
+        colors="white",
+        linewidths=0.5,
+        zorder=1,
+    )
     broken = rows.drop(fine.index)
     if len(broken):
-        ax.scatter(broken["x"], broken["y"], marker="x", s=26, color="#D55E00", label="not finite", zorder=2)
+        ax.scatter(
+            broken["x"],
+            broken["y"],
+            marker="x",
+            s=26,
+            color="#D55E00",
+            label="not finite",
+            zorder=2,
+        )
         ax.legend(loc="upper left", bbox_to_anchor=(0, -0.16))
     ax.figure.colorbar(shown, ax=ax, label=_loss_label(loss, target), shrink=0.85)
-    ax.set(title=title, xlabel="x (norm of weights)", ylabel="y (norm of weights)", aspect="equal")
+    ax.set(
+        title=title, xlabel="x (norm of weights)", ylabel="y (norm of weights)", aspect="equal"
+    )
     if marks is not None and len(marks):
-        ax.scatter(marks["x"], marks["y"], s=42, color="black", edgecolor="white", lw=1, zorder=4)
+        ax.scatter(
+            marks["x"], marks["y"], s=42, color="black", edgecolor="white", lw=1, zorder=4
+        )
         ax.autoscale_view()
-        _name_groups(ax, marks.set_index("name")[["x", "y"]], dict.fromkeys(marks["name"], (0, 0, 0)))
+        _name_groups(
+            ax, marks.set_index("name")[["x", "y"]], dict.fromkeys(marks["name"], (0, 0, 0))
+        )
     return ax
 
 # %% ../nbs/40_plots.ipynb #d8a7460b
-START_HUES = {"pretrained": "#555555", "centroid": HUES[0], "family centroid": HUES[2], "best member": HUES[6]}
+START_HUES = {
+    "pretrained": "#555555",
+    "centroid": HUES[0],
+    "family centroid": HUES[2],
+    "best member": HUES[6],
+}
 START_MARKERS = {"pretrained": "s", "centroid": "o", "family centroid": "D", "best member": "^"}
 
-def _look(starts: Sequence) -> dict: # start -> colour and marker
-    "How each start is drawn: its own colour and marker, the next free ones for others."
-    free = iter([(h, m) for h, m in zip(HUES[1:], "vPX*<>p") if h not in START_HUES.values()] * len(starts))
-    return {s: (START_HUES[s], START_MARKERS[s]) if s in START_HUES else next(free) for s in starts}
 
+def _look(starts: Sequence) -> dict:  # start -> colour and marker
+    "How each start is drawn: its own colour and marker, the next free ones for others."
+    free = iter(
+        [(h, m) for h, m in zip(HUES[1:], "vPX*<>p") if h not in START_HUES.values()]
+        * len(starts)
+    )
+    return {
+        s: (START_HUES[s], START_MARKERS[s]) if s in START_HUES else next(free) for s in starts
+    }
+
+# %% ../nbs/40_plots.ipynb #3d3c5b38
 def learning_curves(
-    rows: pd.DataFrame, # of `compare_starts`: target, start, size, n_train, accuracy (0 to 1)
-    title: str = "Accuracy against training examples", # of the figure
-    ax: Axes | None = None, # where to draw
+    rows: pd.DataFrame,  # of `compare_starts`: target, start, size, n_train, accuracy (0 to 1)
+    title: str = "Accuracy against training examples",  # of the figure
+    ax: Axes | None = None,  # where to draw
 ) -> Axes:
     "Mean accuracy of each start at each number of training examples."
-    if missing := [c for c in ("target", "start", "size", "n_train", "accuracy") if c not in rows]: raise ValueError(f"the rows have no column {missing[0]!r}")
+    if missing := [
+        c for c in ("target", "start", "size", "n_train", "accuracy") if c not in rows
+    ]:
+        raise ValueError(f"the rows have no column {missing[0]!r}")
     sizes = rows.groupby("target")["size"].unique().map(set)
     rows = rows[rows["target"].isin(sizes.index[sizes == set(rows["size"])])]
-    if rows.empty: raise ValueError("no target was tried at all sizes: choose the rows of some sizes")
-    means = rows.groupby(["start", "size", "target"], sort=False)[["n_train", "accuracy"]].mean().groupby(["start", "size"], sort=False).mean().reset_index()
-    ax, look = ax or plt.subplots(figsize=(6.5, 4.2))[1], _look(list(dict.fromkeys(rows["start"])))
+    if rows.empty:
+        raise ValueError("no target was tried at all sizes: choose the rows of some sizes")
+    means = (
+        rows.groupby(["start", "size", "target"], sort=False)[["n_train", "accuracy"]]
+        .mean()
+        .groupby(["start", "size"], sort=False)
+        .mean()
+        .reset_index()
+    )
+    ax, look = (
+        ax or plt.subplots(figsize=(6.5, 4.2))[1],
+        _look(list(dict.fromkeys(rows["start"]))),
+    )
     for start, (hue, marker) in look.items():
         on = means[means["start"] == start].sort_values("n_train")
-        ax.plot(on["n_train"], 100 * on["accuracy"], color=hue, marker=marker, ms=6, lw=1.8, label=start)
+        ax.plot(
+            on["n_train"],
+            100 * on["accuracy"],
+            color=hue,
+            marker=marker,
+            ms=6,
+            lw=1.8,
+            label=start,
+        )
     places = means[means["start"] == next(iter(look))].sort_values("n_train")
     ax.set_xscale("log")
     ax.set_xticks(places["n_train"], places["size"])
     ax.minorticks_off()
     n = rows["target"].nunique()
-    ax.set(xlabel="training examples", ylabel=f"accuracy (%), mean of {n} target{'s' * (n > 1)}", title=title)
+    ax.set(
+        xlabel="training examples",
+        ylabel=f"accuracy (%), mean of {n} target{'s' * (n > 1)}",
+        title=title,
+    )
     ax.grid(axis="y", color="#e5e5e5", lw=0.8)
     _legend(ax)
     return ax
 
 # %% ../nbs/40_plots.ipynb #0bd75927
 def gain_strip(
-    gains: pd.DataFrame, # from `gains`: target, start, gain (points) and, where there are several seeds, sd
-    title: str = "Gain over the pretrained start", # of the figure
-    ax: Axes | None = None, # where to draw
+    gains: pd.DataFrame,  # from `gains`: target, start, gain (points) and, where there are several seeds, sd
+    title: str = "Gain over the pretrained start",  # of the figure
+    ax: Axes | None = None,  # where to draw
 ) -> Axes:
     "Gains of the starts, target by target."
-    if missing := [c for c in ("target", "start", "gain") if c not in gains]: raise ValueError(f"the gains have no column {missing[0]!r}")
-    if (twice := gains.duplicated(["target", "start"])).any(): raise ValueError(f"the gain of {gains['start'][twice].iloc[0]} on {gains['target'][twice].iloc[0]} comes twice: choose one size")
+    if missing := [c for c in ("target", "start", "gain") if c not in gains]:
+        raise ValueError(f"the gains have no column {missing[0]!r}")
+    if (twice := gains.duplicated(["target", "start"])).any():
+        raise ValueError(
+            f"the gain of {gains['start'][twice].iloc[0]} on {gains['target'][twice].iloc[0]} comes twice: choose one size"
+        )
     look = _look(list(dict.fromkeys(gains["start"])))
     first = gains[gains["start"] == next(iter(look))].set_index("target")["gain"]
-    targets = first.sort_values().index.tolist() + [t for t in dict.fromkeys(gains["target"]) if t not in first.index]
+    targets = first.sort_values().index.tolist() + [
+        t for t in dict.fromkeys(gains["target"]) if t not in first.index
+    ]
     ax = ax or plt.subplots(figsize=(7, 0.42 * len(targets) + 1.4))[1]
     for i, (start, (hue, marker)) in enumerate(look.items()):
         on = gains[gains["start"] == start]
         y = on["target"].map(targets.index) + (i - (len(look) - 1) / 2) * 0.22
-        if "sd" in on: ax.hlines(y, on["gain"] - on["sd"], on["gain"] + on["sd"], color=hue, lw=1.2, alpha=0.6)
+        if "sd" in on:
+            ax.hlines(
+                y, on["gain"] - on["sd"], on["gain"] + on["sd"], color=hue, lw=1.2, alpha=0.6
+            )
         ax.scatter(on["gain"], y, color=hue, marker=marker, s=36, zorder=3, label=start)
     ax.axvline(0, color="#555555", lw=1.0)
     ax.set_yticks(range(len(targets)), targets)

@@ -28,39 +28,69 @@ from .finetuning import Tokenized, fast_bfloat16
 # %% ../nbs/20_probing.ipynb #d30adf50
 POOLINGS = ("first", "mean", "last")
 
+
 def _two_sided(config) -> bool:
     "Whether the architecture has an encoder and a decoder, even if only the encoder is there."
-    return bool(getattr(config, "is_encoder_decoder", False) or getattr(config, "num_decoder_layers", None))
+    return bool(
+        getattr(config, "is_encoder_decoder", False)
+        or getattr(config, "num_decoder_layers", None)
+    )
+
 
 def _said_pooling(source) -> str | None:
     "How a sentence-transformers checkpoint, a folder or a hub id, says that it pools; None if it is of another kind."
-    found = {name: cached_file(str(source), name, _raise_exceptions_for_missing_entries=False) for name in ("1_Pooling/config.json", "sentence_bert_config.json")}
-    if not found["1_Pooling/config.json"]: return "mean" if found["sentence_bert_config.json"] else None
+    found = {
+        name: cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)
+        for name in ("1_Pooling/config.json", "sentence_bert_config.json")
+    }
+    if not found["1_Pooling/config.json"]:
+        return "mean" if found["sentence_bert_config.json"] else None
     modes = loads(Path(found["1_Pooling/config.json"]).read_text())
-    known = {"cls_token": "first", "cls": "first", "mean_tokens": "mean", "mean": "mean", "lasttoken": "last"}
-    on = [k.removeprefix("pooling_mode_") for k, v in modes.items() if k.startswith("pooling_mode_") and v is True] or [modes.get("pooling_mode")]
-    if len(on) != 1 or on[0] not in known: raise ValueError(f"{Path(source).name}: pooling by {' and '.join(map(str, on))} is none of {', '.join(POOLINGS)}")
+    known = {
+        "cls_token": "first",
+        "cls": "first",
+        "mean_tokens": "mean",
+        "mean": "mean",
+        "lasttoken": "last",
+    }
+    on = [
+        k.removeprefix("pooling_mode_")
+        for k, v in modes.items()
+        if k.startswith("pooling_mode_") and v is True
+    ] or [modes.get("pooling_mode")]
+    if len(on) != 1 or on[0] not in known:
+        raise ValueError(
+            f"{Path(source).name}: pooling by {' and '.join(map(str, on))} is none of {', '.join(POOLINGS)}"
+        )
     return known[on[0]]
 
 # %% ../nbs/20_probing.ipynb #3ec2bdb1
 def pooling_of(
-    model, # a transformers model in memory, a config, or a folder or hub id of a checkpoint
-) -> str: # "first", "mean" or "last"
+    model,  # a transformers model in memory, a config, or a folder or hub id of a checkpoint
+) -> str:  # "first", "mean" or "last"
     "The token that stands for a text in this family of models."
-    if isinstance(model, (str, Path)): return _said_pooling(model) or pooling_of(AutoConfig.from_pretrained(model))
+    if isinstance(model, (str, Path)):
+        return _said_pooling(model) or pooling_of(AutoConfig.from_pretrained(model))
     config = getattr(model, "config", model)
-    if not hasattr(config, "model_type"): raise ValueError(f"{type(model).__name__} is no transformers model and no config: say which pooling, one of {', '.join(POOLINGS)}")
-    if _two_sided(config): return "mean"
+    if not hasattr(config, "model_type"):
+        raise ValueError(
+            f"{type(model).__name__} is no transformers model and no config: say which pooling, one of {', '.join(POOLINGS)}"
+        )
+    if _two_sided(config):
+        return "mean"
     if not isinstance(model, torch.nn.Module):
-        with torch.device("meta"): model = AutoModel.from_config(config)
-    causal = getattr(config, "is_decoder", False) or any(getattr(m, "is_causal", False) is True for m in model.modules())
+        with torch.device("meta"):
+            model = AutoModel.from_config(config)
+    causal = getattr(config, "is_decoder", False) or any(
+        getattr(m, "is_causal", False) is True for m in model.modules()
+    )
     return "last" if causal else "first"
 
 # %% ../nbs/20_probing.ipynb #03c7fb73
 def buckets(
-    lengths, # tokens of each row
-    batch_tokens: int, # tokens in a batch at most, padding counted; a longer row has a batch of its own
-) -> list: # arrays of row numbers, shortest rows first
+    lengths,  # tokens of each row
+    batch_tokens: int,  # tokens in a batch at most, padding counted; a longer row has a batch of its own
+) -> list:  # arrays of row numbers, shortest rows first
     "Batches of rows of like length."
     lengths = np.asarray(lengths)
     order, batches, start = np.argsort(lengths, kind="stable"), [], 0
@@ -73,33 +103,64 @@ def buckets(
 # %% ../nbs/20_probing.ipynb #65d44df2
 class Split:
     "Labelled rows as token ids, in padded batches of rows of like length."
-    def __init__(self,
-        rows, # DataFrame with columns text, text_pair (if pairs) and label
-        tokenizer, # of the models to be measured
-        max_length: int = 40, # tokens a row is cut to
-        batch_tokens: int = 2048, # tokens in a batch, padding counted
-        name: str = "split", # for messages
+
+    def __init__(
+        self,
+        rows,  # DataFrame with columns text, text_pair (if pairs) and label
+        tokenizer,  # of the models to be measured
+        max_length: int = 40,  # tokens a row is cut to
+        batch_tokens: int = 2048,  # tokens in a batch, padding counted
+        name: str = "split",  # for messages
     ):
-        if batch_tokens < 1 or max_length < 1: raise ValueError(f"{name}: batch_tokens and max_length must be at least 1, not {batch_tokens} and {max_length}")
-        if not len(rows): raise ValueError(f"{name}: there are no rows")
+        if batch_tokens < 1 or max_length < 1:
+            raise ValueError(
+                f"{name}: batch_tokens and max_length must be at least 1, not {batch_tokens} and {max_length}"
+            )
+        if not len(rows):
+            raise ValueError(f"{name}: there are no rows")
         data = Tokenized(rows, tokenizer, max_length)
-        if 0 in data.lengths: raise ValueError(f"{name}, row {data.lengths.index(0)}: the tokenizer makes no token of it")
-        self.name, self.labels, self.lengths = name, np.asarray(data.labels, dtype=np.int64), np.asarray(data.lengths)
-        self.columns = {key: [torch.tensor(ids) for ids in values] for key, values in data.encoded.items() if key != "attention_mask"}
+        if 0 in data.lengths:
+            raise ValueError(
+                f"{name}, row {data.lengths.index(0)}: the tokenizer makes no token of it"
+            )
+        self.name, self.labels, self.lengths = (
+            name,
+            np.asarray(data.labels, dtype=np.int64),
+            np.asarray(data.lengths),
+        )
+        self.columns = {
+            key: [torch.tensor(ids) for ids in values]
+            for key, values in data.encoded.items()
+            if key != "attention_mask"
+        }
         self.fill = tokenizer.pad_token_id or 0
         self.top = max(map(max, data.encoded["input_ids"]))
-        self.batches = [(torch.from_numpy(b), self.padded(b)) for b in buckets(self.lengths, batch_tokens)]
+        self.batches = [
+            (torch.from_numpy(b), self.padded(b)) for b in buckets(self.lengths, batch_tokens)
+        ]
 
-    def padded(self,
-        rows, # row numbers
-    ) -> dict: # input_ids, attention_mask and what else the tokenizer gives, (rows, longest row) each
+    def padded(
+        self,
+        rows,  # row numbers
+    ) -> (
+        dict
+    ):  # input_ids, attention_mask and what else the tokenizer gives, (rows, longest row) each
         "Some rows as the inputs of a model, padded on the right."
         lengths = torch.from_numpy(self.lengths[rows])
-        pad = lambda key: pad_sequence([self.columns[key][i] for i in rows], batch_first=True, padding_value=self.fill if key == "input_ids" else 0)
-        return {key: pad(key) for key in self.columns} | {"attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long()}
+        pad = lambda key: pad_sequence(
+            [self.columns[key][i] for i in rows],
+            batch_first=True,
+            padding_value=self.fill if key == "input_ids" else 0,
+        )
+        return {key: pad(key) for key in self.columns} | {
+            "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+        }
 
-    def __len__(self): return len(self.labels)
-    def __repr__(self): return f"Split({self.name}: {len(self)} rows, {self.lengths.sum()} tokens in {len(self.batches)} batches)"
+    def __len__(self):
+        return len(self.labels)
+
+    def __repr__(self):
+        return f"Split({self.name}: {len(self)} rows, {self.lengths.sum()} tokens in {len(self.batches)} batches)"
 
 # %% ../nbs/20_probing.ipynb #881e4331
 def _rows(corpus, split: str, n: int | None, seed: int):
@@ -108,8 +169,10 @@ def _rows(corpus, split: str, n: int | None, seed: int):
     if n is not None:
         y = rows["label"].to_numpy()
         classes = len(np.unique(y))
-        if n > len(y): raise ValueError(f"{where}: {n} rows asked for, there are {len(y)}")
-        if n < 1 or (split == "train" and n < classes): raise ValueError(f"{where}: {n} rows cannot hold its {classes} classes")
+        if n > len(y):
+            raise ValueError(f"{where}: {n} rows asked for, there are {len(y)}")
+        if n < 1 or (split == "train" and n < classes):
+            raise ValueError(f"{where}: {n} rows cannot hold its {classes} classes")
         rows = rows.iloc[draw(y, n, seed)]
     check_split(rows, corpus.labels, where)
     return rows
@@ -117,19 +180,30 @@ def _rows(corpus, split: str, n: int | None, seed: int):
 # %% ../nbs/20_probing.ipynb #32c5bd4f
 class Target:
     "One target dataset, drawn, tokenized and batched once for all the models that are measured on it."
-    def __init__(self,
-        corpus, # a Corpus
-        tokenizer, # of the models to be measured, or the folder or hub id that holds it
-        n_train: int | None = None, # training rows of the probe, a stratified draw; None: all
-        n_test: int | None = None, # test rows, a stratified draw; None: all
-        max_length: int = 40, # tokens a row is cut to
-        batch_tokens: int = 2048, # tokens in a batch, padding counted
-        seed: int = 0, # of the draws
+
+    def __init__(
+        self,
+        corpus,  # a Corpus
+        tokenizer,  # of the models to be measured, or the folder or hub id that holds it
+        n_train: int | None = None,  # training rows of the probe, a stratified draw; None: all
+        n_test: int | None = None,  # test rows, a stratified draw; None: all
+        max_length: int = 40,  # tokens a row is cut to
+        batch_tokens: int = 2048,  # tokens in a batch, padding counted
+        seed: int = 0,  # of the draws
     ):
-        if isinstance(tokenizer, (str, Path)): tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        if isinstance(tokenizer, (str, Path)):
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.name, self.labels = corpus.name, tuple(corpus.labels)
-        self.train, self.test = (Split(_rows(corpus, split, n, seed), tokenizer, max_length, batch_tokens, f"target {corpus.name}, {split}")
-                                 for split, n in (("train", n_train), ("test", n_test)))
+        self.train, self.test = (
+            Split(
+                _rows(corpus, split, n, seed),
+                tokenizer,
+                max_length,
+                batch_tokens,
+                f"target {corpus.name}, {split}",
+            )
+            for split, n in (("train", n_train), ("test", n_test))
+        )
 
     def __repr__(self):
         return f"Target({self.name}: {len(self.labels)} classes, {len(self.train)} train and {len(self.test)} test rows)"
@@ -137,124 +211,202 @@ class Target:
 # %% ../nbs/20_probing.ipynb #a433ce40
 def _encoder(model):
     "The part of a transformers model that turns token ids into hidden states."
-    if not hasattr(model, "config") or not isinstance(model, torch.nn.Module): raise ValueError(f"{type(model).__name__} is no transformers model")
+    if not hasattr(model, "config") or not isinstance(model, torch.nn.Module):
+        raise ValueError(f"{type(model).__name__} is no transformers model")
     body = getattr(model, "base_model", model)
-    return body.get_encoder() if _two_sided(body.config) and hasattr(body, "get_encoder") else body
+    return (
+        body.get_encoder() if _two_sided(body.config) and hasattr(body, "get_encoder") else body
+    )
+
 
 def _check_fits(encoder, split: Split):
     "Refuse token ids and lengths for which the model has no embedding."
-    of, known = f"{split.name}: the tokenizer is not this {type(encoder).__name__}'s", encoder.get_input_embeddings()
+    of, known = (
+        f"{split.name}: the tokenizer is not this {type(encoder).__name__}'s",
+        encoder.get_input_embeddings(),
+    )
     rows = getattr(known, "num_embeddings", inf)
-    if split.top >= rows: raise ValueError(f"{of}: token id {split.top}, but only {rows} embeddings")
+    if split.top >= rows:
+        raise ValueError(f"{of}: token id {split.top}, but only {rows} embeddings")
     places = getattr(encoder.config, "max_position_embeddings", None)
     for table in encoder.modules():
-        if not isinstance(table, torch.nn.Embedding) or table is known or table.num_embeddings != places: continue
-        room = places - (0 if table.padding_idx is None else table.padding_idx + 1)  # RoBERTa counts from behind its padding token
-        if split.lengths.max() > room: raise ValueError(f"{split.name}: a row of {split.lengths.max()} tokens, but {type(encoder).__name__} has places for {room}; lower max_length")
+        if (
+            not isinstance(table, torch.nn.Embedding)
+            or table is known
+            or table.num_embeddings != places
+        ):
+            continue
+        room = places - (
+            0 if table.padding_idx is None else table.padding_idx + 1
+        )  # RoBERTa counts from behind its padding token
+        if split.lengths.max() > room:
+            raise ValueError(
+                f"{split.name}: a row of {split.lengths.max()} tokens, but {type(encoder).__name__} has places for {room}; lower max_length"
+            )
 
 # %% ../nbs/20_probing.ipynb #f5e87fb6
 @contextmanager
 def _at_rest(model, bf16: bool | None):
     "Evaluation without gradients, in bfloat16 where that is fast; gives the device, and puts every training flag back."
     at, flags = next(model.parameters()), [(m, m.training) for m in model.modules()]
-    if bf16 is None: bf16 = at.dtype == torch.float32 and at.device.type in ("cpu", "cuda") and fast_bfloat16(at.device.type)
+    if bf16 is None:
+        bf16 = (
+            at.dtype == torch.float32
+            and at.device.type in ("cpu", "cuda")
+            and fast_bfloat16(at.device.type)
+        )
     try:
         model.eval()
-        with torch.inference_mode(), torch.autocast(at.device.type, torch.bfloat16, enabled=bf16): yield at.device
+        with (
+            torch.inference_mode(),
+            torch.autocast(at.device.type, torch.bfloat16, enabled=bf16),
+        ):
+            yield at.device
     finally:
-        for m, flag in flags: m.training = flag
+        for m, flag in flags:
+            m.training = flag
+
 
 def _vectors(encoder, inputs: dict, pooling: str) -> torch.Tensor:
     "A float32 vector for each row of a batch."
     out = encoder(**inputs)
-    if not hasattr(out, "last_hidden_state"): raise ValueError(f"{type(encoder).__name__} gives no hidden states, only {', '.join(out.keys())}")
+    if not hasattr(out, "last_hidden_state"):
+        raise ValueError(
+            f"{type(encoder).__name__} gives no hidden states, only {', '.join(out.keys())}"
+        )
     hidden, mask = out.last_hidden_state.float(), inputs["attention_mask"]
-    if pooling == "first": return hidden[:, 0]
-    if pooling == "last": return hidden[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1]
+    if pooling == "first":
+        return hidden[:, 0]
+    if pooling == "last":
+        return hidden[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1]
     return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 # %% ../nbs/20_probing.ipynb #a542ad02
 def encode(
-    model, # a transformers model, with a head or without
-    split: Split, # n rows
-    pooling: str | None = None, # "first", "mean" or "last" token; None: as the model's family does
-    device=None, # where the batches go; None: where the model is
-    bf16: bool | None = None, # bfloat16 autocast; None: where it is fast
-) -> torch.Tensor: # (n, d) float32 on the CPU, in the order of the rows
+    model,  # a transformers model, with a head or without
+    split: Split,  # n rows
+    pooling: str
+    | None = None,  # "first", "mean" or "last" token; None: as the model's family does
+    device=None,  # where the batches go; None: where the model is
+    bf16: bool | None = None,  # bfloat16 autocast; None: where it is fast
+) -> torch.Tensor:  # (n, d) float32 on the CPU, in the order of the rows
     "The vectors of all rows, in one pass."
     encoder, pooling = _encoder(model), pooling or pooling_of(model)
-    if pooling not in POOLINGS: raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
     _check_fits(encoder, split)
     with _at_rest(encoder, bf16) as there:
-        parts = [_vectors(encoder, {k: v.to(device or there) for k, v in inputs.items()}, pooling) for _, inputs in split.batches]
+        parts = [
+            _vectors(encoder, {k: v.to(device or there) for k, v in inputs.items()}, pooling)
+            for _, inputs in split.batches
+        ]
     features = torch.cat(parts).cpu()
-    return torch.empty_like(features).index_copy_(0, torch.cat([rows for rows, _ in split.batches]), features)
+    return torch.empty_like(features).index_copy_(
+        0, torch.cat([rows for rows, _ in split.batches]), features
+    )
 
 # %% ../nbs/20_probing.ipynb #6e245828
 def _numbers(x, y, classes: int) -> tuple:
     "Features as float64 and labels as integers, refused if they cannot be of `classes` classes."
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y)
-    if x.ndim != 2 or len(x) != len(y): raise ValueError(f"probe: {x.shape} features for {len(y)} labels")
-    if not len(y): raise ValueError("probe: there are no rows")
-    if len(bad := np.flatnonzero(~np.isfinite(x).all(axis=1))): raise ValueError(f"probe: the features of {len(bad)} rows are not finite, the first of them row {bad[0]}")
-    if not np.issubdtype(y.dtype, np.integer): raise ValueError(f"probe: labels are {y.dtype}, not integers")
-    if len(bad := np.flatnonzero((y < 0) | (y >= classes))): raise ValueError(f"probe: label {y[bad[0]]} of row {bad[0]} is out of range: there are {classes} classes")
+    if x.ndim != 2 or len(x) != len(y):
+        raise ValueError(f"probe: {x.shape} features for {len(y)} labels")
+    if not len(y):
+        raise ValueError("probe: there are no rows")
+    if len(bad := np.flatnonzero(~np.isfinite(x).all(axis=1))):
+        raise ValueError(
+            f"probe: the features of {len(bad)} rows are not finite, the first of them row {bad[0]}"
+        )
+    if not np.issubdtype(y.dtype, np.integer):
+        raise ValueError(f"probe: labels are {y.dtype}, not integers")
+    if len(bad := np.flatnonzero((y < 0) | (y >= classes))):
+        raise ValueError(
+            f"probe: label {y[bad[0]]} of row {bad[0]} is out of range: there are {classes} classes"
+        )
     return x, y
 
+# %% ../nbs/20_probing.ipynb #a2c93648
 @dataclass(frozen=True, repr=False, eq=False)
 class Probe:
     "A linear classifier on standardised features."
-    weight: np.ndarray # (classes, d) float64
-    bias: np.ndarray # (classes,) float64; minus infinity for a class without training rows
-    mean: np.ndarray # (d,) of each feature in train
-    scale: np.ndarray # (d,) standard deviation of each feature in train
 
-    def __repr__(self): return f"Probe({self.weight.shape[1]} features, {len(self.bias)} classes)"
+    weight: np.ndarray  # (classes, d) float64
+    bias: np.ndarray  # (classes,) float64; minus infinity for a class without training rows
+    mean: np.ndarray  # (d,) of each feature in train
+    scale: np.ndarray  # (d,) standard deviation of each feature in train
 
-    def logits(self,
-        x, # (n, d) features
-    ) -> np.ndarray: # (n, classes) float64
+    def __repr__(self):
+        return f"Probe({self.weight.shape[1]} features, {len(self.bias)} classes)"
+
+    def logits(
+        self,
+        x,  # (n, d) features
+    ) -> np.ndarray:  # (n, classes) float64
         "Scores of the classes."
-        return (np.asarray(x, dtype=np.float64) - self.mean) / self.scale @ self.weight.T + self.bias
+        return (
+            np.asarray(x, dtype=np.float64) - self.mean
+        ) / self.scale @ self.weight.T + self.bias
 
-    def loss_accuracy(self,
-        x, # (n, d) features
-        y, # (n,) labels
-    ) -> tuple: # loss in nats a row, and the share of rows whose label has the highest score
+    def loss_accuracy(
+        self,
+        x,  # (n, d) features
+        y,  # (n,) labels
+    ) -> tuple:  # loss in nats a row, and the share of rows whose label has the highest score
         "Cross-entropy and accuracy."
         x, y = _numbers(x, y, len(self.bias))
         logits = self.logits(x)
-        return float(-log_softmax(logits, axis=1)[np.arange(len(y)), y].mean()), float((logits.argmax(axis=1) == y).mean())
+        return float(-log_softmax(logits, axis=1)[np.arange(len(y)), y].mean()), float(
+            (logits.argmax(axis=1) == y).mean()
+        )
 
 # %% ../nbs/20_probing.ipynb #220a919d
 PENALTY = 0.3  # of a probe's weights, on standardised features
+
 
 def _standard(x: np.ndarray) -> tuple:
     "Mean and scale of each feature; a spread within the rounding errors of float32 counts as none."
     mean, scale = x.mean(axis=0), x.std(axis=0)
     return mean, np.where(scale > 1e-6 * np.abs(mean), scale, 1.0)
 
+# %% ../nbs/20_probing.ipynb #356bc72f
 def fit_probe(
-    x, # (n, d) features
-    y, # (n,) labels, integers from 0
-    classes: int, # how many
-    penalty: float = PENALTY, # L2 on the weights: mean loss + penalty / 2 * their squared length
+    x,  # (n, d) features
+    y,  # (n,) labels, integers from 0
+    classes: int,  # how many
+    penalty: float = PENALTY,  # L2 on the weights: mean loss + penalty / 2 * their squared length
 ) -> Probe:
     "The regularised multinomial logistic regression, at its optimum."
     x, y = _numbers(x, y, classes)
     seen, codes = np.unique(y, return_inverse=True)
-    if len(seen) < 2: raise ValueError(f"probe: all {len(y)} rows are of class {seen[0]}")
-    if not 0 < penalty < inf: raise ValueError(f"probe: penalty must be positive, not {penalty}: without one, classes that can be told apart have no optimum")
+    if len(seen) < 2:
+        raise ValueError(f"probe: all {len(y)} rows are of class {seen[0]}")
+    if not 0 < penalty < inf:
+        raise ValueError(
+            f"probe: penalty must be positive, not {penalty}: without one, classes that can be told apart have no optimum"
+        )
     mean, scale = _standard(x)
     z, n, k = (x - mean) / scale, len(y), len(seen)
     own = np.eye(k)[codes]
+
     def objective(p):
         w, b = p[:-k].reshape(k, -1), p[-k:]
         log_p = log_softmax(z @ w.T + b, axis=1)
         slope = (np.exp(log_p) - own) / n
-        return -(own * log_p).sum() / n + penalty / 2 * (w * w).sum(), np.concatenate([(slope.T @ z + penalty * w).ravel(), slope.sum(axis=0)])
-    found = minimize(objective, np.zeros(k * (z.shape[1] + 1)), jac=True, method="L-BFGS-B", options={"gtol": 1e-7, "ftol": 0, "maxcor": 30, "maxiter": 10_000, "maxfun": 20_000})
-    if not (rest := np.linalg.norm(found.jac)) <= 1e-5: raise ValueError(f"probe: a gradient of {rest:.1e} is left after {found.nit} steps; raise the penalty, {penalty}")
+        return -(own * log_p).sum() / n + penalty / 2 * (w * w).sum(), np.concatenate(
+            [(slope.T @ z + penalty * w).ravel(), slope.sum(axis=0)]
+        )
+
+    found = minimize(
+        objective,
+        np.zeros(k * (z.shape[1] + 1)),
+        jac=True,
+        method="L-BFGS-B",
+        options={"gtol": 1e-7, "ftol": 0, "maxcor": 30, "maxiter": 10_000, "maxfun": 20_000},
+    )
+    if not (rest := np.linalg.norm(found.jac)) <= 1e-5:
+        raise ValueError(
+            f"probe: a gradient of {rest:.1e} is left after {found.nit} steps; raise the penalty, {penalty}"
+        )
     weight, bias = np.zeros((classes, z.shape[1])), np.full(classes, -inf)
     weight[seen], bias[seen] = found.x[:-k].reshape(k, -1), found.x[-k:]
     return Probe(weight, bias, mean, scale)
@@ -262,28 +414,60 @@ def fit_probe(
 # %% ../nbs/20_probing.ipynb #15d5adce
 def _row(target: Target, pooling: str, **figures) -> dict:
     "One line of results; what is not given stays unknown."
-    return dict(target=target.name, loss=nan, accuracy=nan, train_loss=nan, objective=nan, n_train=len(target.train), n_test=len(target.test), pooling=pooling, note="") | figures
+    return (
+        dict(
+            target=target.name,
+            loss=nan,
+            accuracy=nan,
+            train_loss=nan,
+            objective=nan,
+            n_train=len(target.train),
+            n_test=len(target.test),
+            pooling=pooling,
+            note="",
+        )
+        | figures
+    )
+
 
 def _measured(probe: Probe, target: Target, train, test, penalty: float) -> dict:
     "Loss and accuracy of a probe, from the features of both splits."
     train_loss, _ = probe.loss_accuracy(train, target.train.labels)
     loss, accuracy = probe.loss_accuracy(test, target.test.labels)
-    return dict(loss=loss, accuracy=accuracy, train_loss=train_loss, objective=float(train_loss + penalty / 2 * (probe.weight ** 2).sum()))
+    return dict(
+        loss=loss,
+        accuracy=accuracy,
+        train_loss=train_loss,
+        objective=float(train_loss + penalty / 2 * (probe.weight**2).sum()),
+    )
 
 # %% ../nbs/20_probing.ipynb #dedf65a5
 def generalized_loss(
-    model, # a transformers model, with a head or without
-    target: Target, # the dataset to measure on
-    pooling: str | None = None, # "first", "mean" or "last" token; None: as the model's family does
-    penalty: float = PENALTY, # L2 on the probe's weights
-    bf16: bool | None = None, # bfloat16 autocast while encoding; None: where it is fast
-) -> dict: # target, loss (nats a row of test), accuracy, train_loss, objective, n_train, n_test, pooling, note
+    model,  # a transformers model, with a head or without
+    target: Target,  # the dataset to measure on
+    pooling: str
+    | None = None,  # "first", "mean" or "last" token; None: as the model's family does
+    penalty: float = PENALTY,  # L2 on the probe's weights
+    bf16: bool | None = None,  # bfloat16 autocast while encoding; None: where it is fast
+) -> dict:  # target, loss (nats a row of test), accuracy, train_loss, objective, n_train, n_test, pooling, note
     "Loss and accuracy on the test split of a probe that was fitted on the frozen encoder's train split."
     pooling = pooling or pooling_of(model)
-    train, test = (encode(model, split, pooling, bf16=bf16) for split in (target.train, target.test))
-    broken = {name: int((~x.isfinite()).any(dim=1).sum()) for name, x in (("train", train), ("test", test))}
+    train, test = (
+        encode(model, split, pooling, bf16=bf16) for split in (target.train, target.test)
+    )
+    broken = {
+        name: int((~x.isfinite()).any(dim=1).sum())
+        for name, x in (("train", train), ("test", test))
+    }
     if any(broken.values()):
-        note = " and ".join(f"{n} of {len(getattr(target, name))} {name} rows" for name, n in broken.items() if n) + " have features that are not finite"
+        note = (
+            " and ".join(
+                f"{n} of {len(getattr(target, name))} {name} rows"
+                for name, n in broken.items()
+                if n
+            )
+            + " have features that are not finite"
+        )
         return _row(target, pooling, loss=inf, train_loss=inf, objective=inf, note=note)
     probe = fit_probe(train, target.train.labels, len(target.labels), penalty)
     return _row(target, pooling, **_measured(probe, target, train, test, penalty))
@@ -291,78 +475,135 @@ def generalized_loss(
 # %% ../nbs/20_probing.ipynb #9dd03463
 class Probing:
     "The generalized loss on some targets, as a metric: called with a model it returns a row a target."
-    def __init__(self,
-        targets, # a Target, several of them, or a dict of them
-        pooling: str | None = None, # "first", "mean" or "last" token; None: as the model's family does
-        penalty: float = PENALTY, # L2 on the probes' weights
-        bf16: bool | None = None, # bfloat16 autocast while encoding; None: where it is fast
+
+    def __init__(
+        self,
+        targets,  # a Target, several of them, or a dict of them
+        pooling: str
+        | None = None,  # "first", "mean" or "last" token; None: as the model's family does
+        penalty: float = PENALTY,  # L2 on the probes' weights
+        bf16: bool | None = None,  # bfloat16 autocast while encoding; None: where it is fast
     ):
-        self.targets = [targets] if isinstance(targets, Target) else list(targets.values() if isinstance(targets, Mapping) else targets)
+        self.targets = (
+            [targets]
+            if isinstance(targets, Target)
+            else list(targets.values() if isinstance(targets, Mapping) else targets)
+        )
         self.pooling, self.penalty, self.bf16 = pooling, penalty, bf16
         names = [t.name for t in self.targets]
-        if not names: raise ValueError("probing: there are no targets")
-        if twice := [n for n in names if names.count(n) > 1]: raise ValueError(f"probing: two targets are called {twice[0]!r}")
-        if pooling not in (None, *POOLINGS): raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
+        if not names:
+            raise ValueError("probing: there are no targets")
+        if twice := [n for n in names if names.count(n) > 1]:
+            raise ValueError(f"probing: two targets are called {twice[0]!r}")
+        if pooling not in (None, *POOLINGS):
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
 
-    def __call__(self,
-        model, # a transformers model, with a head or without
-    ) -> list: # a row a target, see `generalized_loss`
+    def __call__(
+        self,
+        model,  # a transformers model, with a head or without
+    ) -> list:  # a row a target, see `generalized_loss`
         "Measure a point."
-        return [generalized_loss(model, t, self.pooling, self.penalty, self.bf16) for t in self.targets]
+        return [
+            generalized_loss(model, t, self.pooling, self.penalty, self.bf16)
+            for t in self.targets
+        ]
 
     def __repr__(self):
-        targets = ", ".join(f"{t.name} {len(t.train)} + {len(t.test)} rows" for t in self.targets)
+        targets = ", ".join(
+            f"{t.name} {len(t.train)} + {len(t.test)} rows" for t in self.targets
+        )
         return f"Probing({targets}; pooling {self.pooling or 'of the family'}, penalty {self.penalty})"
 
 # %% ../nbs/20_probing.ipynb #d87c8f4b
 def head_loss(
-    model, # a transformers sequence classifier
-    target: Target, # the dataset its head was made for
-    bf16: bool | None = None, # bfloat16 autocast; None: where it is fast
-) -> dict: # the columns of `generalized_loss`
+    model,  # a transformers sequence classifier
+    target: Target,  # the dataset its head was made for
+    bf16: bool | None = None,  # bfloat16 autocast; None: where it is fast
+) -> dict:  # the columns of `generalized_loss`
     "Loss and accuracy of the model's own head on the target's test split."
     name, split = type(model).__name__, target.test
     _check_fits(_encoder(model), split)
     said = [model.config.id2label.get(i) for i in range(model.config.num_labels)]
-    if len(said) != len(target.labels): raise ValueError(f"{name} has a head for {len(said)} classes, target {target.name} has {len(target.labels)}")
-    if set(said) == set(target.labels) and tuple(said) != target.labels: raise ValueError(f"{name} has the classes {', '.join(said)}, target {target.name} has them in the order {', '.join(target.labels)}")
+    if len(said) != len(target.labels):
+        raise ValueError(
+            f"{name} has a head for {len(said)} classes, target {target.name} has {len(target.labels)}"
+        )
+    if set(said) == set(target.labels) and tuple(said) != target.labels:
+        raise ValueError(
+            f"{name} has the classes {', '.join(said)}, target {target.name} has them in the order {', '.join(target.labels)}"
+        )
     loss, right = 0.0, 0
     with _at_rest(model, bf16) as device:
         for rows, inputs in split.batches:
             out = model(**{k: v.to(device) for k, v in inputs.items()})
-            if getattr(out, "logits", None) is None or out.logits.shape != (len(rows), len(said)): raise ValueError(f"{name} has no head that gives {len(said)} logits a row")
-            log_p, y = out.logits.double().log_softmax(dim=-1).cpu(), torch.from_numpy(split.labels)[rows]
+            if getattr(out, "logits", None) is None or out.logits.shape != (
+                len(rows),
+                len(said),
+            ):
+                raise ValueError(f"{name} has no head that gives {len(said)} logits a row")
+            log_p, y = (
+                out.logits.double().log_softmax(dim=-1).cpu(),
+                torch.from_numpy(split.labels)[rows],
+            )
             loss -= log_p[torch.arange(len(y)), y].sum().item()
             right += (log_p.argmax(dim=-1) == y).sum().item()
-    if not np.isfinite(loss): return _row(target, "head", n_train=0, loss=inf, note="logits are not finite")
+    if not np.isfinite(loss):
+        return _row(target, "head", n_train=0, loss=inf, note="logits are not finite")
     return _row(target, "head", n_train=0, loss=loss / len(split), accuracy=right / len(split))
 
 # %% ../nbs/20_probing.ipynb #129c8076
 def sgd_probe(
-    model, # a transformers model, with a head or without
-    target: Target, # the dataset to measure on
-    steps: int = 200, # optimiser steps
-    learning_rate: float = 1e-2, # of Adam at the start; it falls linearly to 0
-    batch_size: int = 32, # rows in a step
-    pooling: str | None = None, # "first", "mean" or "last" token; None: as the model's family does
-    penalty: float = PENALTY, # L2 on the probe's weights
-    seed: int = 0, # of the order of rows
-    bf16: bool | None = None, # bfloat16 autocast while encoding; None: where it is fast
-) -> dict: # the columns of `generalized_loss`
+    model,  # a transformers model, with a head or without
+    target: Target,  # the dataset to measure on
+    steps: int = 200,  # optimiser steps
+    learning_rate: float = 1e-2,  # of Adam at the start; it falls linearly to 0
+    batch_size: int = 32,  # rows in a step
+    pooling: str
+    | None = None,  # "first", "mean" or "last" token; None: as the model's family does
+    penalty: float = PENALTY,  # L2 on the probe's weights
+    seed: int = 0,  # of the order of rows
+    bf16: bool | None = None,  # bfloat16 autocast while encoding; None: where it is fast
+) -> dict:  # the columns of `generalized_loss`
     "The same probe, trained by stochastic gradients through the frozen encoder: slower, and never below its objective."
-    if steps < 1 or batch_size < 1: raise ValueError(f"sgd_probe: steps and batch_size must be at least 1, not {steps} and {batch_size}")
-    encoder, pooling, split, rng = _encoder(model), pooling or pooling_of(model), target.train, np.random.default_rng(seed)
+    if steps < 1 or batch_size < 1:
+        raise ValueError(
+            f"sgd_probe: steps and batch_size must be at least 1, not {steps} and {batch_size}"
+        )
+    encoder, pooling, split, rng = (
+        _encoder(model),
+        pooling or pooling_of(model),
+        target.train,
+        np.random.default_rng(seed),
+    )
     train, test = (encode(model, s, pooling, bf16=bf16) for s in (split, target.test))
     mean, scale = _standard(_numbers(train, split.labels, len(target.labels))[0])
-    weight, bias = torch.zeros(len(target.labels), train.shape[1], requires_grad=True), torch.zeros(len(target.labels), requires_grad=True)
+    weight, bias = (
+        torch.zeros(len(target.labels), train.shape[1], requires_grad=True),
+        torch.zeros(len(target.labels), requires_grad=True),
+    )
     optimizer = torch.optim.Adam([weight, bias], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    order = np.concatenate([rng.permutation(len(split)) for _ in range(-(-steps * batch_size // len(split)))])
+    order = np.concatenate(
+        [rng.permutation(len(split)) for _ in range(-(-steps * batch_size // len(split)))]
+    )
     for step in range(steps):
-        rows = order[step * batch_size:(step + 1) * batch_size]
-        with _at_rest(encoder, bf16) as device: vectors = _vectors(encoder, {k: v.to(device) for k, v in split.padded(rows).items()}, pooling)
-        z = ((vectors.cpu().double() - torch.from_numpy(mean)) / torch.from_numpy(scale)).float()
-        loss = torch.nn.functional.cross_entropy(z @ weight.T + bias, torch.from_numpy(split.labels)[rows]) + penalty / 2 * weight.square().sum()
-        optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()
+        rows = order[step * batch_size : (step + 1) * batch_size]
+        with _at_rest(encoder, bf16) as device:
+            vectors = _vectors(
+                encoder, {k: v.to(device) for k, v in split.padded(rows).items()}, pooling
+            )
+        z = (
+            (vectors.cpu().double() - torch.from_numpy(mean)) / torch.from_numpy(scale)
+        ).float()
+        loss = (
+            torch.nn.functional.cross_entropy(
+                z @ weight.T + bias, torch.from_numpy(split.labels)[rows]
+            )
+            + penalty / 2 * weight.square().sum()
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
     probe = Probe(weight.detach().double().numpy(), bias.detach().double().numpy(), mean, scale)
     return _row(target, pooling, **_measured(probe, target, train, test, penalty))

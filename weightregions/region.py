@@ -31,47 +31,75 @@ from .zoo import Zoo
 @dataclass(frozen=True)
 class Shape:
     "What inner products tell of a group of task vectors."
-    n: int # units that were left out in turn: members, or datasets
-    length: float # norm of the centre, in the unit of the weights
-    cosine: np.ndarray # (k,) cosine of each member to the centre that it is part of
-    loo: np.ndarray # (k,) cosine of each member to the centre of the other units, on the scale of a query's
-    level: float # mean of `loo` over units: what to expect of one more member
-    spread: float # standard deviation of one more member's cosine; NaN for two units
-    dof: float # degrees of freedom behind the spread
+
+    n: int  # units that were left out in turn: members, or datasets
+    length: float  # norm of the centre, in the unit of the weights
+    cosine: np.ndarray  # (k,) cosine of each member to the centre that it is part of
+    loo: (
+        np.ndarray
+    )  # (k,) cosine of each member to the centre of the other units, on the scale of a query's
+    level: float  # mean of `loo` over units: what to expect of one more member
+    spread: float  # standard deviation of one more member's cosine; NaN for two units
+    dof: float  # degrees of freedom behind the spread
+
 
 def shape_of(
-    products: np.ndarray, # (k, k) inner products of the members' task vectors
-    units: "Iterable[Hashable] | None" = None, # (k,) unit of each member; None: each is its own
+    products: np.ndarray,  # (k, k) inner products of the members' task vectors
+    units: "Iterable[Hashable] | None" = None,  # (k,) unit of each member; None: each is its own
 ) -> Shape:
     "Centre, level and spread of a group of models."
     k = len(products)
-    codes = np.arange(k) if units is None else pd.factorize(np.array(list(units), dtype=object))[0]
+    codes = (
+        np.arange(k) if units is None else pd.factorize(np.array(list(units), dtype=object))[0]
+    )
     n, norms = len(np.unique(codes)), np.sqrt(np.diag(products))
     length = sqrt(max(products.sum(), 0)) / k
-    if n < 2: raise ValueError(f"a region takes at least two units, and three for a spread of its own, not {n}")
-    if not length > 0: raise ValueError("the members cancel out: their centre is the base")
+    if n < 2:
+        raise ValueError(
+            f"a region takes at least two units, and three for a spread of its own, not {n}"
+        )
+    if not length > 0:
+        raise ValueError("the members cancel out: their centre is the base")
     apart = codes[:, None] != codes
     loo = (products * apart).sum(1) / apart.sum(1) / norms / length
     means = np.bincount(codes, loo) / np.bincount(codes)
     spread = means.std(ddof=1) * (n - 1) / (n - 2) if n > 2 else np.nan
-    return Shape(n, length, products.mean(1) / norms / length, loo, float(means.mean()), float(spread), n - 1 if n > 2 else 0)
+    return Shape(
+        n,
+        length,
+        products.mean(1) / norms / length,
+        loo,
+        float(means.mean()),
+        float(spread),
+        n - 1 if n > 2 else 0,
+    )
 
 # %% ../nbs/32_region.ipynb #2089c428
 def p_value(
-    cosine: float, # of a query to the centre
-    shape: Shape, # of the region
-) -> float: # between 0 and 1; small if the query is no member
+    cosine: float,  # of a query to the centre
+    shape: Shape,  # of the region
+) -> float:  # between 0 and 1; small if the query is no member
     "How often one more member would have a cosine as low as this."
-    if not shape.spread > 1e-9: raise ValueError(f"the members' cosines have a spread of {shape.spread:.1g}: are they copies of one model?")
-    return float(scipy.stats.t.cdf((cosine - shape.level) / (shape.spread * sqrt(1 + 1 / shape.n)), shape.dof))
+    if not shape.spread > 1e-9:
+        raise ValueError(
+            f"the members' cosines have a spread of {shape.spread:.1g}: are they copies of one model?"
+        )
+    return float(
+        scipy.stats.t.cdf(
+            (cosine - shape.level) / (shape.spread * sqrt(1 + 1 / shape.n)), shape.dof
+        )
+    )
 
 # %% ../nbs/32_region.ipynb #4c1dc2f5
 def pooled(
-    shapes: "Mapping[Hashable, Shape]", # region -> its shape
-) -> "dict[Hashable, Shape]": # the same with one spread for all
+    shapes: "Mapping[Hashable, Shape]",  # region -> its shape
+) -> "dict[Hashable, Shape]":  # the same with one spread for all
     "The shapes of several regions, with the spread that they have in common."
     own = [s for s in shapes.values() if s.n > 2]
-    if not own: raise ValueError(f"no region has three units ({', '.join(map(str, list(shapes)[:8]))}): there is nothing to tell the spread from")
+    if not own:
+        raise ValueError(
+            f"no region has three units ({', '.join(map(str, list(shapes)[:8]))}): there is nothing to tell the spread from"
+        )
     dof = sum(s.dof for s in own)
     spread = sqrt(sum(s.dof * s.spread**2 for s in own) / dof)
     return {name: replace(s, spread=spread, dof=dof) for name, s in shapes.items()}
@@ -82,13 +110,16 @@ def _verdict(cosine: float, shape: Shape, alpha: float) -> "tuple[float, bool]":
     p = p_value(cosine, shape)
     return p, bool(p >= alpha and _directed(shape))
 
+
 def _directed(shape: Shape) -> bool:
     "Whether a query at cosine 0 would be called an outsider at a rate of 5 %."
     return p_value(0, shape) < 0.05
 
+
 def _alpha(alpha: float) -> float:
     "`alpha`, if it is a rate."
-    if not 0 < alpha < 1: raise ValueError(f"alpha is a rate of false alarms between 0 and 1: got {alpha}")
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha is a rate of false alarms between 0 and 1: got {alpha}")
     return alpha
 
 # %% ../nbs/32_region.ipynb #ca253dbb
@@ -97,8 +128,8 @@ class Direction(Mapping):
 
     def __init__(
         self,
-        layout: Layout, # its tensors
-        reader: Callable, # (name, start, stop) -> that stretch, 1-D
+        layout: Layout,  # its tensors
+        reader: Callable,  # (name, start, stop) -> that stretch, 1-D
     ):
         self.layout, self.reader = layout, reader
 
@@ -107,37 +138,50 @@ class Direction(Mapping):
         return self.reader(name, start, stop)
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self.layout: raise KeyError(f"the centre has no tensor {name}")
+        if name not in self.layout:
+            raise KeyError(f"the centre has no tensor {name}")
         i = self.layout._index[name]
         return self.read(name, 0, self.layout.sizes[i]).reshape(self.layout.shapes[i]).float()
-    def __iter__(self) -> Iterator[str]: return iter(self.layout.names)
-    def __len__(self) -> int: return len(self.layout)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout.names)
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
 
 def _from_base(centroid: Centroid, base: Checkpoint) -> Direction:
     "The task vector of a centroid, in float64."
+
     def read(name, start, stop):
-        average = centroid.read(name, start, stop, out=torch.empty(stop - start, dtype=torch.float64))
+        average = centroid.read(
+            name, start, stop, out=torch.empty(stop - start, dtype=torch.float64)
+        )
         return average.sub_(base.read(name, start, stop))
+
     return Direction(centroid.layout, read)
 
 # %% ../nbs/32_region.ipynb #dadad31d
 @dataclass(frozen=True, repr=False, eq=False)
 class Region:
     "A group of fine-tuned models of one base: centre, spread and members."
-    name: str # what to call it
-    base_identity: dict # name of the pretrained model, and the SHA-256 of its body
-    centre: Direction # the task vector of the members' centroid
-    shape: Shape # its length, level and spread
-    members: pd.DataFrame # a row a member: model, norm, cosine to the centre, leave-one-out cosine
-    base: "Checkpoint | None" = None # the pretrained model itself, where it is at hand
+
+    name: str  # what to call it
+    base_identity: dict  # name of the pretrained model, and the SHA-256 of its body
+    centre: Direction  # the task vector of the members' centroid
+    shape: Shape  # its length, level and spread
+    members: (
+        pd.DataFrame
+    )  # a row a member: model, norm, cosine to the centre, leave-one-out cosine
+    base: "Checkpoint | None" = None  # the pretrained model itself, where it is at hand
 
     @property
-    def spread(self) -> float: # standard deviation of one more member's cosine
+    def spread(self) -> float:  # standard deviation of one more member's cosine
         "How much the cosine of one more member would vary."
         return self.shape.spread
 
     @property
-    def has_direction(self) -> bool: # at a false-alarm rate of 5 %
+    def has_direction(self) -> bool:  # at a false-alarm rate of 5 %
         "Whether a query at cosine 0 to the centre would be called an outsider."
         return _directed(self.shape)
 
@@ -145,45 +189,85 @@ class Region:
         return f"Region({self.name}: {len(self.members)} members, level {self.shape.level:.3f}, spread {self.spread:.3f}, centre of length {self.shape.length:.3g})"
 
 # %% ../nbs/32_region.ipynb #bd801781
-def _measured(checkpoints: "list[Checkpoint]", base: Checkpoint, progress: bool = False) -> Gram:
+def _measured(
+    checkpoints: "list[Checkpoint]", base: Checkpoint, progress: bool = False
+) -> Gram:
     "Inner products of models that were all fine-tuned from the base; strangers and models that did not move are refused."
     matrices = {n for n, s in zip(base.layout.names, base.layout.shapes) if len(s) > 1}
-    found = gram(checkpoints, base, by=lambda n: "matrices" if n in matrices else "others", progress=progress)
-    if zero := [n for n, norm in found.norms().items() if not norm > 0]: raise ValueError(f"{zero[0]} equals {base.name}: it has no direction")
+    found = gram(
+        checkpoints,
+        base,
+        by=lambda n: "matrices" if n in matrices else "others",
+        progress=progress,
+    )
+    if zero := [n for n, norm in found.norms().items() if not norm > 0]:
+        raise ValueError(f"{zero[0]} equals {base.name}: it has no direction")
     if matrices:
         g = found.products("matrices")
         own, cross = np.diag(g)[:-1], g[:-1, -1]
-        for name, cosine in zip(found.names, (cross + g[-1, -1]) / np.sqrt(g[-1, -1] * (own + 2 * cross + g[-1, -1]))): _same_start(name, base, cosine)
+        for name, cosine in zip(
+            found.names,
+            (cross + g[-1, -1]) / np.sqrt(g[-1, -1] * (own + 2 * cross + g[-1, -1])),
+        ):
+            _same_start(name, base, cosine)
     return found
+
 
 def _same_start(name: str, base: Checkpoint, cosine: float) -> None:
     "Refuse a model whose weight matrices are not near those of the base."
-    if cosine < 0.5: raise ValueError(f"{name} was not fine-tuned from {base.name}: the cosine of their weight matrices is {cosine:.3f}")
+    if cosine < 0.5:
+        raise ValueError(
+            f"{name} was not fine-tuned from {base.name}: the cosine of their weight matrices is {cosine:.3f}"
+        )
 
-def _region(name: str, models: "list[Checkpoint]", base: Checkpoint, identity: dict, shape: Shape, norms: pd.Series) -> Region:
+# %% ../nbs/32_region.ipynb #8234a5e0
+def _region(
+    name: str,
+    models: "list[Checkpoint]",
+    base: Checkpoint,
+    identity: dict,
+    shape: Shape,
+    norms: pd.Series,
+) -> Region:
     "A region from its parts; the centre stays with the members."
     names = [m.name for m in models]
-    rows = pd.DataFrame({"model": names, "norm": norms[names].to_numpy(), "cosine": shape.cosine, "loo": shape.loo})
+    rows = pd.DataFrame(
+        {
+            "model": names,
+            "norm": norms[names].to_numpy(),
+            "cosine": shape.cosine,
+            "loo": shape.loo,
+        }
+    )
     centre = _from_base(Centroid(name, models, _shares(None, names)), base)
     return Region(name, identity, centre, shape, rows, base)
 
 # %% ../nbs/32_region.ipynb #9944ea42
 def region_of(
-    checkpoints: "Iterable[Checkpoint]", # three or more models of one base, or what `open_checkpoint` takes
-    base: Checkpoint, # the pretrained model they were fine-tuned from
-    name: str = "region", # what to call it
-    units: "Iterable[Hashable] | None" = None, # unit of each member, such as its dataset; None: each is its own
+    checkpoints: "Iterable[Checkpoint]",  # three or more models of one base, or what `open_checkpoint` takes
+    base: Checkpoint,  # the pretrained model they were fine-tuned from
+    name: str = "region",  # what to call it
+    units: "Iterable[Hashable] | None" = None,  # unit of each member, such as its dataset; None: each is its own
 ) -> Region:
     "The region of a group of models."
     models, base = [open_checkpoint(c) for c in checkpoints], open_checkpoint(base)
-    if len(models) < 3: raise ValueError(f"region {name}: takes at least three checkpoints, not {len(models)}")
+    if len(models) < 3:
+        raise ValueError(f"region {name}: takes at least three checkpoints, not {len(models)}")
     units = None if units is None else list(units)
-    if units and len(units) != len(models): raise ValueError(f"region {name}: {len(units)} units for {len(models)} checkpoints")
+    if units and len(units) != len(models):
+        raise ValueError(f"region {name}: {len(units)} units for {len(models)} checkpoints")
     found = _measured(models, base)
     shape = shape_of(found.products()[:-1, :-1], units)
-    if shape.n < 3: raise ValueError(f"region {name}: takes at least three units, not {shape.n}")
-    if not shape.spread > 1e-9: raise ValueError(f"region {name}: the members' cosines do not differ; are they copies of one model?")
-    return _region(name, models, base, {"name": base.name, "sha256": base.sha256()}, shape, found.norms())
+    if shape.n < 3:
+        raise ValueError(f"region {name}: takes at least three units, not {shape.n}")
+    if not shape.spread > 1e-9:
+        raise ValueError(
+            f"region {name}: the members' cosines do not differ; are they copies of one model?"
+        )
+    return _region(
+        name, models, base, {"name": base.name, "sha256": base.sha256()}, shape, found.norms()
+    )
+
 
 Region.of = staticmethod(region_of)
 
@@ -191,27 +275,41 @@ Region.of = staticmethod(region_of)
 @dataclass(frozen=True)
 class Inside:
     "Whether a checkpoint is inside a region; true or false itself."
-    cosine: float # of its task vector to the centre
-    p: float # how often one more member would have a cosine as low
-    inside: bool # p is at least alpha, and the region has a direction
 
-    def __bool__(self): return self.inside
+    cosine: float  # of its task vector to the centre
+    p: float  # how often one more member would have a cosine as low
+    inside: bool  # p is at least alpha, and the region has a direction
+
+    def __bool__(self):
+        return self.inside
+
 
 def _against(query: Checkpoint, base: Checkpoint, centres: "list[Direction]") -> np.ndarray:
     "Inner products of a query's task vector with the centres, over its length: one pass over everything."
-    if hasattr(query, "require_same_space"): query.require_same_space(base)
-    else: base.layout.require_same(query.layout, query.name)
+    if hasattr(query, "require_same_space"):
+        query.require_same_space(base)
+    else:
+        base.layout.require_same(query.layout, query.name)
     shapes = dict(zip(base.layout.names, base.layout.shapes))
+
     def work(task, room):
         q, b = (c.read(*task).double().numpy() for c in (query, base))
         tv = q - b
         found = [tv @ tv, *(c.read(*task).double().numpy() @ tv for c in centres)]
-        if not np.isfinite(found[0]): raise ValueError(f"{query.name}: {task[0]} holds NaN or infinite values")
-        return np.array([*([q @ b, q @ q, b @ b] if len(shapes[task[0]]) > 1 else [0] * 3), *found])
+        if not np.isfinite(found[0]):
+            raise ValueError(f"{query.name}: {task[0]} holds NaN or infinite values")
+        return np.array(
+            [*([q @ b, q @ q, b @ b] if len(shapes[task[0]]) > 1 else [0] * 3), *found]
+        )
+
     tasks = list(_stretches(base.layout, 2**18))
-    qb, qq, bb, square, *dots = sum(_in_order(work, tasks, [None] * min(torch.get_num_threads(), 8, len(tasks))))
-    if qq * bb > 0: _same_start(query.name, base, qb / sqrt(qq * bb))
-    if not square > 0: raise ValueError(f"{query.name} equals {base.name}: it has no direction")
+    qb, qq, bb, square, *dots = sum(
+        _in_order(work, tasks, [None] * min(torch.get_num_threads(), 8, len(tasks)))
+    )
+    if qq * bb > 0:
+        _same_start(query.name, base, qb / sqrt(qq * bb))
+    if not square > 0:
+        raise ValueError(f"{query.name} equals {base.name}: it has no direction")
     return np.array(dots) / sqrt(square)
 
 # %% ../nbs/32_region.ipynb #53dc59e5
@@ -219,16 +317,21 @@ def _base_of(regions: "list[Region]") -> Checkpoint:
     "The base of some regions, which must be the same."
     first = regions[0]
     for r in regions[1:]:
-        if r.base_identity["sha256"] != first.base_identity["sha256"]: raise ValueError(f"the regions {first.name} and {r.name} have different bases")
+        if r.base_identity["sha256"] != first.base_identity["sha256"]:
+            raise ValueError(f"the regions {first.name} and {r.name} have different bases")
     found = next((r.base for r in regions if r.base is not None), None)
-    if found is None: raise ValueError(f"region {first.name}: its base {first.base_identity['name']} is not at hand; Region.load(folder, base) brings it")
+    if found is None:
+        raise ValueError(
+            f"region {first.name}: its base {first.base_identity['name']} is not at hand; Region.load(folder, base) brings it"
+        )
     return found
+
 
 @patch
 def contains(
     self: Region,
-    checkpoint: Checkpoint, # the query, or what `open_checkpoint` takes
-    alpha: float = 0.05, # rate of false alarms: members that are called outsiders
+    checkpoint: Checkpoint,  # the query, or what `open_checkpoint` takes
+    alpha: float = 0.05,  # rate of false alarms: members that are called outsiders
 ) -> Inside:
     "Whether a checkpoint looks like one more member."
     query = checkpoint if hasattr(checkpoint, "layout") else open_checkpoint(checkpoint)
@@ -236,55 +339,98 @@ def contains(
     return Inside(cosine, *_verdict(cosine, self.shape, _alpha(alpha)))
 
 # %% ../nbs/32_region.ipynb #72c66d45
-def _shapes(products: np.ndarray, groups: "list[Hashable]", units: "list[Hashable] | None") -> "dict[Hashable, tuple]":
+def _shapes(
+    products: np.ndarray, groups: "list[Hashable]", units: "list[Hashable] | None"
+) -> "dict[Hashable, tuple]":
     "For every group the places of its models and their shape, spreads pooled."
     groups, found = pd.Series(groups), {}
     for group, at in groups.groupby(groups, sort=False).groups.items():
         at = at.to_numpy()
-        try: found[group] = (at, shape_of(products[np.ix_(at, at)], None if units is None else [units[i] for i in at]))
-        except ValueError as e: raise ValueError(f"region {group}: {e}") from None
+        try:
+            found[group] = (
+                at,
+                shape_of(
+                    products[np.ix_(at, at)], None if units is None else [units[i] for i in at]
+                ),
+            )
+        except ValueError as e:
+            raise ValueError(f"region {group}: {e}") from None
     shapes = pooled({group: shape for group, (_, shape) in found.items()})
     return {group: (at, shapes[group]) for group, (at, _) in found.items()}
 
+# %% ../nbs/32_region.ipynb #e5ba81cb
 def _with_region(zoo: Zoo, by: str) -> Zoo:
     "The models of a zoo whose group has two units; the others are left out with a warning."
-    units = zoo.models.groupby(by)["dataset" if by == "family" else "model"].transform("nunique")
-    alone, what = list(dict.fromkeys(zoo.models[by][units < 2])), "dataset" if by == "family" else "model"
+    units = zoo.models.groupby(by)["dataset" if by == "family" else "model"].transform(
+        "nunique"
+    )
+    alone, what = (
+        list(dict.fromkeys(zoo.models[by][units < 2])),
+        "dataset" if by == "family" else "model",
+    )
     if (units < 2).all():
-        hint = "; models of one dataset lie together in a folder DATASET/NAME, or are listed in models.csv" if by == "dataset" else ""
-        raise ValueError(f"{zoo.name}: a region takes at least two {what}s, and no {by} has them{hint}")
-    if alone: warnings.warn(f"{', '.join(map(str, alone[:3]))}{' and more' * (len(alone) > 3)}: only one {what}, and no region", stacklevel=3)
+        hint = (
+            "; models of one dataset lie together in a folder DATASET/NAME, or are listed in models.csv"
+            if by == "dataset"
+            else ""
+        )
+        raise ValueError(
+            f"{zoo.name}: a region takes at least two {what}s, and no {by} has them{hint}"
+        )
+    if alone:
+        warnings.warn(
+            f"{', '.join(map(str, alone[:3]))}{' and more' * (len(alone) > 3)}: only one {what}, and no region",
+            stacklevel=3,
+        )
     return Zoo(zoo.name, zoo.models[units > 1])
 
+# %% ../nbs/32_region.ipynb #045abbd0
 def regions_of(
-    zoo: Zoo, # fine-tuned models
-    base: Checkpoint, # the pretrained model, or what `open_checkpoint` takes
-    by: str = "dataset", # what makes a region: "dataset" or "family" (whose units are datasets)
-    progress: bool = True, # show a progress bar, in weights
-) -> "dict[str, Region]": # name -> region
+    zoo: Zoo,  # fine-tuned models
+    base: Checkpoint,  # the pretrained model, or what `open_checkpoint` takes
+    by: str = "dataset",  # what makes a region: "dataset" or "family" (whose units are datasets)
+    progress: bool = True,  # show a progress bar, in weights
+) -> "dict[str, Region]":  # name -> region
     "The regions of a zoo, with the spread that they have in common; of one model or dataset there is no region."
-    if by not in ("dataset", "family"): raise ValueError(f"regions are made by dataset or by family, not by {by!r}")
+    if by not in ("dataset", "family"):
+        raise ValueError(f"regions are made by dataset or by family, not by {by!r}")
     zoo = _with_region(zoo, by)
     base, models = open_checkpoint(base), zoo.checkpoints()
     _one_base(_members(zoo, np.ones(len(zoo))), zoo.name)
     found = _measured(models, base, progress)
-    shapes = _shapes(found.products()[:-1, :-1], zoo.models[by].tolist(), zoo.models.dataset.tolist() if by == "family" else None)
+    shapes = _shapes(
+        found.products()[:-1, :-1],
+        zoo.models[by].tolist(),
+        zoo.models.dataset.tolist() if by == "family" else None,
+    )
     identity, norms = {"name": base.name, "sha256": base.sha256()}, found.norms()
-    return {name: _region(name, [models[i] for i in at], base, identity, shape, norms) for name, (at, shape) in shapes.items()}
+    return {
+        name: _region(name, [models[i] for i in at], base, identity, shape, norms)
+        for name, (at, shape) in shapes.items()
+    }
 
 # %% ../nbs/32_region.ipynb #6e791a4b
 def locate(
-    checkpoint: Checkpoint, # the query, or what `open_checkpoint` takes
-    regions: "Mapping[str, Region] | Iterable[Region]", # regions of one base
-    alpha: float = 0.05, # rate of false alarms: members that are called outsiders
-) -> pd.DataFrame: # a row a region, the nearest first: region, cosine, level of its members, p, inside
+    checkpoint: Checkpoint,  # the query, or what `open_checkpoint` takes
+    regions: "Mapping[str, Region] | Iterable[Region]",  # regions of one base
+    alpha: float = 0.05,  # rate of false alarms: members that are called outsiders
+) -> (
+    pd.DataFrame
+):  # a row a region, the nearest first: region, cosine, level of its members, p, inside
     "Which of several regions a checkpoint belongs to."
     regions = list(regions.values() if isinstance(regions, Mapping) else regions)
-    if not regions: raise ValueError("there are no regions to look in")
+    if not regions:
+        raise ValueError("there are no regions to look in")
     query = checkpoint if hasattr(checkpoint, "layout") else open_checkpoint(checkpoint)
-    cosines = _against(query, _base_of(regions), [r.centre for r in regions]) / [r.shape.length for r in regions]
-    rows = [(r.name, cosine, r.shape.level, *_verdict(cosine, r.shape, _alpha(alpha))) for r, cosine in zip(regions, cosines)]
+    cosines = _against(query, _base_of(regions), [r.centre for r in regions]) / [
+        r.shape.length for r in regions
+    ]
+    rows = [
+        (r.name, cosine, r.shape.level, *_verdict(cosine, r.shape, _alpha(alpha)))
+        for r, cosine in zip(regions, cosines)
+    ]
     return _ranked(rows)
+
 
 def _ranked(rows: list) -> pd.DataFrame:
     "Regions in order of the query's cosine to their centres."
@@ -295,83 +441,172 @@ def _ranked(rows: list) -> pd.DataFrame:
 @patch
 def save(
     self: Region,
-    folder: "str | Path", # the folder to make
-) -> Path: # the folder
+    folder: "str | Path",  # the folder to make
+) -> Path:  # the folder
     "Write the region: all of it or nothing."
-    if (folder := Path(folder)).exists(): raise FileExistsError(f"{folder}: exists already")
+    if (folder := Path(folder)).exists():
+        raise FileExistsError(f"{folder}: exists already")
     layout = self.centre.layout
-    header, places = _header({name: (shape, torch.float32) for name, shape in zip(layout.names, layout.shapes)})
+    header, places = _header(
+        {name: (shape, torch.float32) for name, shape in zip(layout.names, layout.shapes)}
+    )
     with whole_folder(folder) as part:
-        with open(part/"centre.safetensors", "wb") as f:
-            f.write(header); f.flush()
-            for name, start, stop in _stretches(layout, 2**18): _put(f.fileno(), self.centre.read(name, start, stop).float(), places[name] + 4 * start)
+        with open(part / "centre.safetensors", "wb") as f:
+            f.write(header)
+            f.flush()
+            for name, start, stop in _stretches(layout, 2**18):
+                _put(
+                    f.fileno(),
+                    self.centre.read(name, start, stop).float(),
+                    places[name] + 4 * start,
+                )
         s = self.shape
-        about = {"name": self.name, "base": self.base_identity, "members": self.members.to_dict("records"), "centre": {"sha256": file_sha256(part/"centre.safetensors")},
-                 "shape": {"n": s.n, "length": s.length, "level": s.level, "spread": s.spread, "dof": s.dof}}
-        write_whole(part/"region.json", as_json(about))
+        about = {
+            "name": self.name,
+            "base": self.base_identity,
+            "members": self.members.to_dict("records"),
+            "centre": {"sha256": file_sha256(part / "centre.safetensors")},
+            "shape": {
+                "n": s.n,
+                "length": s.length,
+                "level": s.level,
+                "spread": s.spread,
+                "dof": s.dof,
+            },
+        }
+        write_whole(part / "region.json", as_json(about))
     return folder
 
 # %% ../nbs/32_region.ipynb #04135f60
 def load_region(
-    folder: "str | Path", # what `Region.save` wrote
-    base: "Checkpoint | None" = None, # the pretrained model, or what `open_checkpoint` takes; needed for queries
+    folder: "str | Path",  # what `Region.save` wrote
+    base: "Checkpoint | None" = None,  # the pretrained model, or what `open_checkpoint` takes; needed for queries
 ) -> Region:
     "The region that was kept."
     folder = Path(folder)
-    if not (folder/"region.json").is_file(): raise FileNotFoundError(f"{folder}: no region is there (region.json is missing)")
+    if not (folder / "region.json").is_file():
+        raise FileNotFoundError(f"{folder}: no region is there (region.json is missing)")
     try:
-        about = json.loads((folder/"region.json").read_text(encoding="utf-8"))
+        about = json.loads((folder / "region.json").read_text(encoding="utf-8"))
         members = pd.DataFrame(about["members"])[["model", "norm", "cosine", "loo"]]
-        members[["norm", "cosine", "loo"]].astype(float), [float(v) for v in about["shape"].values()]
-        shape = Shape(cosine=members.cosine.to_numpy(), loo=members.loo.to_numpy(), **about["shape"])
+        (
+            members[["norm", "cosine", "loo"]].astype(float),
+            [float(v) for v in about["shape"].values()],
+        )
+        shape = Shape(
+            cosine=members.cosine.to_numpy(), loo=members.loo.to_numpy(), **about["shape"]
+        )
         name, identity, digest = about["name"], dict(about["base"]), about["centre"]["sha256"]
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e: raise ValueError(f"{folder}/region.json: not a region ({type(e).__name__})") from None
-    stored = _safetensors(folder/"centre.safetensors")
-    if file_sha256(folder/"centre.safetensors") != digest: raise ValueError(f"{folder}/centre.safetensors: not the centre that region.json speaks of")
-    layout = Layout(*map(tuple, zip(*((n, stored[n].shape, stored[n].dtype) for n in sorted(stored)))))
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as e:
+        raise ValueError(f"{folder}/region.json: not a region ({type(e).__name__})") from None
+    stored = _safetensors(folder / "centre.safetensors")
+    if file_sha256(folder / "centre.safetensors") != digest:
+        raise ValueError(
+            f"{folder}/centre.safetensors: not the centre that region.json speaks of"
+        )
+    layout = Layout(
+        *map(tuple, zip(*((n, stored[n].shape, stored[n].dtype) for n in sorted(stored))))
+    )
     if base is not None:
         base = open_checkpoint(base)
-        if base.sha256() != identity["sha256"]: raise ValueError(f"region {name}: {base.name} is not its base {identity['name']}, the weights differ")
-    return Region(name, identity, Direction(layout, lambda n, start, stop: stored[n].read(start, stop)), shape, members, base)
+        if base.sha256() != identity["sha256"]:
+            raise ValueError(
+                f"region {name}: {base.name} is not its base {identity['name']}, the weights differ"
+            )
+    return Region(
+        name,
+        identity,
+        Direction(layout, lambda n, start, stop: stored[n].read(start, stop)),
+        shape,
+        members,
+        base,
+    )
 
+# %% ../nbs/32_region.ipynb #167212ed
 Region.load = staticmethod(load_region)
 
 # %% ../nbs/32_region.ipynb #789bae14
 def locate_from_gram(
-    found: Gram, # inner products of the models
-    groups: "Mapping | Iterable[Hashable]", # region of each model, by name or in the order of the models
-    units: "Mapping | Iterable[Hashable] | None" = None, # unit of each model, left out as a whole; None: each is its own
-    alpha: float = 0.05, # rate of false alarms: members that are called outsiders
-    part: "Hashable | list" = "all", # tensors to judge by: a label of the Gram matrix, or a list of labels
-) -> pd.DataFrame: # two rows a model: model, true group, seen (its region was there), named, cosine, p, inside, right
+    found: Gram,  # inner products of the models
+    groups: "Mapping | Iterable[Hashable]",  # region of each model, by name or in the order of the models
+    units: "Mapping | Iterable[Hashable] | None" = None,  # unit of each model, left out as a whole; None: each is its own
+    alpha: float = 0.05,  # rate of false alarms: members that are called outsiders
+    part: "Hashable | list" = "all",  # tensors to judge by: a label of the Gram matrix, or a list of labels
+) -> pd.DataFrame:  # two rows a model: model, true group, seen (its region was there), named, cosine, p, inside, right
     "Every model of a zoo located among the others: with its own region there, and without."
-    named = lambda v: isinstance(v, Mapping) or (isinstance(v, pd.Series) and v.index.isin(found.names).any())
+    named = lambda v: (
+        isinstance(v, Mapping) or (isinstance(v, pd.Series) and v.index.isin(found.names).any())
+    )
     listed = lambda v: [v[n] for n in found.names] if named(v) else list(v)
     groups, units = listed(groups), list(found.names) if units is None else listed(units)
     for what, values in (("groups", groups), ("units", units)):
-        if len(values) != len(found.names): raise ValueError(f"{len(values)} {what} for {len(found.names)} models")
+        if len(values) != len(found.names):
+            raise ValueError(f"{len(values)} {what} for {len(found.names)} models")
     products, rows = found.products(part)[:-1, :-1], []
-    if zero := [n for n, square in zip(found.names, np.diag(products)) if not square > 0]: raise ValueError(f"{zero[0]} did not move from the base: it has no direction")
+    if zero := [n for n, square in zip(found.names, np.diag(products)) if not square > 0]:
+        raise ValueError(f"{zero[0]} did not move from the base: it has no direction")
     apart = pd.Series(groups).ne(pd.Series(units)).any() and len(set(units)) < len(units)
     for q, name in enumerate(found.names):
         rest = [i for i in range(len(groups)) if units[i] != units[q]]
         for seen in (True, False):
             kept = rest if seen else [i for i in rest if groups[i] != groups[q]]
-            if not kept and not seen: continue # there is no other region
-            shapes = _shapes(products[np.ix_(kept, kept)], [groups[i] for i in kept], [units[i] for i in kept] if apart else None)
-            if seen and groups[q] not in shapes: raise ValueError(f"region {groups[q]}: nothing is left without {units[q]}")
-            cosines = {g: products[q, [kept[i] for i in at]].mean() / sqrt(products[q, q]) / s.length for g, (at, s) in shapes.items()}
-            top = _ranked([(g, cosines[g], s.level, *_verdict(cosines[g], s, _alpha(alpha))) for g, (_, s) in shapes.items()]).iloc[0]
-            rows.append({"model": name, "true": groups[q], "seen": seen, "named": top.region, "cosine": top.cosine, "p": top.p, "inside": top.inside,
-                         "right": top.region == groups[q] if seen else not top.inside})
+            if not kept and not seen:
+                continue  # there is no other region
+            shapes = _shapes(
+                products[np.ix_(kept, kept)],
+                [groups[i] for i in kept],
+                [units[i] for i in kept] if apart else None,
+            )
+            if seen and groups[q] not in shapes:
+                raise ValueError(f"region {groups[q]}: nothing is left without {units[q]}")
+            cosines = {
+                g: products[q, [kept[i] for i in at]].mean() / sqrt(products[q, q]) / s.length
+                for g, (at, s) in shapes.items()
+            }
+            top = _ranked(
+                [
+                    (g, cosines[g], s.level, *_verdict(cosines[g], s, _alpha(alpha)))
+                    for g, (_, s) in shapes.items()
+                ]
+            ).iloc[0]
+            rows.append(
+                {
+                    "model": name,
+                    "true": groups[q],
+                    "seen": seen,
+                    "named": top.region,
+                    "cosine": top.cosine,
+                    "p": top.p,
+                    "inside": top.inside,
+                    "right": top.region == groups[q] if seen else not top.inside,
+                }
+            )
     return pd.DataFrame(rows)
 
 # %% ../nbs/32_region.ipynb #4dfa5d34
 def location_rates(
-    table: pd.DataFrame, # what `locate_from_gram` gave
-) -> pd.DataFrame: # a row a measure: rate, ends of its 95 % interval (Wilson's, models taken as independent), models
+    table: pd.DataFrame,  # what `locate_from_gram` gave
+) -> pd.DataFrame:  # a row a measure: rate, ends of its 95 % interval (Wilson's, models taken as independent), models
     "How often models were named right, called outsiders wrongly, and called outsiders rightly."
     seen, unseen = table[table.seen], table[~table.seen]
-    counts = {"region named right": (seen.right.sum(), len(seen)), "false alarm": ((~seen.inside).sum(), len(seen)), "outsider found": (unseen.right.sum(), len(unseen))}
-    rows = {what: (k / n, *scipy.stats.binomtest(int(k), n).proportion_ci(method="wilson"), n) if n else (np.nan, np.nan, np.nan, 0) for what, (k, n) in counts.items()}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["rate", "low", "high", "models"])
+    counts = {
+        "region named right": (seen.right.sum(), len(seen)),
+        "false alarm": ((~seen.inside).sum(), len(seen)),
+        "outsider found": (unseen.right.sum(), len(unseen)),
+    }
+    rows = {
+        what: (k / n, *scipy.stats.binomtest(int(k), n).proportion_ci(method="wilson"), n)
+        if n
+        else (np.nan, np.nan, np.nan, 0)
+        for what, (k, n) in counts.items()
+    }
+    return pd.DataFrame.from_dict(
+        rows, orient="index", columns=["rate", "low", "high", "models"]
+    )

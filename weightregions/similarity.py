@@ -32,11 +32,14 @@ from .space import Layout, patch
 @dataclass(frozen=True, repr=False, eq=False)
 class Gram:
     "Inner products of N task vectors and their base, in cells that add up."
-    names: tuple[str, ...] # the N models
-    cells: dict[tuple, np.ndarray] # labels of a set of tensors -> (N + 1, N + 1) float64 products, the base last; no tensor is in two cells
+
+    names: tuple[str, ...]  # the N models
+    cells: dict[
+        tuple, np.ndarray
+    ]  # labels of a set of tensors -> (N + 1, N + 1) float64 products, the base last; no tensor is in two cells
 
     @property
-    def groups(self) -> list: # in order of first appearance
+    def groups(self) -> list:  # in order of first appearance
         "The labels that tensors carry."
         return list(dict.fromkeys(label for labels in self.cells for label in labels))
 
@@ -45,13 +48,20 @@ class Gram:
 
     def products(
         self,
-        group: Hashable | list = "all", # a label, a list of labels (their union), or "all" tensors
-    ) -> np.ndarray: # (N + 1, N + 1) float64
+        group: Hashable
+        | list = "all",  # a label, a list of labels (their union), or "all" tensors
+    ) -> np.ndarray:  # (N + 1, N + 1) float64
         "Inner products of the task vectors and, in the last row and column, the base."
         wanted = group if isinstance(group, list) else [group]
         if unknown := [g for g in wanted if g != "all" and g not in self.groups]:
-            raise ValueError(f"no tensor carries the label {unknown[0]!r}; there are {', '.join(map(repr, self.groups[:8]))}")
-        chosen = [cell for labels, cell in self.cells.items() if "all" in wanted or not set(wanted).isdisjoint(labels)]
+            raise ValueError(
+                f"no tensor carries the label {unknown[0]!r}; there are {', '.join(map(repr, self.groups[:8]))}"
+            )
+        chosen = [
+            cell
+            for labels, cell in self.cells.items()
+            if "all" in wanted or not set(wanted).isdisjoint(labels)
+        ]
         return np.sum(chosen, axis=0)
 
     def _frame(self, values: np.ndarray) -> pd.DataFrame:
@@ -63,7 +73,10 @@ def _cosines(products: np.ndarray, names: Sequence[str], what: str) -> np.ndarra
     norms = np.sqrt(np.diag(products).clip(min=0))
     if zero := [name for name, norm in zip(names, norms) if norm == 0]:
         more = f" and {len(zero) - 3} more" if len(zero) > 3 else ""
-        warnings.warn(f"{what} of {', '.join(zero[:3])}{more} has length 0 and no direction: cosines are NaN", stacklevel=3)
+        warnings.warn(
+            f"{what} of {', '.join(zero[:3])}{more} has length 0 and no direction: cosines are NaN",
+            stacklevel=3,
+        )
     norms = np.where(norms > 0, norms, np.nan)
     cosines = np.clip(products / np.outer(norms, norms), -1, 1)
     np.fill_diagonal(cosines, np.where(norms > 0, 1.0, np.nan))
@@ -73,99 +86,164 @@ def _cosines(products: np.ndarray, names: Sequence[str], what: str) -> np.ndarra
 @patch
 def cosine(
     self: Gram,
-    group: "Hashable | list" = "all", # a label, a list of labels (their union), or "all" tensors
-) -> pd.DataFrame: # (N, N), between -1 and 1
+    group: "Hashable | list" = "all",  # a label, a list of labels (their union), or "all" tensors
+) -> pd.DataFrame:  # (N, N), between -1 and 1
     "Cosines of the task vectors."
     return self._frame(_cosines(self.products(group)[:-1, :-1], self.names, "the task vector"))
+
 
 @patch
 def cosine_raw(
     self: Gram,
-    group: "Hashable | list" = "all", # a label, a list of labels (their union), or "all" tensors
-) -> pd.DataFrame: # (N, N), between -1 and 1
+    group: "Hashable | list" = "all",  # a label, a list of labels (their union), or "all" tensors
+) -> pd.DataFrame:  # (N, N), between -1 and 1
     "Cosines of the raw weights, as seen from the origin."
     g = self.products(group)
-    return self._frame(_cosines(g[:-1, :-1] + g[:-1, -1:] + g[-1:, :-1] + g[-1, -1], self.names, "the weight vector"))
+    return self._frame(
+        _cosines(
+            g[:-1, :-1] + g[:-1, -1:] + g[-1:, :-1] + g[-1, -1], self.names, "the weight vector"
+        )
+    )
 
 # %% ../nbs/04_similarity.ipynb #49b197b0
 @patch
 def euclidean(
     self: Gram,
-    group: "Hashable | list" = "all", # a label, a list of labels (their union), or "all" tensors
-) -> pd.DataFrame: # (N, N), in the unit of the weights
+    group: "Hashable | list" = "all",  # a label, a list of labels (their union), or "all" tensors
+) -> pd.DataFrame:  # (N, N), in the unit of the weights
     "Distances of the raw weights, which are those of the task vectors."
     g = self.products(group)[:-1, :-1]
     return self._frame(np.sqrt((np.diag(g)[:, None] + np.diag(g) - 2 * g).clip(min=0)))
 
+
 @patch
 def norms(
     self: Gram,
-    group: "Hashable | list" = "all", # a label, a list of labels (their union), or "all" tensors
-) -> pd.Series: # (N,), in the unit of the weights
+    group: "Hashable | list" = "all",  # a label, a list of labels (their union), or "all" tensors
+) -> pd.Series:  # (N,), in the unit of the weights
     "Lengths of the task vectors."
-    return pd.Series(np.sqrt(np.diag(self.products(group))[:-1].clip(min=0)), list(self.names), name="norm")
+    return pd.Series(
+        np.sqrt(np.diag(self.products(group))[:-1].clip(min=0)), list(self.names), name="norm"
+    )
 
 # %% ../nbs/04_similarity.ipynb #3a23b790
-_ROOM = 2**26 # bytes of weights that a thread holds, of all models together
-_MEMORY = 7.5e8 # bytes that the buffers of all threads may take, unless told otherwise
-_CHUNK = 2**13 # weights of each model that are multiplied at a time: few enough for the processor's cache, and for sums that lose no digits
+_ROOM = 2**26  # bytes of weights that a thread holds, of all models together
+_MEMORY = 7.5e8  # bytes that the buffers of all threads may take, unless told otherwise
+_CHUNK = (
+    2**13
+)  # weights of each model that are multiplied at a time: few enough for the processor's cache, and for sums that lose no digits
+
 
 def _stretches(layout: Layout, block: int) -> "Iterator[tuple[str, int, int]]":
     "Every tensor of a layout in stretches of at most `block` weights: name, start, stop."
-    return ((name, i, min(i + block, size)) for name, size in zip(layout.names, layout.sizes) for i in range(0, size, block))
+    return (
+        (name, i, min(i + block, size))
+        for name, size in zip(layout.names, layout.sizes)
+        for i in range(0, size, block)
+    )
+
 
 def _block(models: Sequence[Checkpoint], chunk: int, most: int = 2**18) -> int:
     "Weights of each model that a thread holds: as many as there is room for and no more than `most`, in whole chunks."
-    return max(1, min(most, _ROOM // (len(models) * _stored_dtype(models).itemsize)) // chunk) * chunk
+    return (
+        max(1, min(most, _ROOM // (len(models) * _stored_dtype(models).itemsize)) // chunk)
+        * chunk
+    )
 
+# %% ../nbs/04_similarity.ipynb #75492c79
 class _Room:
     "Buffers of one thread: weights of all models as they are stored, and some of them as task vectors, on the device that multiplies."
-    def __init__(self, models: Sequence[Checkpoint], block: int, chunk: int, device: torch.device, dtype: torch.dtype):
+
+    def __init__(
+        self,
+        models: Sequence[Checkpoint],
+        block: int,
+        chunk: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
         gpu, self.n, self.made = device.type == "cuda", len(models), {}
-        self.stored = torch.empty(len(models) * block, dtype=_stored_dtype(models), pin_memory=gpu)
-        self.wide = torch.empty(len(models) * (block if gpu else min(block, chunk)), dtype=dtype, device=device)
+        self.stored = torch.empty(
+            len(models) * block, dtype=_stored_dtype(models), pin_memory=gpu
+        )
+        self.wide = torch.empty(
+            len(models) * (block if gpu else min(block, chunk)), dtype=dtype, device=device
+        )
         self.stream = torch.cuda.Stream(device) if gpu else None
 
     def views(self, n: int) -> "tuple[list, list]":
         "Of n weights of each model, made once: rows to read into; and some columns at a time, as stored, as task vectors over the base, these transposed, without the base, and the base."
         if n not in self.made:
-            stored, parts = self.stored[:self.n * n].view(self.n, n), []
+            stored, parts = self.stored[: self.n * n].view(self.n, n), []
             for part in stored.split(len(self.wide) // self.n, dim=1):
-                tvs = self.wide[:part.numel()].view(part.shape)
+                tvs = self.wide[: part.numel()].view(part.shape)
                 parts.append((part, tvs, tvs.T, tvs[:-1], tvs[-1]))
             self.made[n] = list(stored), parts
         return self.made[n]
 
+
 def _stored_dtype(models: Sequence[Checkpoint]) -> torch.dtype:
     "The narrower of float32 and float64 that holds the weights of all models as they are."
-    return torch.float64 if any(dtype == torch.float64 for m in models for dtype in m.layout.dtypes) else torch.float32
+    return (
+        torch.float64
+        if any(dtype == torch.float64 for m in models for dtype in m.layout.dtypes)
+        else torch.float32
+    )
 
-def _task_vectors(models: Sequence[Checkpoint], name: str, start: int, stop: int, room: _Room) -> Iterator:
+# %% ../nbs/04_similarity.ipynb #98b967fb
+def _task_vectors(
+    models: Sequence[Checkpoint], name: str, start: int, stop: int, room: _Room
+) -> Iterator:
     "A stretch of one tensor, some columns at a time: the task vectors, in the last row the base; and the same transposed."
     rows, parts = room.views(stop - start)
-    for row, model in zip(rows, models): model.read(name, start, stop, out=row)
+    for row, model in zip(rows, models):
+        model.read(name, start, stop, out=row)
     for stored, tvs, transposed, moved, base in parts:
         tvs.copy_(stored.to(tvs.device, non_blocking=True) if room.stream else stored)
         moved.sub_(base)
         yield tvs, transposed
 
 # %% ../nbs/04_similarity.ipynb #c09eff1a
-def _stretch_products(models: Sequence[Checkpoint], name: str, start: int, stop: int, room: _Room, rows: int = 0) -> np.ndarray:
+def _stretch_products(
+    models: Sequence[Checkpoint], name: str, start: int, stop: int, room: _Room, rows: int = 0
+) -> np.ndarray:
     "Inner products of one stretch of one tensor, base last; or those of the first few models with all, and below them everyone's square."
     with torch.cuda.stream(room.stream):
-        products = torch.zeros(rows + 1 if rows else len(models), len(models), dtype=torch.float64, device=room.wide.device)
+        products = torch.zeros(
+            rows + 1 if rows else len(models),
+            len(models),
+            dtype=torch.float64,
+            device=room.wide.device,
+        )
         for tvs, transposed in _task_vectors(models, name, start, stop, room):
-            if not rows: products.addmm_(tvs, transposed)
-            else: products += torch.cat([tvs[:rows] @ transposed, torch.linalg.vector_norm(tvs, dim=1).square()[None]])
+            if not rows:
+                products.addmm_(tvs, transposed)
+            else:
+                products += torch.cat(
+                    [
+                        tvs[:rows] @ transposed,
+                        torch.linalg.vector_norm(tvs, dim=1).square()[None],
+                    ]
+                )
         products = products.cpu().numpy()
     _refuse_infinite(products, models, name, start, stop)
     return products
 
-def _refuse_infinite(sums: np.ndarray, models: Sequence[Checkpoint], name: str, start: int, stop: int) -> None:
+
+def _refuse_infinite(
+    sums: np.ndarray, models: Sequence[Checkpoint], name: str, start: int, stop: int
+) -> None:
     "Name the model that makes sums over a stretch infinite or NaN."
-    if np.isfinite(sums).all(): return
-    bad = (m.name for m in (models[-1], *models[:-1]) if not torch.isfinite(m.read(name, start, stop)).all())
-    raise ValueError(f"{next(bad, models[-1].name)}: {name} holds NaN or infinite values, or such whose squares are")
+    if np.isfinite(sums).all():
+        return
+    bad = (
+        m.name
+        for m in (models[-1], *models[:-1])
+        if not torch.isfinite(m.read(name, start, stop)).all()
+    )
+    raise ValueError(
+        f"{next(bad, models[-1].name)}: {name} holds NaN or infinite values, or such whose squares are"
+    )
 
 # %% ../nbs/04_similarity.ipynb #f3bc49fd
 @contextmanager
@@ -174,52 +252,115 @@ def _single_threaded():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with threadpool_limits(1): yield
-    finally: torch.set_num_threads(before)
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
 
 def _in_order(work: Callable, tasks: Sequence, rooms: Sequence) -> Iterator:
     "Results of `work(task, room)` in the order of the tasks, one thread a room."
     free = SimpleQueue()
-    for room in rooms: free.put(room)
+    for room in rooms:
+        free.put(room)
+
     def one(task):
         room = free.get()
-        try: return work(task, room)
-        finally: free.put(room)
-    with _single_threaded(), _reading.stay_open(), ThreadPoolExecutor(len(rooms)) as pool: yield from pool.map(one, tasks)
+        try:
+            return work(task, room)
+        finally:
+            free.put(room)
+
+    with _single_threaded(), _reading.stay_open(), ThreadPoolExecutor(len(rooms)) as pool:
+        yield from pool.map(one, tasks)
 
 # %% ../nbs/04_similarity.ipynb #0dca45f8
 def _checked_models(checkpoints: Iterable, base, least: int = 2) -> "list[Checkpoint]":
     "The checkpoints, opened, with the base behind them: enough of them, of different names, all in one space."
     opened = [c if hasattr(c, "layout") else open_checkpoint(c) for c in [*checkpoints, base]]
     names = [c.name for c in opened[:-1]]
-    if len(names) < least: raise ValueError(f"similarity takes at least {['one checkpoint', 'two checkpoints'][least - 1]}, not {len(names)}")
-    if twice := [n for n in dict.fromkeys(names) if names.count(n) > 1]: raise ValueError(f"two checkpoints are called {twice[0]!r}")
+    if len(names) < least:
+        raise ValueError(
+            f"similarity takes at least {['one checkpoint', 'two checkpoints'][least - 1]}, not {len(names)}"
+        )
+    if twice := [n for n in dict.fromkeys(names) if names.count(n) > 1]:
+        raise ValueError(f"two checkpoints are called {twice[0]!r}")
     for c in opened[:-1]:
-        if hasattr(c, "require_same_space"): c.require_same_space(opened[-1])
-        else: opened[-1].layout.require_same(c.layout, c.name)
+        if hasattr(c, "require_same_space"):
+            c.require_same_space(opened[-1])
+        else:
+            opened[-1].layout.require_same(c.layout, c.name)
     return opened
 
 # %% ../nbs/04_similarity.ipynb #54c6ca45
-def _passed(work: Callable, models: Sequence[Checkpoint], block: "int | None", chunk: int, progress: bool, threads: "int | None", device, memory: float, what: str, dtype: torch.dtype = torch.float64) -> Iterator:
+def _passed(
+    work: Callable,
+    models: Sequence[Checkpoint],
+    block: "int | None",
+    chunk: int,
+    progress: bool,
+    threads: "int | None",
+    device,
+    memory: float,
+    what: str,
+    dtype: torch.dtype = torch.float64,
+) -> Iterator:
     "Name of its tensor, and what `work` makes of it, for every stretch in order."
     layout, device = models[-1].layout, torch.device(device)
-    if block is None: block = _block(models, chunk)
-    if block < 1: raise ValueError(f"block must be at least 1 weight: got {block}")
+    if block is None:
+        block = _block(models, chunk)
+    if block < 1:
+        raise ValueError(f"block must be at least 1 weight: got {block}")
     tasks = list(_stretches(layout, block))
     block = min(block, max(layout.sizes))
-    each = len(models) * (block * _stored_dtype(models).itemsize + min(block, chunk) * dtype.itemsize + 16 * max(len(models), chunk)) # buffers, and results that wait to be added: as wide as the models are many, or as a chunk
+    each = (
+        len(models)
+        * (
+            block * _stored_dtype(models).itemsize
+            + min(block, chunk) * dtype.itemsize
+            + 16 * max(len(models), chunk)
+        )
+    )  # buffers, and results that wait to be added: as wide as the models are many, or as a chunk
     n = max(1, min(threads or min(torch.get_num_threads(), 8), len(tasks), int(memory // each)))
     rooms = [_Room(models, block, chunk, device, dtype) for _ in range(n)]
-    with tqdm(total=layout.numel, desc=what, unit=" weights", unit_scale=True, **({} if progress else {"disable": True})) as bar:
-        for (name, start, stop), found in zip(tasks, _in_order(lambda task, room: work(models, *task, room), tasks, rooms)):
+    with tqdm(
+        total=layout.numel,
+        desc=what,
+        unit=" weights",
+        unit_scale=True,
+        **({} if progress else {"disable": True}),
+    ) as bar:
+        for (name, start, stop), found in zip(
+            tasks, _in_order(lambda task, room: work(models, *task, room), tasks, rooms)
+        ):
             yield name, found
             bar.update(stop - start)
 
-def _cells(models: Sequence[Checkpoint], by: "Callable | None", rows: int, block: "int | None" = None, progress: bool = True, threads: "int | None" = None, device="cpu", memory: float = _MEMORY) -> dict:
+# %% ../nbs/04_similarity.ipynb #db46452b
+def _cells(
+    models: Sequence[Checkpoint],
+    by: "Callable | None",
+    rows: int,
+    block: "int | None" = None,
+    progress: bool = True,
+    threads: "int | None" = None,
+    device="cpu",
+    memory: float = _MEMORY,
+) -> dict:
     "Products of all stretches, added up by the labels of their tensors."
     cells = {}
     work = lambda *stretch: _stretch_products(*stretch, rows)
-    for name, products in _passed(work, models, block, max(1, min(_CHUNK, _ROOM // (8 * len(models)))), progress, threads, device, memory, f"similarity of {len(models) - 1} models"):
+    for name, products in _passed(
+        work,
+        models,
+        block,
+        max(1, min(_CHUNK, _ROOM // (8 * len(models)))),
+        progress,
+        threads,
+        device,
+        memory,
+        f"similarity of {len(models) - 1} models",
+    ):
         labels = () if by is None else by(name)
         key = tuple(labels) if isinstance(labels, list) or by is None else (labels,)
         cells[key] = cells[key] + products if key in cells else products
@@ -227,25 +368,28 @@ def _cells(models: Sequence[Checkpoint], by: "Callable | None", rows: int, block
 
 # %% ../nbs/04_similarity.ipynb #fe69ccdc
 def gram(
-    checkpoints: "Iterable[Checkpoint]", # N models, or folders, hub ids and live modules that `open_checkpoint` takes
-    base: Checkpoint, # the pretrained model they all started from
-    by: "Callable[[str], Hashable | list] | None" = None, # label, or list of labels, of a tensor by its name
-    block: "int | None" = None, # weights of each model in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**18
-    progress: bool = True, # show a progress bar, in weights
-    threads: "int | None" = None, # None: as many as torch would use, at most 8
-    device: str = "cpu", # what multiplies: "cpu" or "cuda"
-    memory: float = _MEMORY, # bytes of all buffers together; a thread for which there is no room is not started
+    checkpoints: "Iterable[Checkpoint]",  # N models, or folders, hub ids and live modules that `open_checkpoint` takes
+    base: Checkpoint,  # the pretrained model they all started from
+    by: "Callable[[str], Hashable | list] | None" = None,  # label, or list of labels, of a tensor by its name
+    block: "int | None" = None,  # weights of each model in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**18
+    progress: bool = True,  # show a progress bar, in weights
+    threads: "int | None" = None,  # None: as many as torch would use, at most 8
+    device: str = "cpu",  # what multiplies: "cpu" or "cuda"
+    memory: float = _MEMORY,  # bytes of all buffers together; a thread for which there is no room is not started
 ) -> Gram:
     "Inner products of all task vectors and the base, in one pass over the weights."
     models = _checked_models(checkpoints, base)
     cells = _cells(models, by, 0, block, progress, threads, device, memory)
-    return Gram(tuple(m.name for m in models[:-1]), {key: (cell + cell.T) / 2 for key, cell in cells.items()})
+    return Gram(
+        tuple(m.name for m in models[:-1]),
+        {key: (cell + cell.T) / 2 for key, cell in cells.items()},
+    )
 
 # %% ../nbs/04_similarity.ipynb #0efe4324
 @patch
 def merge(
     self: Gram,
-    by: "Callable[[Hashable], Hashable | list]", # new label, or list of labels, of an old one
+    by: "Callable[[Hashable], Hashable | list]",  # new label, or list of labels, of an old one
 ) -> Gram:
     "The same products under coarser labels."
     cells = {}
@@ -255,36 +399,41 @@ def merge(
         cells[key] = cells[key] + cell if key in cells else cell
     return replace(self, cells=cells)
 
+
 @patch
 def select(
     self: Gram,
-    names: Iterable[str], # models to keep, in this order
+    names: Iterable[str],  # models to keep, in this order
 ) -> Gram:
     "The same products for some of the models."
     names = list(names)
-    if unknown := [n for n in names if n not in self.names]: raise ValueError(f"no model is called {unknown[0]!r}")
+    if unknown := [n for n in names if n not in self.names]:
+        raise ValueError(f"no model is called {unknown[0]!r}")
     at = [*map(self.names.index, names), len(self.names)]
-    return Gram(tuple(names), {labels: cell[np.ix_(at, at)] for labels, cell in self.cells.items()})
+    return Gram(
+        tuple(names), {labels: cell[np.ix_(at, at)] for labels, cell in self.cells.items()}
+    )
 
 # %% ../nbs/04_similarity.ipynb #e439efa1
 def cosine_similarity(
-    checkpoints: "Iterable[Checkpoint]", # N models
-    base: Checkpoint, # the pretrained model they all started from
-    by: "Callable[[str], Hashable | list] | None" = None, # label of a tensor by its name
-    raw: bool = False, # of the raw weights instead of the task vectors
-    **kwargs, # see `gram`
-) -> "pd.DataFrame | dict": # (N, N) cosines; with `by`, one such table for each label
+    checkpoints: "Iterable[Checkpoint]",  # N models
+    base: Checkpoint,  # the pretrained model they all started from
+    by: "Callable[[str], Hashable | list] | None" = None,  # label of a tensor by its name
+    raw: bool = False,  # of the raw weights instead of the task vectors
+    **kwargs,  # see `gram`
+) -> "pd.DataFrame | dict":  # (N, N) cosines; with `by`, one such table for each label
     "Cosines of task vectors, of the whole model or of each group of tensors."
     g = gram(checkpoints, base, by, **kwargs)
     measure = g.cosine_raw if raw else g.cosine
     return measure() if by is None else {group: measure(group) for group in g.groups}
 
+
 def euclidean_distance(
-    checkpoints: "Iterable[Checkpoint]", # N models
-    base: Checkpoint, # the pretrained model they all started from
-    by: "Callable[[str], Hashable | list] | None" = None, # label of a tensor by its name
-    **kwargs, # see `gram`
-) -> "pd.DataFrame | dict": # (N, N) distances; with `by`, one such table for each label
+    checkpoints: "Iterable[Checkpoint]",  # N models
+    base: Checkpoint,  # the pretrained model they all started from
+    by: "Callable[[str], Hashable | list] | None" = None,  # label of a tensor by its name
+    **kwargs,  # see `gram`
+) -> "pd.DataFrame | dict":  # (N, N) distances; with `by`, one such table for each label
     "Distances of raw weights, of the whole model or of each group of tensors."
     g = gram(checkpoints, base, by, **kwargs)
     return g.euclidean() if by is None else {group: g.euclidean(group) for group in g.groups}
@@ -293,111 +442,165 @@ def euclidean_distance(
 @patch
 def extended(
     self: Gram,
-    new: "Iterable[Checkpoint]", # models to add, or what `open_checkpoint` takes
-    known: "Iterable[Checkpoint]", # the models whose products these are, in any order
-    base: Checkpoint, # the pretrained model they all started from
-    by: "Callable[[str], Hashable | list] | None" = None, # the labels that were given to `gram`
-    **kwargs, # block, progress, threads, device and memory: see `gram`
+    new: "Iterable[Checkpoint]",  # models to add, or what `open_checkpoint` takes
+    known: "Iterable[Checkpoint]",  # the models whose products these are, in any order
+    base: Checkpoint,  # the pretrained model they all started from
+    by: "Callable[[str], Hashable | list] | None" = None,  # the labels that were given to `gram`
+    **kwargs,  # block, progress, threads, device and memory: see `gram`
 ) -> Gram:
     "The same products and those of some models more, which come behind the known ones."
-    opened = {c.name: c for c in (c if hasattr(c, "layout") else open_checkpoint(c) for c in known)}
-    if odd := sorted(opened.keys() ^ set(self.names)): raise ValueError(f"known models and products do not match: {odd[0]!r} is only in one of them")
+    opened = {
+        c.name: c for c in (c if hasattr(c, "layout") else open_checkpoint(c) for c in known)
+    }
+    if odd := sorted(opened.keys() ^ set(self.names)):
+        raise ValueError(
+            f"known models and products do not match: {odd[0]!r} is only in one of them"
+        )
     fresh = [c if hasattr(c, "layout") else open_checkpoint(c) for c in new]
-    if not fresh: return self
-    cells = _cells(_checked_models([*fresh, *(opened[n] for n in self.names)], base), by, len(fresh), **kwargs)
-    if cells.keys() != self.cells.keys(): raise ValueError(f"other labels than those of the products: {next(iter(cells.keys() ^ self.cells.keys()))}")
+    if not fresh:
+        return self
+    cells = _cells(
+        _checked_models([*fresh, *(opened[n] for n in self.names)], base),
+        by,
+        len(fresh),
+        **kwargs,
+    )
+    if cells.keys() != self.cells.keys():
+        raise ValueError(
+            f"other labels than those of the products: {next(iter(cells.keys() ^ self.cells.keys()))}"
+        )
     names = (*self.names, *(c.name for c in fresh))
-    return Gram(names, {key: _bordered(self.cells[key], rows, names) for key, rows in cells.items()})
+    return Gram(
+        names, {key: _bordered(self.cells[key], rows, names) for key, rows in cells.items()}
+    )
 
+# %% ../nbs/04_similarity.ipynb #60e30913
 def _bordered(known: np.ndarray, rows: np.ndarray, names: "tuple[str, ...]") -> np.ndarray:
     "Products of all models, from those of the known ones and the rows of the new ones, whose last one holds the squares."
     k, n = len(rows) - 1, len(known) - 1
     for name, then, now in zip((*names[:n], "the base"), np.diag(known), rows[-1, k:]):
-        if not np.isclose(then, now, rtol=1e-9, atol=0): raise ValueError(f"{name}: is not the model whose products were taken")
+        if not np.isclose(then, now, rtol=1e-9, atol=0):
+            raise ValueError(f"{name}: is not the model whose products were taken")
     whole, kept, added = np.empty((n + k + 1,) * 2), [*range(n), n + k], slice(n, n + k)
     whole[np.ix_(kept, kept)] = known
-    whole[added, kept], whole[added, added] = rows[:-1, k:], (rows[:-1, :k] + rows[:-1, :k].T) / 2
+    whole[added, kept], whole[added, added] = (
+        rows[:-1, k:],
+        (rows[:-1, :k] + rows[:-1, :k].T) / 2,
+    )
     whole[kept, added] = rows[:-1, k:].T
     return whole
 
 # %% ../nbs/04_similarity.ipynb #1555b29d
 def cross_similarity(
-    left: "Iterable[Checkpoint]", # N models, or what `open_checkpoint` takes
-    right: "Iterable[Checkpoint]", # M models of the same base; a name may occur on both sides
-    base: Checkpoint, # the pretrained model they all started from
-    block: "int | None" = None, # weights of each model in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**18
-    progress: bool = True, # show a progress bar, in weights
-    threads: "int | None" = None, # None: as many as torch would use, at most 8
-    device: str = "cpu", # what multiplies: "cpu" or "cuda"
-    memory: float = _MEMORY, # bytes of all buffers together; a thread for which there is no room is not started
-) -> pd.DataFrame: # (N, M) cosines; NaN for a model that did not move
+    left: "Iterable[Checkpoint]",  # N models, or what `open_checkpoint` takes
+    right: "Iterable[Checkpoint]",  # M models of the same base; a name may occur on both sides
+    base: Checkpoint,  # the pretrained model they all started from
+    block: "int | None" = None,  # weights of each model in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**18
+    progress: bool = True,  # show a progress bar, in weights
+    threads: "int | None" = None,  # None: as many as torch would use, at most 8
+    device: str = "cpu",  # what multiplies: "cpu" or "cuda"
+    memory: float = _MEMORY,  # bytes of all buffers together; a thread for which there is no room is not started
+) -> pd.DataFrame:  # (N, M) cosines; NaN for a model that did not move
     "Cosines between the task vectors of two zoos."
     left, right = (_checked_models(side, base, 1) for side in (left, right))
-    rows, n = _cells([*left[:-1], *right], None, len(left) - 1, block, progress, threads, device, memory)[()], len(left) - 1
+    rows, n = (
+        _cells(
+            [*left[:-1], *right], None, len(left) - 1, block, progress, threads, device, memory
+        )[()],
+        len(left) - 1,
+    )
     norms = np.where(rows[-1] > 0, np.sqrt(rows[-1]), np.nan)
     cosines = rows[:-1, n:-1] / np.outer(norms[:n], norms[n:-1])
-    return pd.DataFrame(cosines.clip(-1, 1), [m.name for m in left[:-1]], [m.name for m in right[:-1]])
+    return pd.DataFrame(
+        cosines.clip(-1, 1), [m.name for m in left[:-1]], [m.name for m in right[:-1]]
+    )
 
 # %% ../nbs/04_similarity.ipynb #bb8815b4
 @patch
 def save(
     self: Gram,
-    file: "str | Path", # a name that ends in .npz
+    file: "str | Path",  # a name that ends in .npz
 ) -> Path:
     "Keep the products in a file, written beside and renamed."
     with whole_file(file) as f:
-        np.savez(f, names=json.dumps(self.names), labels=json.dumps(list(self.cells)), cells=np.array(list(self.cells.values())))
+        np.savez(
+            f,
+            names=json.dumps(self.names),
+            labels=json.dumps(list(self.cells)),
+            cells=np.array(list(self.cells.values())),
+        )
     return Path(file)
+
 
 def _kept(file: "str | Path", what: str, made_of: Callable):
     "What is made of the arrays in a file, none of which is packed or pickled."
     try:
-        with zipfile.ZipFile(file) as z: unpacked = sum(i.file_size for i in z.infolist())
-        if unpacked > Path(file).stat().st_size: raise ValueError(unpacked) # `save` packs nothing
-        with np.load(file, allow_pickle=False) as kept: return made_of(kept)
-    except FileNotFoundError: raise
-    except Exception as e: raise ValueError(f"{file}: not a file of {what} ({type(e).__name__})") from None
+        with zipfile.ZipFile(file) as z:
+            unpacked = sum(i.file_size for i in z.infolist())
+        if unpacked > Path(file).stat().st_size:
+            raise ValueError(unpacked)  # `save` packs nothing
+        with np.load(file, allow_pickle=False) as kept:
+            return made_of(kept)
+    except FileNotFoundError:
+        raise
+    except Exception as e:
+        raise ValueError(f"{file}: not a file of {what} ({type(e).__name__})") from None
+
 
 def _names(kept: Mapping) -> "tuple[str, ...]":
     "The names of the models in a file, which all differ."
     names = json.loads(str(kept["names"]))
-    if not all(isinstance(n, str) for n in names) or len(set(names)) < len(names): raise ValueError(names)
+    if not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
+        raise ValueError(names)
     return tuple(names)
 
+# %% ../nbs/04_similarity.ipynb #716112d7
 def load_gram(
-    file: "str | Path", # what `Gram.save` wrote
+    file: "str | Path",  # what `Gram.save` wrote
 ) -> Gram:
     "The products that were kept."
+
     def made_of(kept):
         names, labels, cells = _names(kept), json.loads(str(kept["labels"])), kept["cells"]
-        if cells.shape != (len(labels), len(names) + 1, len(names) + 1) or cells.dtype != float: raise ValueError(cells.shape)
+        if cells.shape != (len(labels), len(names) + 1, len(names) + 1) or cells.dtype != float:
+            raise ValueError(cells.shape)
         as_label = lambda l: tuple(map(as_label, l)) if isinstance(l, list) else l
-        return Gram(names, {tuple(map(as_label, key)): cell for key, cell in zip(labels, cells)})
+        return Gram(
+            names, {tuple(map(as_label, key)): cell for key, cell in zip(labels, cells)}
+        )
+
     return _kept(file, "inner products", made_of)
 
 # %% ../nbs/04_similarity.ipynb #d362c557
 @dataclass(frozen=True, repr=False, eq=False)
 class Sketch:
     "Task vectors of N models, projected at random to k numbers each."
-    names: tuple[str, ...] # the N models
-    values: np.ndarray # (N, k) projected task vectors
-    norms: np.ndarray # (N,) lengths of the task vectors themselves
-    seed: int # of the projection
-    base: str # SHA-256 of the pretrained model's weights
 
-    def __repr__(self): return f"Sketch({len(self.names)} models, {self.values.shape[1]} numbers each)"
+    names: tuple[str, ...]  # the N models
+    values: np.ndarray  # (N, k) projected task vectors
+    norms: np.ndarray  # (N,) lengths of the task vectors themselves
+    seed: int  # of the projection
+    base: str  # SHA-256 of the pretrained model's weights
+
+    def __repr__(self):
+        return f"Sketch({len(self.names)} models, {self.values.shape[1]} numbers each)"
 
     def cosine(
         self,
-        other: "Sketch | None" = None, # models of another sketch; None: of this one
-    ) -> pd.DataFrame: # (N, M) estimates between -1 and 1; NaN for a model that did not move
+        other: "Sketch | None" = None,  # models of another sketch; None: of this one
+    ) -> pd.DataFrame:  # (N, M) estimates between -1 and 1; NaN for a model that did not move
         "Estimated cosines of the task vectors."
         right = self if other is None else other
-        if (self.seed, self.base, self.values.shape[1]) != (right.seed, right.base, right.values.shape[1]):
+        if (self.seed, self.base, self.values.shape[1]) != (
+            right.seed,
+            right.base,
+            right.values.shape[1],
+        ):
             raise ValueError("two sketches of different base, seed or size cannot be compared")
         norms = [np.where(s.norms > 0, s.norms, np.nan) for s in (self, right)]
         cosines = (self.values @ right.values.T / np.outer(*norms)).clip(-1, 1)
-        if other is None: np.fill_diagonal(cosines, np.where(self.norms > 0, 1.0, np.nan))
+        if other is None:
+            np.fill_diagonal(cosines, np.where(self.norms > 0, 1.0, np.nan))
         return pd.DataFrame(cosines, list(self.names), list(right.names))
 
 # %% ../nbs/04_similarity.ipynb #811fa7d9
@@ -405,67 +608,133 @@ def _bits(key: int, start: int, n: int) -> torch.Tensor:
     "Random bits of the weights from `start`, a multiple of 256, on."
     bits = np.random.Philox(key=key)
     bits.advance(start // 256)  # a step of its counter makes 256 bits
-    return torch.from_numpy(np.unpackbits(bits.random_raw(-(-n // 64)).astype("<u8").view(np.uint8))[:n])
+    return torch.from_numpy(
+        np.unpackbits(bits.random_raw(-(-n // 64)).astype("<u8").view(np.uint8))[:n]
+    )
 
-def _stretch_sketch(models: Sequence[Checkpoint], name: str, start: int, stop: int, room: _Room, k: int, seed: int) -> np.ndarray:
+
+def _stretch_sketch(
+    models: Sequence[Checkpoint],
+    name: str,
+    start: int,
+    stop: int,
+    room: _Room,
+    k: int,
+    seed: int,
+) -> np.ndarray:
     "The share of a stretch in the sums of each model, and in the square of its length."
-    key, n, at = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:16], "little"), len(models) - 1, 0
+    key, n, at = (
+        int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:16], "little"),
+        len(models) - 1,
+        0,
+    )
     with torch.cuda.stream(room.stream):
         signs = _bits(key, start, stop - start).to(room.wide).mul_(2).sub_(1)
-        sums, squares = (torch.zeros(n, width, dtype=torch.float64, device=room.wide.device) for width in (k, 1))
+        sums, squares = (
+            torch.zeros(n, width, dtype=torch.float64, device=room.wide.device)
+            for width in (k, 1)
+        )
         for tvs, _ in _task_vectors(models, name, start, stop, room):
             tvs = tvs[:-1]
             squares[:, 0] += torch.linalg.vector_norm(tvs, dim=1, dtype=torch.float64).square()
-            tvs.mul_(signs[at:(at := at + tvs.shape[1])])
+            tvs.mul_(signs[at : (at := at + tvs.shape[1])])
             sums += torch.nn.functional.pad(tvs, (0, -tvs.shape[1] % k)).view(n, -1, k).sum(1)
-        found = torch.cat([sums.roll(key % k, 1), squares], 1).cpu().numpy()  # rolled, or all short tensors would share the first sums
+        found = (
+            torch.cat([sums.roll(key % k, 1), squares], 1).cpu().numpy()
+        )  # rolled, or all short tensors would share the first sums
     _refuse_infinite(found, models, name, start, stop)
     return found
 
 # %% ../nbs/04_similarity.ipynb #45bb1796
 def sketch(
-    checkpoints: "Iterable[Checkpoint]", # N models, or folders, hub ids and live modules that `open_checkpoint` takes
-    base: Checkpoint, # the pretrained model they all started from
-    k: int = 4096, # numbers that are kept of each, a multiple of 256; the error of a cosine is 1 / sqrt(k) near 0, sqrt(2 / k) near 1
-    seed: int = 0, # of the projection
-    progress: bool = True, # show a progress bar, in weights
-    threads: "int | None" = None, # None: as many as torch would use, at most 8
-    device: str = "cpu", # what multiplies: "cpu" or "cuda"
-    memory: float = _MEMORY, # bytes of all buffers together; a thread for which there is no room is not started
+    checkpoints: "Iterable[Checkpoint]",  # N models, or folders, hub ids and live modules that `open_checkpoint` takes
+    base: Checkpoint,  # the pretrained model they all started from
+    k: int = 4096,  # numbers that are kept of each, a multiple of 256; the error of a cosine is 1 / sqrt(k) near 0, sqrt(2 / k) near 1
+    seed: int = 0,  # of the projection
+    progress: bool = True,  # show a progress bar, in weights
+    threads: "int | None" = None,  # None: as many as torch would use, at most 8
+    device: str = "cpu",  # what multiplies: "cpu" or "cuda"
+    memory: float = _MEMORY,  # bytes of all buffers together; a thread for which there is no room is not started
 ) -> Sketch:
     "Project task vectors at random, in one pass over the weights."
-    if k < 256 or k % 256: raise ValueError(f"k must be a multiple of 256, not {k}")
+    if k < 256 or k % 256:
+        raise ValueError(f"k must be a multiple of 256, not {k}")
     models = _checked_models(checkpoints, base, 1)
     work = lambda *stretch: _stretch_sketch(*stretch, k, seed)
-    found = sum(part for _, part in _passed(work, models, None, max(1, 2 * _CHUNK // k) * k, progress, threads, device, memory, f"sketch of {len(models) - 1} models", torch.float32))
-    return Sketch(tuple(m.name for m in models[:-1]), found[:, :-1], np.sqrt(found[:, -1]), seed, models[-1].sha256())
+    found = sum(
+        part
+        for _, part in _passed(
+            work,
+            models,
+            None,
+            max(1, 2 * _CHUNK // k) * k,
+            progress,
+            threads,
+            device,
+            memory,
+            f"sketch of {len(models) - 1} models",
+            torch.float32,
+        )
+    )
+    return Sketch(
+        tuple(m.name for m in models[:-1]),
+        found[:, :-1],
+        np.sqrt(found[:, -1]),
+        seed,
+        models[-1].sha256(),
+    )
 
 # %% ../nbs/04_similarity.ipynb #55aa8d89
 @patch
 def joined(
     self: Sketch,
-    other: Sketch, # of other models, with the same base, seed and size
+    other: Sketch,  # of other models, with the same base, seed and size
 ) -> Sketch:
     "The models of both."
-    self.cosine(other) # which refuses what cannot be compared
-    if twice := sorted(set(self.names) & set(other.names)): raise ValueError(f"both sketches hold {twice[0]!r}")
-    return replace(self, names=self.names + other.names, values=np.concatenate([self.values, other.values]), norms=np.concatenate([self.norms, other.norms]))
+    self.cosine(other)  # which refuses what cannot be compared
+    if twice := sorted(set(self.names) & set(other.names)):
+        raise ValueError(f"both sketches hold {twice[0]!r}")
+    return replace(
+        self,
+        names=self.names + other.names,
+        values=np.concatenate([self.values, other.values]),
+        norms=np.concatenate([self.norms, other.norms]),
+    )
+
 
 @patch
 def save(
     self: Sketch,
-    file: "str | Path", # a name that ends in .npz
+    file: "str | Path",  # a name that ends in .npz
 ) -> Path:
     "Keep the sketch in a file, written beside and renamed."
-    with whole_file(file) as f: np.savez(f, names=json.dumps(self.names), values=self.values, norms=self.norms, seed=self.seed, base=self.base)
+    with whole_file(file) as f:
+        np.savez(
+            f,
+            names=json.dumps(self.names),
+            values=self.values,
+            norms=self.norms,
+            seed=self.seed,
+            base=self.base,
+        )
     return Path(file)
 
+# %% ../nbs/04_similarity.ipynb #585945e3
 def load_sketch(
-    file: "str | Path", # what `Sketch.save` wrote
+    file: "str | Path",  # what `Sketch.save` wrote
 ) -> Sketch:
     "The sketch that was kept."
+
     def made_of(kept):
         names, values, norms = _names(kept), kept["values"], kept["norms"]
-        if values.shape[:1] != norms.shape or len(names) != len(norms) or values.ndim != 2 or values.dtype != float or norms.dtype != float: raise ValueError(values.shape)
+        if (
+            values.shape[:1] != norms.shape
+            or len(names) != len(norms)
+            or values.ndim != 2
+            or values.dtype != float
+            or norms.dtype != float
+        ):
+            raise ValueError(values.shape)
         return Sketch(names, values, norms, int(kept["seed"]), str(kept["base"]))
+
     return _kept(file, "sketched task vectors", made_of)

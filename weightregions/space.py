@@ -32,21 +32,28 @@ def patch(
 def _short(names: Iterable[str], most: int = 3) -> str:
     "The first few of `names` for a one-line message."
     names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(names[:most]) + (
+        f" and {len(names) - most} more" if len(names) > most else ""
+    )
 
 # %% ../nbs/00_space.ipynb #076a429c
 @dataclass(frozen=True)
 class Layout:
     "Which tensors make up a flat vector, in which order."
+
     names: tuple[str, ...]  # one name a tensor, in the order of the flat vector
     shapes: tuple[tuple[int, ...], ...]  # the shape of each
     dtypes: tuple[torch.dtype, ...]  # the data type in which each is stored
 
     def __post_init__(self):
         if not len(self.names) == len(self.shapes) == len(self.dtypes):
-            raise ValueError(f"a layout of {len(self.names)} names, {len(self.shapes)} shapes and {len(self.dtypes)} dtypes")
+            raise ValueError(
+                f"a layout of {len(self.names)} names, {len(self.shapes)} shapes and {len(self.dtypes)} dtypes"
+            )
         if len(self._index) < len(self.names):
-            raise ValueError(f"{_short(n for n in self._index if self.names.count(n) > 1)}: named twice in one layout")
+            raise ValueError(
+                f"{_short(n for n in self._index if self.names.count(n) > 1)}: named twice in one layout"
+            )
 
     @classmethod
     def of(
@@ -54,23 +61,41 @@ class Layout:
         tensors: "Mapping[str, Tensor]",  # named tensors, or anything that has a `layout` of its own
     ) -> "Layout":
         "The layout of a state dict, names sorted; a checkpoint's own layout."
-        if isinstance(own := getattr(tensors, "layout", None), Layout): return own
+        if isinstance(own := getattr(tensors, "layout", None), Layout):
+            return own
         names = sorted(tensors)
-        return cls(tuple(names), tuple(tuple(tensors[n].shape) for n in names), tuple(tensors[n].dtype for n in names))
+        return cls(
+            tuple(names),
+            tuple(tuple(tensors[n].shape) for n in names),
+            tuple(tensors[n].dtype for n in names),
+        )
 
     @cached_property
-    def _index(self) -> dict[str, int]: return {n: i for i, n in enumerate(self.names)}
+    def _index(self) -> dict[str, int]:
+        return {n: i for i, n in enumerate(self.names)}
+
     @cached_property
-    def sizes(self) -> tuple[int, ...]: return tuple(prod(s) for s in self.shapes)
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(prod(s) for s in self.shapes)
+
     @cached_property
-    def offsets(self) -> tuple[int, ...]: return tuple(accumulate(self.sizes, initial=0))[:-1]
+    def offsets(self) -> tuple[int, ...]:
+        return tuple(accumulate(self.sizes, initial=0))[:-1]
+
     @property
-    def numel(self) -> int: return sum(self.sizes)
+    def numel(self) -> int:
+        return sum(self.sizes)
 
-    def __len__(self): return len(self.names)
-    def __contains__(self, name): return name in self._index
+    def __len__(self):
+        return len(self.names)
+
+    def __contains__(self, name):
+        return name in self._index
+
     def __repr__(self):
-        kinds = ", ".join(sorted({str(d).removeprefix("torch.") for d in self.dtypes})) or "empty"
+        kinds = (
+            ", ".join(sorted({str(d).removeprefix("torch.") for d in self.dtypes})) or "empty"
+        )
         return f"Layout({len(self)} tensors, {self.numel:,} weights, {kinds})"
 
 # %% ../nbs/00_space.ipynb #a0b133e7
@@ -80,7 +105,8 @@ def slice(
     name: str,  # a tensor of the layout
 ) -> builtins.slice:
     "Where tensor `name` lies in the flat vector."
-    if name not in self: raise KeyError(f"{name}: not in {self}")
+    if name not in self:
+        raise KeyError(f"{name}: not in {self}")
     i = self._index[name]
     return builtins.slice(self.offsets[i], self.offsets[i] + self.sizes[i])
 
@@ -91,9 +117,17 @@ def select(
     which: "Iterable[str] | Callable[[str], bool]",  # names to keep, or a predicate on names
 ) -> Layout:
     "The layout of some of the tensors, in the same order; a selection that matches nothing is refused."
-    keep = set(filter(which, self.names)) if callable(which) else {which} if isinstance(which, str) else set(which)
-    if unknown := sorted(keep - set(self.names)): raise ValueError(f"{_short(unknown)}: not in {self}")
-    if not keep: raise ValueError(f"the selection matches no tensor of {self}")
+    keep = (
+        set(filter(which, self.names))
+        if callable(which)
+        else {which}
+        if isinstance(which, str)
+        else set(which)
+    )
+    if unknown := sorted(keep - set(self.names)):
+        raise ValueError(f"{_short(unknown)}: not in {self}")
+    if not keep:
+        raise ValueError(f"the selection matches no tensor of {self}")
     rows = [(n, s, d) for n, s, d in zip(self.names, self.shapes, self.dtypes) if n in keep]
     return Layout(*(tuple(column) for column in zip(*rows)))
 
@@ -105,12 +139,15 @@ def require_same(
     what: str = "the other",  # what the other is called in the error message
 ) -> None:
     "Raise unless `other` is the same space: same names, same shapes, same order."
-    if self.names == other.names and self.shapes == other.shapes: return
+    if self.names == other.names and self.shapes == other.shapes:
+        return
     missing = [n for n in self.names if n not in other]
     extra = [n for n in other.names if n not in self]
     instead = f" and has {_short(extra)} instead" if extra else ""
-    if missing: raise ValueError(f"{what} lacks {_short(missing)}{instead}")
-    if extra: raise ValueError(f"{what} has {_short(extra)} too many")
+    if missing:
+        raise ValueError(f"{what} lacks {_short(missing)}{instead}")
+    if extra:
+        raise ValueError(f"{what} has {_short(extra)} too many")
     for n, shape in zip(self.names, self.shapes):
         if shape != (found := other.shapes[other._index[n]]):
             raise ValueError(f"{what}: {n} has shape {found}, expected {shape}")
@@ -123,9 +160,18 @@ def layer_of(
     "The layer that a tensor belongs to: `embeddings`, `layer 3`, `encoder 3` or `decoder 3`."
     parts = name.split(".")
     at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-    if at is None: return "embeddings"
-    two_stacks = parts[at - 1] != "layer"  # BERT's relatives have one, and write `encoder.layer.3`
-    stack = "decoder" if "decoder" in parts[:at] else "encoder" if "encoder" in parts[:at] and two_stacks else "layer"
+    if at is None:
+        return "embeddings"
+    two_stacks = (
+        parts[at - 1] != "layer"
+    )  # BERT's relatives have one, and write `encoder.layer.3`
+    stack = (
+        "decoder"
+        if "decoder" in parts[:at]
+        else "encoder"
+        if "encoder" in parts[:at] and two_stacks
+        else "layer"
+    )
     return f"{stack} {int(parts[at])}"
 
 # %% ../nbs/00_space.ipynb #eccfe865
@@ -134,9 +180,12 @@ def kind_of(
 ) -> str:
     "What a tensor does: `bias`, `norm`, `attention`, `embeddings` (outside the layers) or `feed-forward`."
     low = name.lower()
-    if low.endswith("bias"): return "bias"
-    if "norm" in low or "ln_" in low: return "norm"
-    if "att" in low: return "attention"
+    if low.endswith("bias"):
+        return "bias"
+    if "norm" in low or "ln_" in low:
+        return "norm"
+    if "att" in low:
+        return "attention"
     return "embeddings" if layer_of(name) == "embeddings" else "feed-forward"
 
 # %% ../nbs/00_space.ipynb #90289993
@@ -147,8 +196,17 @@ def table(
     "One row a tensor: shape, dtype, offset and size in the flat vector (in weights), layer and kind."
     dtypes = [str(d).removeprefix("torch.") for d in self.dtypes]
     layers, kinds = [layer_of(n) for n in self.names], [kind_of(n) for n in self.names]
-    return pd.DataFrame({"tensor": self.names, "shape": self.shapes, "dtype": dtypes, "offset": self.offsets,
-                         "size": self.sizes, "layer": layers, "kind": kinds})
+    return pd.DataFrame(
+        {
+            "tensor": self.names,
+            "shape": self.shapes,
+            "dtype": dtypes,
+            "offset": self.offsets,
+            "size": self.sizes,
+            "layer": layers,
+            "kind": kinds,
+        }
+    )
 
 # %% ../nbs/00_space.ipynb #a2c9de96
 def flatten(
@@ -160,12 +218,15 @@ def flatten(
 ) -> Tensor:  # shape (layout.numel,)
     "One vector of all tensors, in the order of `layout`."
     have, who = tensors.keys(), getattr(tensors, "name", "the state dict")
-    if missing := [n for n in layout.names if n not in have]: raise ValueError(f"{who} lacks {_short(missing)}")
+    if missing := [n for n in layout.names if n not in have]:
+        raise ValueError(f"{who} lacks {_short(missing)}")
     if (extra := [n for n in have if n not in layout]) and not partial:
         raise ValueError(f"{who} has {_short(extra)} too many")
     vector = torch.empty(layout.numel, dtype=dtype)
     for name, shape, place in zip(layout.names, layout.shapes, map(layout.slice, layout.names)):
-        vector[place] = _checked(name, tensors[name], shape).reshape(-1).to(dtype=dtype, device="cpu")
+        vector[place] = (
+            _checked(name, tensors[name], shape).reshape(-1).to(dtype=dtype, device="cpu")
+        )
         if finite and not torch.isfinite(vector[place]).all():
             raise ValueError(f"{who}: {name} holds NaN or infinite values (as {dtype})")
     return vector
@@ -173,8 +234,10 @@ def flatten(
 # %% ../nbs/00_space.ipynb #f5527150
 def _checked(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     "`tensor` without gradient, if it is a floating-point tensor of that shape."
-    if not isinstance(tensor, Tensor): raise TypeError(f"{name} is a {type(tensor).__name__}, not a tensor")
-    if not tensor.is_floating_point(): raise ValueError(f"{name} is {tensor.dtype}, not a floating-point tensor")
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, not a tensor")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} is {tensor.dtype}, not a floating-point tensor")
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
     return tensor.detach()
@@ -189,10 +252,14 @@ def unflatten(
     if vector.ndim != 1 or len(vector) != layout.numel:
         raise ValueError(f"a vector of shape {tuple(vector.shape)} does not fit {layout}")
     parts = zip(layout.names, layout.shapes, layout.dtypes)
-    return {n: vector[layout.slice(n)].to(dtype or own, copy=True).reshape(shape) for n, shape, own in parts}
+    return {
+        n: vector[layout.slice(n)].to(dtype or own, copy=True).reshape(shape)
+        for n, shape, own in parts
+    }
 
 # %% ../nbs/00_space.ipynb #f577a005
 BLOCK = 2**18  # weights that are held in float64 at a time
+
 
 def dot(
     a: Tensor,  # flat vector
@@ -200,22 +267,32 @@ def dot(
 ) -> float:
     "The inner product of two vectors, accumulated in float64 block by block."
     if a.shape != b.shape:
-        raise ValueError(f"inner product of vectors of shapes {tuple(a.shape)} and {tuple(b.shape)}")
-    return sum(float(torch.dot(a[i:i + BLOCK].double(), b[i:i + BLOCK].double())) for i in range(0, len(a), BLOCK))
+        raise ValueError(
+            f"inner product of vectors of shapes {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    return sum(
+        float(torch.dot(a[i : i + BLOCK].double(), b[i : i + BLOCK].double()))
+        for i in range(0, len(a), BLOCK)
+    )
 
 # %% ../nbs/00_space.ipynb #cdb763d0
 @dataclass(frozen=True, eq=False, repr=False)
 class TaskVector:
     "Fine-tuned weights minus pretrained weights, as one immutable value."
+
     vector: Tensor  # shape (layout.numel,), float32 or float64: a copy of what was given, to be read only
     layout: Layout  # which tensors it is made of
 
     def __post_init__(self):
-        kind = self.vector.dtype if isinstance(self.vector, Tensor) else type(self.vector).__name__
+        kind = (
+            self.vector.dtype if isinstance(self.vector, Tensor) else type(self.vector).__name__
+        )
         if kind not in (torch.float32, torch.float64):
             raise TypeError(f"a task vector of {kind}, not float32 or float64")
         if tuple(self.vector.shape) != (self.layout.numel,):
-            raise ValueError(f"a task vector of shape {tuple(self.vector.shape)} does not fit {self.layout}")
+            raise ValueError(
+                f"a task vector of shape {tuple(self.vector.shape)} does not fit {self.layout}"
+            )
         object.__setattr__(self, "vector", self.vector.detach().clone())
 
     @classmethod
@@ -226,10 +303,15 @@ class TaskVector:
         dtype: torch.dtype = torch.float32,  # float32 or float64: in which the difference is taken and kept
     ) -> "TaskVector":
         "The task vector from `base` to `fine_tuned`, both read one tensor at a time."
-        if same := getattr(fine_tuned, "require_same_space", None): same(base)
+        if same := getattr(fine_tuned, "require_same_space", None):
+            same(base)
         layout = Layout.of(base)
-        layout.require_same(Layout.of(fine_tuned), getattr(fine_tuned, "name", "the fine-tuned model"))
-        return _made(flatten(fine_tuned, layout, dtype).sub_(flatten(base, layout, dtype)), layout)
+        layout.require_same(
+            Layout.of(fine_tuned), getattr(fine_tuned, "name", "the fine-tuned model")
+        )
+        return _made(
+            flatten(fine_tuned, layout, dtype).sub_(flatten(base, layout, dtype)), layout
+        )
 
     def __repr__(self):
         return f"TaskVector({self.layout.numel:,} weights in {len(self.layout)} tensors, norm {self.norm():.4g})"
@@ -238,7 +320,8 @@ class TaskVector:
 def _made(vector: Tensor, layout: Layout) -> TaskVector:
     "A task vector that takes over `vector` without another copy."
     tv = object.__new__(TaskVector)
-    for field, value in (("vector", vector), ("layout", layout)): object.__setattr__(tv, field, value)
+    for field, value in (("vector", vector), ("layout", layout)):
+        object.__setattr__(tv, field, value)
     return tv
 
 # %% ../nbs/00_space.ipynb #18d5c8e8
@@ -250,28 +333,46 @@ def norm(self: TaskVector) -> float:
 # %% ../nbs/00_space.ipynb #125370b0
 @patch
 def __add__(self: TaskVector, other: TaskVector) -> TaskVector:
-    if isinstance(other, Real) and other == 0: return self  # the start of `sum`
-    return NotImplemented if not isinstance(other, TaskVector) else _made(self.vector + _same(self, other), self.layout)
+    if isinstance(other, Real) and other == 0:
+        return self  # the start of `sum`
+    return (
+        NotImplemented
+        if not isinstance(other, TaskVector)
+        else _made(self.vector + _same(self, other), self.layout)
+    )
+
 
 @patch
 def __sub__(self: TaskVector, other: TaskVector) -> TaskVector:
-    return NotImplemented if not isinstance(other, TaskVector) else _made(self.vector - _same(self, other), self.layout)
+    return (
+        NotImplemented
+        if not isinstance(other, TaskVector)
+        else _made(self.vector - _same(self, other), self.layout)
+    )
+
 
 @patch
 def __mul__(self: TaskVector, weight: float) -> TaskVector:
-    if not isinstance(weight, Real): return NotImplemented
-    if not isfinite(weight): raise ValueError(f"a task vector times {weight}")
+    if not isinstance(weight, Real):
+        return NotImplemented
+    if not isfinite(weight):
+        raise ValueError(f"a task vector times {weight}")
     return _made(self.vector * float(weight), self.layout)
+
 
 @patch
 def __truediv__(self: TaskVector, weight: float) -> TaskVector:
     return self * (1 / weight) if isinstance(weight, Real) else NotImplemented
 
+
 @patch
-def __neg__(self: TaskVector) -> TaskVector: return self * -1
+def __neg__(self: TaskVector) -> TaskVector:
+    return self * -1
+
 
 TaskVector.__radd__, TaskVector.__rmul__ = TaskVector.__add__, TaskVector.__mul__
 
+# %% ../nbs/00_space.ipynb #18c71eb9
 def _same(a: TaskVector, b: TaskVector) -> Tensor:
     "The vector of `b`, if it lives in the space of `a`."
     a.layout.require_same(b.layout, "the other task vector")
@@ -285,7 +386,10 @@ def cos(
 ) -> float:
     "The cosine of the angle between two task vectors, accumulated in float64."
     norms = self.norm() * TaskVector.norm(other)
-    if norms == 0: raise ValueError("a task vector of norm 0 has no direction: this model is the base model")
+    if norms == 0:
+        raise ValueError(
+            "a task vector of norm 0 has no direction: this model is the base model"
+        )
     return dot(self.vector, _same(self, other)) / norms
 
 # %% ../nbs/00_space.ipynb #e5c59799
@@ -297,10 +401,13 @@ def apply_to(
 ) -> "dict[str, Tensor]":
     "The tensors of `base` plus this task vector, summed in its precision, in the data types of `base`."
     have = Layout.of(base)
-    if partial: have = have.select(n for n in self.layout.names if n in have)
+    if partial:
+        have = have.select(n for n in self.layout.names if n in have)
     self.layout.require_same(have, getattr(base, "name", "the base"))
     moved = {}
     for name, shape in zip(self.layout.names, self.layout.shapes):
         start = _checked(name, base[name], shape)
-        moved[name] = (start.to(self.vector.dtype) + self.vector[self.layout.slice(name)].reshape(shape)).to(start.dtype)
+        moved[name] = (
+            start.to(self.vector.dtype) + self.vector[self.layout.slice(name)].reshape(shape)
+        ).to(start.dtype)
     return moved

@@ -23,139 +23,248 @@ import scipy
 import torch
 from filelock import FileLock
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, TrainerCallback, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    TrainerCallback,
+    set_seed,
+)
 
 from .checkpoints import open_checkpoint
 from .comparison import Measurements
 from .corpora import Corpus
-from .finetuning import CHOICES, Recipe, Tokenized, evaluate, one_thread, quiet, set_trainable, trainer_for, usable, with_head, zero_head
+from weightregions.finetuning import (
+    CHOICES,
+    Recipe,
+    Tokenized,
+    evaluate,
+    one_thread,
+    quiet,
+    set_trainable,
+    trainer_for,
+    usable,
+    with_head,
+    zero_head,
+)
 from .jobs import run_jobs
 
 # %% ../nbs/34_starting.ipynb #522148db
 def split_validation(
-    corpus: Corpus, # whose training rows are split; its test split is left alone
-    share: float = 0.2, # of each class's training rows, to be held back
-    at_least: int = 1, # rows of each class that are held back, however few there are; 0: a class with one row keeps it for training
-    seed: int = 0, # of the draw
-) -> "tuple[Corpus, pd.DataFrame]": # the corpus without the rows held back, and those rows
+    corpus: Corpus,  # whose training rows are split; its test split is left alone
+    share: float = 0.2,  # of each class's training rows, to be held back
+    at_least: int = 1,  # rows of each class that are held back, however few there are; 0: a class with one row keeps it for training
+    seed: int = 0,  # of the draw
+) -> "tuple[Corpus, pd.DataFrame]":  # the corpus without the rows held back, and those rows
     "Hold back a stratified part of the training rows."
-    if not 0 < share < 1: raise ValueError(f"share must lie between 0 and 1, not {share}")
-    if at_least < 0: raise ValueError(f"at_least is a number of rows, not {at_least}")
+    if not 0 < share < 1:
+        raise ValueError(f"share must lie between 0 and 1, not {share}")
+    if at_least < 0:
+        raise ValueError(f"at_least is a number of rows, not {at_least}")
     y, rng, held = corpus.train["label"].to_numpy(), np.random.default_rng(seed), []
     for label in np.unique(y):
         own = rng.permutation(np.flatnonzero(y == label))
         if len(own) <= at_least:
-            raise ValueError(f"dataset {corpus.name}: class {corpus.labels[label]!r} has {len(own)} of {len(y)} training rows, too few to hold back {at_least} for validation")
-        held.append(own[:min(max(round(share * len(own)), at_least, 1), len(own) - 1)])
-    if sum(map(bool, map(len, held))) < 2: raise ValueError(f"dataset {corpus.name}: {len(y)} training rows are too few for a validation part of two classes")
+            raise ValueError(
+                f"dataset {corpus.name}: class {corpus.labels[label]!r} has {len(own)} of {len(y)} training rows, too few to hold back {at_least} for validation"
+            )
+        held.append(own[: min(max(round(share * len(own)), at_least, 1), len(own) - 1)])
+    if sum(map(bool, map(len, held))) < 2:
+        raise ValueError(
+            f"dataset {corpus.name}: {len(y)} training rows are too few for a validation part of two classes"
+        )
     keep = np.isin(np.arange(len(y)), np.concatenate(held), invert=True)
-    return replace(corpus, train=corpus.train[keep], source=f"{corpus.source}, without {(~keep).sum()} validation rows"), corpus.train[~keep].reset_index(drop=True)
+    return replace(
+        corpus,
+        train=corpus.train[keep],
+        source=f"{corpus.source}, without {(~keep).sum()} validation rows",
+    ), corpus.train[~keep].reset_index(drop=True)
 
 # %% ../nbs/34_starting.ipynb #310dfe34
-RATES = {"all": (5e-5, 2e-4, 8e-4), "bitfit": (5e-4, 2e-3, 8e-3), "head": (1e-3, 5e-3, 2e-2), "lora": (2e-4, 1e-3, 5e-3)} # tried by default
+RATES = {
+    "all": (5e-5, 2e-4, 8e-4),
+    "bitfit": (5e-4, 2e-3, 8e-3),
+    "head": (1e-3, 5e-3, 2e-2),
+    "lora": (2e-4, 1e-3, 5e-3),
+}  # tried by default
 
+# %% ../nbs/34_starting.ipynb #85b7b3a3
 @dataclass(frozen=True)
 class Search:
     "How the learning rate and the number of steps are chosen: the same for every start."
-    rates: "tuple | None" = None # learning rates tried, of the body (of the head, if nothing else trains); None: the method's in `RATES`
-    evaluations: int = 10        # looks at the validation part in a full run, evenly spaced
-    patience: int = 3            # looks without a new best after which a run stops
+
+    rates: "tuple | None" = None  # learning rates tried, of the body (of the head, if nothing else trains); None: the method's in `RATES`
+    evaluations: int = 10  # looks at the validation part in a full run, evenly spaced
+    patience: int = 3  # looks without a new best after which a run stops
     epochs: "float | None" = 10  # passes over the training rows at most, as in the paper; None: the recipe's steps, however few rows there are
-    share: float = 0.2           # of the training rows that are held back for validation
-    at_most: int = 500           # validation rows, about
-    at_least: int = 1            # validation rows of each class, see `split_validation`
+    share: float = 0.2  # of the training rows that are held back for validation
+    at_most: int = 500  # validation rows, about
+    at_least: int = 1  # validation rows of each class, see `split_validation`
 
     def __post_init__(self):
-        if self.rates is not None: object.__setattr__(self, "rates", tuple(self.rates))
-        if self.rates == (): raise ValueError("search: no learning rate to try")
+        if self.rates is not None:
+            object.__setattr__(self, "rates", tuple(self.rates))
+        if self.rates == ():
+            raise ValueError("search: no learning rate to try")
         for rate in self.rates or ():
-            if not 0 < rate < 1: raise ValueError(f"search: a learning rate lies between 0 and 1, not {rate}")
+            if not 0 < rate < 1:
+                raise ValueError(f"search: a learning rate lies between 0 and 1, not {rate}")
         for name in ("evaluations", "patience", "at_most"):
-            if getattr(self, name) < 1: raise ValueError(f"search: {name} must be at least 1, not {getattr(self, name)}")
-        if not 0 < self.share < 1: raise ValueError(f"search: share must lie between 0 and 1, not {self.share}")
-        if self.epochs is not None and not self.epochs > 0: raise ValueError(f"search: epochs must be a positive number, not {self.epochs}")
-        if self.at_least < 0: raise ValueError(f"search: at_least is a number of rows, not {self.at_least}")
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"search: {name} must be at least 1, not {getattr(self, name)}"
+                )
+        if not 0 < self.share < 1:
+            raise ValueError(f"search: share must lie between 0 and 1, not {self.share}")
+        if self.epochs is not None and not self.epochs > 0:
+            raise ValueError(f"search: epochs must be a positive number, not {self.epochs}")
+        if self.at_least < 0:
+            raise ValueError(f"search: at_least is a number of rows, not {self.at_least}")
 
-    def split(self,
-        corpus: Corpus, # whose training rows are split
-        seed: int, # of the draw
-    ) -> tuple: # the corpus without the rows held back, and those rows
+    def split(
+        self,
+        corpus: Corpus,  # whose training rows are split
+        seed: int,  # of the draw
+    ) -> tuple:  # the corpus without the rows held back, and those rows
         "Hold back the validation part."
-        return split_validation(corpus, min(self.share, self.at_most / len(corpus.train)), self.at_least, seed)
+        return split_validation(
+            corpus, min(self.share, self.at_most / len(corpus.train)), self.at_least, seed
+        )
 
-    def steps(self,
-        recipe: Recipe, # whose steps are the most
-        n: int, # training rows
-    ) -> int: # optimiser steps of a full run
+    def steps(
+        self,
+        recipe: Recipe,  # whose steps are the most
+        n: int,  # training rows
+    ) -> int:  # optimiser steps of a full run
         "How long a run may be."
-        return recipe.steps if self.epochs is None else min(recipe.steps, math.ceil(self.epochs * n / recipe.batch_size))
+        return (
+            recipe.steps
+            if self.epochs is None
+            else min(recipe.steps, math.ceil(self.epochs * n / recipe.batch_size))
+        )
 
 # %% ../nbs/34_starting.ipynb #c2e58a57
 def classifier_from(
-    start, # folder or hub id of a checkpoint
-    labels: tuple, # names of the classes
-    seed: int, # of the head
-) -> tuple: # a sequence classifier and the start's tokenizer
+    start,  # folder or hub id of a checkpoint
+    labels: tuple,  # names of the classes
+    seed: int,  # of the head
+) -> tuple:  # a sequence classifier and the start's tokenizer
     "The body of `start` under a fresh head that depends on the seed only."
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(start)
         set_seed(seed)
         model = with_head(start, labels, problem_type="single_label_classification")
         set_seed(seed)
-        fresh = AutoModelForSequenceClassification.from_config(model.config, dtype=torch.float32)
-    model.load_state_dict({k: v for k, v in fresh.state_dict().items() if not k.startswith(f"{model.base_model_prefix}.")}, strict=False)
+        fresh = AutoModelForSequenceClassification.from_config(
+            model.config, dtype=torch.float32
+        )
+    model.load_state_dict(
+        {
+            k: v
+            for k, v in fresh.state_dict().items()
+            if not k.startswith(f"{model.base_model_prefix}.")
+        },
+        strict=False,
+    )
     return model, tokenizer
 
 # %% ../nbs/34_starting.ipynb #a103a047
 METHODS = (*CHOICES["trains"], "lora")
 
+
 def _lora(model):
     "Put LoRA's matrices into a classifier, and let them and the head train."
     from peft import LoraConfig, inject_adapter_in_model  # only here, for few have it
+
     inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16), model)
     body = f"{model.base_model_prefix}."
-    for name, p in model.named_parameters(): p.requires_grad = "lora_" in name or not name.startswith(body)
+    for name, p in model.named_parameters():
+        p.requires_grad = "lora_" in name or not name.startswith(body)
+
 
 def _prepare(model, recipe, method):
     "Let the method's parameters train; a head that starts at zero, if the recipe says so."
-    if recipe.head == "zero": zero_head(model)
+    if recipe.head == "zero":
+        zero_head(model)
     _lora(model) if method == "lora" else set_trainable(model, method)
+
 
 def _known(method):
     "The method, if it is one, and can be had."
-    if method not in METHODS: raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-    if method == "lora" and find_spec("peft") is None: raise ImportError("the method 'lora' takes the package peft, which is not installed: pip install peft")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    if method == "lora" and find_spec("peft") is None:
+        raise ImportError(
+            "the method 'lora' takes the package peft, which is not installed: pip install peft"
+        )
     return method
 
 # %% ../nbs/34_starting.ipynb #19118c93
 class _Watch(TrainerCallback):
     "Looks at the validation part every few steps, and keeps the best weights."
+
     def __init__(self, data, tokenizer, rate, every, patience):
-        self.data, self.tokenizer, self.rate, self.every, self.patience = data, tokenizer, rate, every, patience
-        self.best, self.steps, self.weights, self.waited, self.history = (-1.0, 0.0), 0, {}, 0, []
+        self.data, self.tokenizer, self.rate, self.every, self.patience = (
+            data,
+            tokenizer,
+            rate,
+            every,
+            patience,
+        )
+        self.best, self.steps, self.weights, self.waited, self.history = (
+            (-1.0, 0.0),
+            0,
+            {},
+            0,
+            [],
+        )
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % self.every and state.global_step < args.max_steps: return
+        if state.global_step % self.every and state.global_step < args.max_steps:
+            return
         found = evaluate(model, self.data, self.tokenizer)
-        self.history.append({"rate": self.rate, "step": state.global_step, "accuracy": found["accuracy"], "loss": found["loss"]})
+        self.history.append(
+            {
+                "rate": self.rate,
+                "step": state.global_step,
+                "accuracy": found["accuracy"],
+                "loss": found["loss"],
+            }
+        )
         score, self.waited = (found["accuracy"], -found["loss"]), self.waited + 1
         if math.isfinite(found["loss"]) and score > self.best:
             self.best, self.steps, self.waited = score, state.global_step, 0
-            self.weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-        if self.waited >= self.patience: control.should_training_stop = True
+            self.weights = {
+                name: p.detach().clone()
+                for name, p in model.named_parameters()
+                if p.requires_grad
+            }
+        if self.waited >= self.patience:
+            control.should_training_stop = True
 
 # %% ../nbs/34_starting.ipynb #6f624e21
 def _in_steps(recipe):
     "Refuse a recipe that says of itself when a run ends."
-    if recipe.epochs or recipe.patience: raise ValueError("the search says how long a run is, not the recipe's epochs and patience")
+    if recipe.epochs or recipe.patience:
+        raise ValueError(
+            "the search says how long a run is, not the recipe's epochs and patience"
+        )
+
 
 def _run(model, tokenizer, rows, held, recipe, method, rate, seed, search, device):
     "Train once at one rate; what the watch saw."
     steps = search.steps(recipe, len(rows))
-    recipe = replace(recipe, steps=steps, learning_rate=rate, head_rate=rate if method == "head" else recipe.head_rate)
+    recipe = replace(
+        recipe,
+        steps=steps,
+        learning_rate=rate,
+        head_rate=rate if method == "head" else recipe.head_rate,
+    )
     watch = _Watch(held, tokenizer, rate, max(1, steps // search.evaluations), search.patience)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = trainer_for(model, rows, DataCollatorWithPadding(tokenizer), recipe, seed, scratch, device)
+        trainer = trainer_for(
+            model, rows, DataCollatorWithPadding(tokenizer), recipe, seed, scratch, device
+        )
         trainer.add_callback(watch)
         trainer.train()
     return watch
@@ -164,28 +273,31 @@ def _run(model, tokenizer, rows, held, recipe, method, rate, seed, search, devic
 @dataclass(frozen=True, eq=False)
 class Tuned:
     "A model fine-tuned at the learning rate that suited its validation part, and what it scored."
-    accuracy: float    # on the test split
-    loss: float        # cross-entropy on the test split, nats
-    rate: float        # learning rate chosen
-    steps: int         # optimiser steps after which the weights were best
+
+    accuracy: float  # on the test split
+    loss: float  # cross-entropy on the test split, nats
+    rate: float  # learning rate chosen
+    steps: int  # optimiser steps after which the weights were best
     validation: float  # accuracy of those weights on the validation part
-    n_train: int       # training examples used, those of the validation part among them
+    n_train: int  # training examples used, those of the validation part among them
     n_validation: int  # examples of the validation part
-    n_test: int        # rows of the test split
-    method: str        # "all", "bitfit", "head" or "lora"
-    history: pd.DataFrame = field(repr=False) # every look at the validation part: rate, step, accuracy, loss
-    model: "torch.nn.Module" = field(repr=False) # the fine-tuned classifier
-    tokenizer: object = field(repr=False) # that goes with it
+    n_test: int  # rows of the test split
+    method: str  # "all", "bitfit", "head" or "lora"
+    history: pd.DataFrame = field(
+        repr=False
+    )  # every look at the validation part: rate, step, accuracy, loss
+    model: "torch.nn.Module" = field(repr=False)  # the fine-tuned classifier
+    tokenizer: object = field(repr=False)  # that goes with it
 
 # %% ../nbs/34_starting.ipynb #f69db8d7
 def tune(
-    start, # folder or hub id of the checkpoint to start from
-    corpus: Corpus, # what to fine-tune on
-    recipe: Recipe, # how; its learning rate is replaced by those of the search, and `rows` caps the training examples, drawn by the seed
-    seed: int, # of the examples, the validation part, the head, the order of rows and dropout
-    search: "Search | None" = None, # how the learning rate and the steps are chosen; None: `Search()`
-    device: "str | None" = None, # "cpu" or "cuda"; None: cuda where there is one
-    method: "str | None" = None, # one of `METHODS`; None: what the recipe trains
+    start,  # folder or hub id of the checkpoint to start from
+    corpus: Corpus,  # what to fine-tune on
+    recipe: Recipe,  # how; its learning rate is replaced by those of the search, and `rows` caps the training examples, drawn by the seed
+    seed: int,  # of the examples, the validation part, the head, the order of rows and dropout
+    search: "Search | None" = None,  # how the learning rate and the steps are chosen; None: `Search()`
+    device: "str | None" = None,  # "cpu" or "cuda"; None: cuda where there is one
+    method: "str | None" = None,  # one of `METHODS`; None: what the recipe trains
 ) -> Tuned:
     "Fine-tune `start` at each learning rate, keep what is best on a validation part, and look at the test split once."
     search, method = search or Search(), _known(method or recipe.trains)
@@ -197,42 +309,104 @@ def tune(
         model, tokenizer = classifier_from(start, corpus.labels, seed)
         _prepare(model, recipe, method)
         initial = {k: v.clone() for k, v in model.state_dict().items()}
-        rows, validation = (Tokenized(r, tokenizer, recipe.max_length) for r in (part.train, held))
+        rows, validation = (
+            Tokenized(r, tokenizer, recipe.max_length) for r in (part.train, held)
+        )
         runs = []
         for rate in search.rates or RATES[method]:
             model.load_state_dict(initial)
-            runs.append(_run(model, tokenizer, rows, validation, recipe, method, rate, seed, search, device))
+            runs.append(
+                _run(
+                    model,
+                    tokenizer,
+                    rows,
+                    validation,
+                    recipe,
+                    method,
+                    rate,
+                    seed,
+                    search,
+                    device,
+                )
+            )
         best = max(runs, key=lambda run: run.best)
-        if not best.weights: raise ValueError(f"{start} on {corpus.name}: the loss is not finite at any of the learning rates {', '.join(f'{r.rate:g}' for r in runs)}")
+        if not best.weights:
+            raise ValueError(
+                f"{start} on {corpus.name}: the loss is not finite at any of the learning rates {', '.join(f'{r.rate:g}' for r in runs)}"
+            )
         model.load_state_dict(initial | best.weights)
         test = evaluate(model, Tokenized(corpus.test, tokenizer, recipe.max_length), tokenizer)
     history = pd.DataFrame([look for run in runs for look in run.history])
-    return Tuned(test["accuracy"], test["loss"], best.rate, best.steps, best.best[0], len(given.train), len(held), test["n_test"], method, history, model, tokenizer)
+    return Tuned(
+        test["accuracy"],
+        test["loss"],
+        best.rate,
+        best.steps,
+        best.best[0],
+        len(given.train),
+        len(held),
+        test["n_test"],
+        method,
+        history,
+        model,
+        tokenizer,
+    )
 
 # %% ../nbs/34_starting.ipynb #b83fd6ea
-COLUMNS = ["target", "start", "size", "seed", "method", "accuracy", "loss", "rate", "steps", "validation", "n_train", "n_validation", "n_test"]
+COLUMNS = [
+    "target",
+    "start",
+    "size",
+    "seed",
+    "method",
+    "accuracy",
+    "loss",
+    "rate",
+    "steps",
+    "validation",
+    "n_train",
+    "n_validation",
+    "n_test",
+]
+
 
 def _job(key, start, corpus, recipe, search, made_of):
     "One row: one start on one target with one seed."
     target, name, size, seed, method = key
-    t = tune(start, corpus, replace(recipe, rows=None if size == "all" else int(size)), int(seed), search, method=method)
-    found = {"target": target, "start": name, "size": size, "seed": seed} | {c: getattr(t, c) for c in COLUMNS[4:]}
+    t = tune(
+        start,
+        corpus,
+        replace(recipe, rows=None if size == "all" else int(size)),
+        int(seed),
+        search,
+        method=method,
+    )
+    found = {"target": target, "start": name, "size": size, "seed": seed} | {
+        c: getattr(t, c) for c in COLUMNS[4:]
+    }
     return {c: found[c] for c in COLUMNS} | {"recipe": made_of}
 
+# %% ../nbs/34_starting.ipynb #ea842f92
 def _starts_of(starts, target):
     "The starts for one target, each with a name."
     found = starts(target) if callable(starts) else starts
-    if not isinstance(found, Mapping) or not found: raise ValueError(f"{target}: there are no starts, name -> folder, but {type(found).__name__}")
+    if not isinstance(found, Mapping) or not found:
+        raise ValueError(
+            f"{target}: there are no starts, name -> folder, but {type(found).__name__}"
+        )
     for name in found:
-        if not isinstance(name, str) or not name.strip() or len(name.splitlines()) > 1: raise ValueError(f"{target}: a start's name is a line of text, not {name!r}")
+        if not isinstance(name, str) or not name.strip() or len(name.splitlines()) > 1:
+            raise ValueError(f"{target}: a start's name is a line of text, not {name!r}")
     return dict(found)
+
 
 def _opened_starts(found):
     "Start -> SHA-256 of its body; refuses starts that are not in one space."
     hashes, first = {}, None
     for target, named in found.items():
         for name, start in named.items():
-            if str(start) in hashes: continue
+            if str(start) in hashes:
+                continue
             checkpoint = open_checkpoint(start, name=name)
             first = first or checkpoint
             checkpoint.require_same_space(first)
@@ -242,124 +416,242 @@ def _opened_starts(found):
 # %% ../nbs/34_starting.ipynb #c136b17f
 def _tasks(starts, corpora, sizes, seeds, recipe, search, method):
     "Key -> what a job takes, for every job; what cannot work is refused before any of them starts."
-    if not corpora: raise ValueError("there are no targets")
-    if odd := [n for n in sizes if n is not None and not isinstance(n, (int, np.integer))]: raise ValueError(f"a size is a number of rows, or None for all, not {odd[0]!r}")
-    if not sizes or not seeds: raise ValueError(f"there are no {'seeds' if sizes else 'sizes'}")
+    if not corpora:
+        raise ValueError("there are no targets")
+    if odd := [n for n in sizes if n is not None and not isinstance(n, (int, np.integer))]:
+        raise ValueError(f"a size is a number of rows, or None for all, not {odd[0]!r}")
+    if not sizes or not seeds:
+        raise ValueError(f"there are no {'seeds' if sizes else 'sizes'}")
     _in_steps(recipe)
-    if recipe.rows is not None: raise ValueError(f"the sizes say how many rows to train on, not the recipe (rows={recipe.rows})")
-    drawn = {key: corpora[key[0]] if key[1] is None else corpora[key[0]].subsample(*key[1:]) for key in product(corpora, sizes, seeds)} # no more rows than a worker needs
-    for (_, _, seed), corpus in drawn.items(): search.split(corpus, seed)
+    if recipe.rows is not None:
+        raise ValueError(
+            f"the sizes say how many rows to train on, not the recipe (rows={recipe.rows})"
+        )
+    drawn = {
+        key: corpora[key[0]] if key[1] is None else corpora[key[0]].subsample(*key[1:])
+        for key in product(corpora, sizes, seeds)
+    }  # no more rows than a worker needs
+    for (_, _, seed), corpus in drawn.items():
+        search.split(corpus, seed)
     found = {target: _starts_of(starts, target) for target in corpora}
     hashes, tasks = _opened_starts(found), {}
     for target, size, seed in product(corpora, sizes, seeds):
         for name, start in found[target].items():
             key = (target, name, "all" if size is None else str(size), str(seed), method)
-            tasks[key] = start, drawn[target, size, seed], recipe, search, hashlib.sha256(f"{hashes[str(start)]} {corpora[target].sha256}".encode()).hexdigest()[:12]
+            tasks[key] = (
+                start,
+                drawn[target, size, seed],
+                recipe,
+                search,
+                hashlib.sha256(
+                    f"{hashes[str(start)]} {corpora[target].sha256}".encode()
+                ).hexdigest()[:12],
+            )
     return tasks
 
 # %% ../nbs/34_starting.ipynb #b17f66e2
 def compare_starts(
-    starts: "Mapping | Callable", # name -> folder or hub id, or a function that gives that for a target's name
-    corpora: "Mapping[str, Corpus]", # the targets, by name
-    sizes: Iterable = (200, 1000, None), # training examples, those for validation among them; None: all
-    seeds: Iterable = (1, 2, 3), # each draws examples, validation part, head and order anew, the same for every start
-    recipe: Recipe = Recipe(trains="bitfit"), # how to fine-tune
-    search: "Search | None" = None, # how learning rate and steps are chosen; None: `Search()`
-    file=None, # CSV file to which rows are added, and from which a comparison goes on; None: in memory only
-    workers: "int | None" = None, # fine-tunings at a time; None: see `run_jobs`
-    method: "str | None" = None, # one of `METHODS`; None: what the recipe trains
-) -> pd.DataFrame: # a row a job: target, start, size (text: "200", "all"), seed, method, accuracy, loss, rate, steps, validation, n_train, n_validation, n_test
+    starts: "Mapping | Callable",  # name -> folder or hub id, or a function that gives that for a target's name
+    corpora: "Mapping[str, Corpus]",  # the targets, by name
+    sizes: Iterable = (
+        200,
+        1000,
+        None,
+    ),  # training examples, those for validation among them; None: all
+    seeds: Iterable = (
+        1,
+        2,
+        3,
+    ),  # each draws examples, validation part, head and order anew, the same for every start
+    recipe: Recipe = Recipe(trains="bitfit"),  # how to fine-tune
+    search: "Search | None" = None,  # how learning rate and steps are chosen; None: `Search()`
+    file=None,  # CSV file to which rows are added, and from which a comparison goes on; None: in memory only
+    workers: "int | None" = None,  # fine-tunings at a time; None: see `run_jobs`
+    method: "str | None" = None,  # one of `METHODS`; None: what the recipe trains
+) -> pd.DataFrame:  # a row a job: target, start, size (text: "200", "all"), seed, method, accuracy, loss, rate, steps, validation, n_train, n_validation, n_test
     "Fine-tune from every start on every target, at every size and with every seed, unless it is in the file."
     search, method = search or Search(), _known(method or recipe.trains)
     tasks = _tasks(starts, corpora, list(sizes), list(seeds), recipe, search, method)
-    identity = {"recipe": {k: v for k, v in recipe.as_dict().items() if k not in ("trains", "rows", "learning_rate")}, "search": asdict(search)}
-    if file is not None: Path(file).parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(Path(file).parent/f".{Path(file).name}.lock") if file is not None else nullcontext():
+    identity = {
+        "recipe": {
+            k: v
+            for k, v in recipe.as_dict().items()
+            if k not in ("trains", "rows", "learning_rate")
+        },
+        "search": asdict(search),
+    }
+    if file is not None:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+    with (
+        FileLock(Path(file).parent / f".{Path(file).name}.lock")
+        if file is not None
+        else nullcontext()
+    ):
         store = Measurements(file, identity)
         known = _rows(store, tasks)
         in_size, in_seed = (list(dict.fromkeys(key[i] for key in tasks)) for i in (2, 3))
-        left = sorted((key for key in tasks if key not in known), key=lambda key: (in_size.index(key[2]), in_seed.index(key[3])))  # what is cut short can be compared
+        left = sorted(
+            (key for key in tasks if key not in known),
+            key=lambda key: (in_size.index(key[2]), in_seed.index(key[3])),
+        )  # what is cut short can be compared
         done = run_jobs(_job, {key: (key, *tasks[key]) for key in left}, workers)
-        for _, row in tqdm(done, desc="fine-tuning", unit="model", total=len(tasks), initial=len(tasks) - len(left)): store.append(row)
+        for _, row in tqdm(
+            done,
+            desc="fine-tuning",
+            unit="model",
+            total=len(tasks),
+            initial=len(tasks) - len(left),
+        ):
+            store.append(row)
         rows = _rows(store, tasks)
     frame = store.frame().iloc[[rows[key] for key in tasks]].reset_index(drop=True)
-    return frame.assign(**{c: [key[i] for key in tasks] for i, c in enumerate(COLUMNS[:3])})[COLUMNS]
+    return frame.assign(**{c: [key[i] for key in tasks] for i, c in enumerate(COLUMNS[:3])})[
+        COLUMNS
+    ]
 
+# %% ../nbs/34_starting.ipynb #87fc0224
 def _rows(store, tasks):
     "Key -> number of its row in the file; refuses a row that was measured from other weights or data."
-    if store.header is None: return {}
-    if missing := [c for c in [*COLUMNS, "recipe"] if c not in store.header]: raise ValueError(f"{store.file} is no file of a comparison of starts: it has no column {missing[0]!r}")
+    if store.header is None:
+        return {}
+    if missing := [c for c in [*COLUMNS, "recipe"] if c not in store.header]:
+        raise ValueError(
+            f"{store.file} is no file of a comparison of starts: it has no column {missing[0]!r}"
+        )
     at = [store.header.index(c) for c in [*COLUMNS[:5], "recipe"]]
     found = {}
     for i, record in enumerate(store.records):
         *key, made_of = (record[j] for j in at)
-        if (key := tuple(key)) in tasks and tasks[key][-1] != made_of: raise ValueError(f"{store.file}: {key[0]} from {key[1]!r} was measured with other weights or data; use another file")
+        if (key := tuple(key)) in tasks and tasks[key][-1] != made_of:
+            raise ValueError(
+                f"{store.file}: {key[0]} from {key[1]!r} was measured with other weights or data; use another file"
+            )
         found[key] = i
     return found
 
 # %% ../nbs/34_starting.ipynb #a8d6ebdc
 def _checked(rows, base):
     "Rows that can be paired: with a method, sizes as text, a finite accuracy, none of them twice."
-    if missing := [c for c in ("target", "start", "size", "seed", "accuracy") if c not in rows]: raise ValueError(f"the rows have no column {missing[0]!r}")
-    rows = rows.assign(size=rows["size"].astype(str), method=rows["method"] if "method" in rows else "").reset_index(drop=True)
+    if missing := [c for c in ("target", "start", "size", "seed", "accuracy") if c not in rows]:
+        raise ValueError(f"the rows have no column {missing[0]!r}")
+    rows = rows.assign(
+        size=rows["size"].astype(str), method=rows["method"] if "method" in rows else ""
+    ).reset_index(drop=True)
     said = lambda r: f"{r.target} from {r.start}, size {r['size']}, seed {r.seed}"
-    for fault, bad in (("was measured twice", rows.duplicated([*PAIRED, "start"])), ("has no finite accuracy", ~np.isfinite(rows.accuracy.astype(float)))):
-        if bad.any(): raise ValueError(f"{said(rows[bad].iloc[0])}: {fault}")
-    if base not in set(rows.start): raise ValueError(f"no row starts from {base!r}, only from {', '.join(dict.fromkeys(rows.start))}")
+    for fault, bad in (
+        ("was measured twice", rows.duplicated([*PAIRED, "start"])),
+        ("has no finite accuracy", ~np.isfinite(rows.accuracy.astype(float))),
+    ):
+        if bad.any():
+            raise ValueError(f"{said(rows[bad].iloc[0])}: {fault}")
+    if base not in set(rows.start):
+        raise ValueError(
+            f"no row starts from {base!r}, only from {', '.join(dict.fromkeys(rows.start))}"
+        )
     return rows
 
-PAIRED = ["target", "size", "method", "seed"] # what two starts must have in common
 
+PAIRED = ["target", "size", "method", "seed"]  # what two starts must have in common
+
+# %% ../nbs/34_starting.ipynb #530fa4e6
 def gains(
-    rows: pd.DataFrame, # of `compare_starts`: target, start, size, seed, accuracy, and method if there are several
-    base: str = "pretrained", # the start that the others are held against
-) -> pd.DataFrame: # a row a target, size, method and other start: seeds, mean accuracies of base and start, gain and its standard deviation over seeds (points)
+    rows: pd.DataFrame,  # of `compare_starts`: target, start, size, seed, accuracy, and method if there are several
+    base: str = "pretrained",  # the start that the others are held against
+) -> pd.DataFrame:  # a row a target, size, method and other start: seeds, mean accuracies of base and start, gain and its standard deviation over seeds (points)
     "What each start gains over `base` on each target, paired by seed."
     rows = _checked(rows, base)
-    pairs = rows[rows.start != base].merge(rows.loc[rows.start == base, [*PAIRED, "accuracy"]], on=PAIRED, how="left", suffixes=("", "_base"))
+    pairs = rows[rows.start != base].merge(
+        rows.loc[rows.start == base, [*PAIRED, "accuracy"]],
+        on=PAIRED,
+        how="left",
+        suffixes=("", "_base"),
+    )
     if (alone := pairs.accuracy_base.isna()).any():
         r = pairs[alone].iloc[0]
-        raise ValueError(f"{r.target} from {r.start}, size {r['size']}, seed {r.seed}: not measured from {base}")
+        raise ValueError(
+            f"{r.target} from {r.start}, size {r['size']}, seed {r.seed}: not measured from {base}"
+        )
     pairs["gain"] = 100 * (pairs.accuracy - pairs.accuracy_base)
-    return pairs.groupby(["target", "size", "method", "start"], sort=False).agg(
-        seeds=("seed", "size"), base=("accuracy_base", "mean"), accuracy=("accuracy", "mean"), gain=("gain", "mean"), sd=("gain", "std")).reset_index()
+    return (
+        pairs.groupby(["target", "size", "method", "start"], sort=False)
+        .agg(
+            seeds=("seed", "size"),
+            base=("accuracy_base", "mean"),
+            accuracy=("accuracy", "mean"),
+            gain=("gain", "mean"),
+            sd=("gain", "std"),
+        )
+        .reset_index()
+    )
 
 # %% ../nbs/34_starting.ipynb #90989eff
-PAPER_GAINS = {"all": 4.03, "1000": 10.66} # mean gain of the centroid in the paper's tables 2 and 3, points; 9 wins, 2 ties and 1 loss in the first
+PAPER_GAINS = {
+    "all": 4.03,
+    "1000": 10.66,
+}  # mean gain of the centroid in the paper's tables 2 and 3, points; 9 wins, 2 ties and 1 loss in the first
+
 
 def sign_flips(
-    d: np.ndarray, # (n,) differences of pairs
-    n: int = 10_000, # random draws of signs, where there are more than that
-    seed: int = 0, # of these draws
-) -> float: # two-sided p
+    d: np.ndarray,  # (n,) differences of pairs
+    n: int = 10_000,  # random draws of signs, where there are more than that
+    seed: int = 0,  # of these draws
+) -> float:  # two-sided p
     "How often differences with signs at random have a sum as far from 0 as these."
     d = np.asarray(d, float)
-    if not len(d) or not np.isfinite(d).all(): raise ValueError(f"differences must be finite numbers, at least one: got {d.tolist()}")
-    if exact := 2 ** len(d) <= n: signs = np.array(list(product((1, -1), repeat=len(d))))
-    else: signs = np.random.default_rng(seed).choice((1, -1), size=(n, len(d)))
+    if not len(d) or not np.isfinite(d).all():
+        raise ValueError(f"differences must be finite numbers, at least one: got {d.tolist()}")
+    if exact := 2 ** len(d) <= n:
+        signs = np.array(list(product((1, -1), repeat=len(d))))
+    else:
+        signs = np.random.default_rng(seed).choice((1, -1), size=(n, len(d)))
     extreme = (abs(signs @ d) >= abs(d.sum()) - 1e-9 * abs(d).sum()).sum()
     return float(extreme / len(signs) if exact else (1 + extreme) / (1 + n))
 
 # %% ../nbs/34_starting.ipynb #87fb2903
 def _over_targets(d, tie, n_boot, seed, level):
     "Mean, interval, wins, ties, losses and tests of gains, one a target."
-    d = np.round(d, 9) # so that gains that are equal but for rounding have equal ranks
+    d = np.round(d, 9)  # so that gains that are equal but for rounding have equal ranks
     means = d[np.random.default_rng(seed).integers(len(d), size=(n_boot, len(d)))].mean(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2]) if len(d) > 1 else (np.nan, np.nan)
-    win, loss = int((d >= tie).sum()) if tie else int((d > 0).sum()), int((d <= -tie).sum()) if tie else int((d < 0).sum())
-    return {"targets": len(d), "gain": d.mean(), "low": low, "high": high, "wins": win, "ties": len(d) - win - loss, "losses": loss,
-            "p_wilcoxon": float(scipy.stats.wilcoxon(d).pvalue) if d.any() else 1.0, "p_signs": sign_flips(d, seed=seed)}
+    low, high = (
+        np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+        if len(d) > 1
+        else (np.nan, np.nan)
+    )
+    win, loss = (
+        int((d >= tie).sum()) if tie else int((d > 0).sum()),
+        int((d <= -tie).sum()) if tie else int((d < 0).sum()),
+    )
+    return {
+        "targets": len(d),
+        "gain": d.mean(),
+        "low": low,
+        "high": high,
+        "wins": win,
+        "ties": len(d) - win - loss,
+        "losses": loss,
+        "p_wilcoxon": float(scipy.stats.wilcoxon(d).pvalue) if d.any() else 1.0,
+        "p_signs": sign_flips(d, seed=seed),
+    }
 
+# %% ../nbs/34_starting.ipynb #644f2f4c
 def start_table(
-    rows: pd.DataFrame, # of `compare_starts`
-    base: str = "pretrained", # the start that the others are held against
-    tie: float = 0.5, # points; a mean gain nearer to 0 is a tie
-    n_boot: int = 10_000, # bootstrap draws of targets
-    seed: int = 0, # of these draws
-    level: float = 0.95, # probability that the interval is to cover
-) -> pd.DataFrame: # a row a method, size and start: targets, mean gain (points) and its interval low to high, wins, ties, losses, two-sided p of two paired tests
+    rows: pd.DataFrame,  # of `compare_starts`
+    base: str = "pretrained",  # the start that the others are held against
+    tie: float = 0.5,  # points; a mean gain nearer to 0 is a tie
+    n_boot: int = 10_000,  # bootstrap draws of targets
+    seed: int = 0,  # of these draws
+    level: float = 0.95,  # probability that the interval is to cover
+) -> pd.DataFrame:  # a row a method, size and start: targets, mean gain (points) and its interval low to high, wins, ties, losses, two-sided p of two paired tests
     "What each start gains over all targets."
-    if not tie >= 0: raise ValueError(f"tie is a number of points from 0 up, not {tie}")
-    if not 0 < level < 1: raise ValueError(f"level must lie between 0 and 1, not {level}")
+    if not tie >= 0:
+        raise ValueError(f"tie is a number of points from 0 up, not {tie}")
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, not {level}")
     found = gains(rows, base).groupby(["method", "size", "start"], sort=False)
-    return pd.DataFrame([dict(zip(("method", "size", "start"), key)) | _over_targets(part.gain.to_numpy(), tie, n_boot, seed, level) for key, part in found])
+    return pd.DataFrame(
+        [
+            dict(zip(("method", "size", "start"), key))
+            | _over_targets(part.gain.to_numpy(), tie, n_boot, seed, level)
+            for key, part in found
+        ]
+    )

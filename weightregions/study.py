@@ -21,7 +21,14 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 
-from .bases import REVISIONS, base_identity, minilm, pinned, second_start, tiny_base
+from weightregions.bases import (
+    REVISIONS,
+    base_identity,
+    minilm,
+    pinned,
+    second_start,
+    tiny_base,
+)
 from .checkpoints import _json, open_checkpoint
 from .contest import Contest, hold_contest, targets_of
 from .corpora import describe, load_corpora, texts
@@ -38,81 +45,221 @@ from .zoo import build_zoo, learned, open_zoo
 @dataclass(frozen=True)
 class Scale:
     "How much a study takes in."
-    name: str           # of the scale
-    base: str           # "tiny", "minilm" or a hub id
-    recipe: Recipe      # of the main zoo and, with fewer rows, of the sub-samples
-    seeds: int          # models of each dataset
-    data: str = "builtin" # where the datasets come from, unless something else is asked for
-    per_family: int | None = None # datasets of each family, the first ones; None: all
-    n_train: int = 2000 # rows of a built-in dataset
-    n_test: int = 500   # its test rows
-    sizes: tuple[int, ...] = () # rows of the sub-samples (C5)
-    sized: int = 3      # datasets that are sub-sampled
-    started: int = 3    # datasets fine-tuned from the second start (C6)
-    start_seeds: int = 2 # models of each of these
-    start_steps: int = 300 # of masked-language modelling that make the second start
-    reach: Reach = Reach() # points of weight space that are visited (C7 to C11)
-    contest: Contest = Contest() # starts that are tried (C12, C13)
+
+    name: str  # of the scale
+    base: str  # "tiny", "minilm" or a hub id
+    recipe: Recipe  # of the main zoo and, with fewer rows, of the sub-samples
+    seeds: int  # models of each dataset
+    data: str = "builtin"  # where the datasets come from, unless something else is asked for
+    per_family: int | None = None  # datasets of each family, the first ones; None: all
+    n_train: int = 2000  # rows of a built-in dataset
+    n_test: int = 500  # its test rows
+    sizes: tuple[int, ...] = ()  # rows of the sub-samples (C5)
+    sized: int = 3  # datasets that are sub-sampled
+    started: int = 3  # datasets fine-tuned from the second start (C6)
+    start_seeds: int = 2  # models of each of these
+    start_steps: int = 300  # of masked-language modelling that make the second start
+    reach: Reach = Reach()  # points of weight space that are visited (C7 to C11)
+    contest: Contest = Contest()  # starts that are tried (C12, C13)
 
 # %% ../nbs/50_study.ipynb #ae63a48b
-SCALES = {s.name: s for s in (
-    Scale("tiny", "tiny", Recipe(steps=60, batch_size=16, learning_rate=2e-3), seeds=3, per_family=2, n_train=300, n_test=100,
-          sizes=(50, 100), sized=2, started=2, start_steps=60,
-          reach=Reach(same=1, hull=5, targets=3, lines=3, inside=3, extended=1, line_targets=2, grid=5, n_train=80, n_test=80),
-          contest=Contest(targets=2, sizes=(50, None), seeds=1, curve=(100,), curve_targets=2, recipe=Recipe(steps=30, trains="bitfit"), sample=60, n_test=80)),
-    Scale("laptop", "minilm", Recipe(steps=60, batch_size=16, learning_rate=3e-4), seeds=3, per_family=3, n_train=1200, n_test=200,
-          sizes=(100, 400), sized=2, started=2, start_steps=40,
-          reach=Reach(same=2, hull=8, targets=4, lines=3, inside=3, extended=1, line_targets=2, grid=4, n_train=150, n_test=150),
-          contest=Contest(targets=3, sizes=(100, 400), seeds=1, curve=(), recipe=Recipe(steps=60, trains="bitfit"), n_test=200)),
-    Scale("full", "minilm", Recipe(), seeds=5, sizes=(200, 400, 800, 1600), sized=3, started=4),
-    Scale("paper", "FacebookAI/roberta-base", Recipe(epochs=10, patience=256_000, batch_size=256, learning_rate=5e-5, head_rate=5e-5, warmup=0.06, weight_decay=0.01, max_length=250, head="random"),
-          seeds=5, data="hub", sizes=(200, 400, 800, 1600, 3000), sized=9, started=9, start_seeds=5, start_steps=2000,
-          reach=Reach(same=5, hull=100, targets=36, lines=25, inside=9, extended=10, line_targets=10, grid=21, n_train=2000, n_test=2000, max_length=250),
-          contest=Contest(targets=12, seeds=5, curve=(50, 100, 200, 400), curve_targets=12, sample=1000, n_test=2000, search=Search(evaluations=10, at_most=500),
-                          recipe=Recipe(steps=2000, batch_size=256, head_rate=5e-5, warmup=0.06, weight_decay=0.01, max_length=250, head="random", trains="bitfit"))))}
+SCALES = {
+    s.name: s
+    for s in (
+        Scale(
+            "tiny",
+            "tiny",
+            Recipe(steps=60, batch_size=16, learning_rate=2e-3),
+            seeds=3,
+            per_family=2,
+            n_train=300,
+            n_test=100,
+            sizes=(50, 100),
+            sized=2,
+            started=2,
+            start_steps=60,
+            reach=Reach(
+                same=1,
+                hull=5,
+                targets=3,
+                lines=3,
+                inside=3,
+                extended=1,
+                line_targets=2,
+                grid=5,
+                n_train=80,
+                n_test=80,
+            ),
+            contest=Contest(
+                targets=2,
+                sizes=(50, None),
+                seeds=1,
+                curve=(100,),
+                curve_targets=2,
+                recipe=Recipe(steps=30, trains="bitfit"),
+                sample=60,
+                n_test=80,
+            ),
+        ),
+        Scale(
+            "laptop",
+            "minilm",
+            Recipe(steps=60, batch_size=16, learning_rate=3e-4),
+            seeds=3,
+            per_family=3,
+            n_train=1200,
+            n_test=200,
+            sizes=(100, 400),
+            sized=2,
+            started=2,
+            start_steps=40,
+            reach=Reach(
+                same=2,
+                hull=8,
+                targets=4,
+                lines=3,
+                inside=3,
+                extended=1,
+                line_targets=2,
+                grid=4,
+                n_train=150,
+                n_test=150,
+            ),
+            contest=Contest(
+                targets=3,
+                sizes=(100, 400),
+                seeds=1,
+                curve=(),
+                recipe=Recipe(steps=60, trains="bitfit"),
+                n_test=200,
+            ),
+        ),
+        Scale(
+            "full", "minilm", Recipe(), seeds=5, sizes=(200, 400, 800, 1600), sized=3, started=4
+        ),
+        Scale(
+            "paper",
+            "FacebookAI/roberta-base",
+            Recipe(
+                epochs=10,
+                patience=256_000,
+                batch_size=256,
+                learning_rate=5e-5,
+                head_rate=5e-5,
+                warmup=0.06,
+                weight_decay=0.01,
+                max_length=250,
+                head="random",
+            ),
+            seeds=5,
+            data="hub",
+            sizes=(200, 400, 800, 1600, 3000),
+            sized=9,
+            started=9,
+            start_seeds=5,
+            start_steps=2000,
+            reach=Reach(
+                same=5,
+                hull=100,
+                targets=36,
+                lines=25,
+                inside=9,
+                extended=10,
+                line_targets=10,
+                grid=21,
+                n_train=2000,
+                n_test=2000,
+                max_length=250,
+            ),
+            contest=Contest(
+                targets=12,
+                seeds=5,
+                curve=(50, 100, 200, 400),
+                curve_targets=12,
+                sample=1000,
+                n_test=2000,
+                search=Search(evaluations=10, at_most=500),
+                recipe=Recipe(
+                    steps=2000,
+                    batch_size=256,
+                    head_rate=5e-5,
+                    warmup=0.06,
+                    weight_decay=0.01,
+                    max_length=250,
+                    head="random",
+                    trains="bitfit",
+                ),
+            ),
+        ),
+    )
+}
 
 # %% ../nbs/50_study.ipynb #d7e0d694
 def how_long(
-    recipe: dict, # as a file says it
-) -> str: # such as "200 steps of 16 rows"
+    recipe: dict,  # as a file says it
+) -> str:  # such as "200 steps of 16 rows"
     "The length of a fine-tuning, for readers."
     length = f"{recipe['epochs']:g} epochs in" if "epochs" in recipe else f"{recipe['steps']:,}"
-    return f"{length} steps of {recipe['batch_size']} rows" + (f", or until {recipe['patience']:,} rows bring no gain" if "patience" in recipe else "")
+    return f"{length} steps of {recipe['batch_size']} rows" + (
+        f", or until {recipe['patience']:,} rows bring no gain" if "patience" in recipe else ""
+    )
 
 # %% ../nbs/50_study.ipynb #45a3b484
 def choose(
-    corpora: dict,           # name -> Corpus, in the order of the source
+    corpora: dict,  # name -> Corpus, in the order of the source
     per_family: int | None,  # datasets of each family; None: all
-    min_rows: int = 0,       # training rows a dataset must have
-) -> dict: # name -> Corpus, the chosen ones
+    min_rows: int = 0,  # training rows a dataset must have
+) -> dict:  # name -> Corpus, the chosen ones
     "The datasets of a study."
     taken, chosen = {}, {}
     for name, corpus in corpora.items():
-        if len(corpus.train) < min_rows or (per_family and taken.get(corpus.family, 0) >= per_family): continue
+        if len(corpus.train) < min_rows or (
+            per_family and taken.get(corpus.family, 0) >= per_family
+        ):
+            continue
         chosen[name], taken[corpus.family] = corpus, taken.get(corpus.family, 0) + 1
-    if len(chosen) < 2: raise ValueError(f"a study needs at least two datasets, and there {'is one' if chosen else 'are none'}" + (f" with {min_rows} training rows or more, of {len(corpora)}" if min_rows else ""))
+    if len(chosen) < 2:
+        raise ValueError(
+            f"a study needs at least two datasets, and there {'is one' if chosen else 'are none'}"
+            + (f" with {min_rows} training rows or more, of {len(corpora)}" if min_rows else "")
+        )
     return chosen
 
+
 def check_classes(
-    corpora: dict, # the chosen datasets
+    corpora: dict,  # the chosen datasets
     scale: Scale,  # of the study
 ):
     "Refuse a dataset with more classes than the rows that some probe or sub-sample has."
     least = min(scale.reach.n_train, scale.contest.sample, *scale.sizes)
     for name, corpus in corpora.items():
-        if len(corpus.labels) > least: raise ValueError(f"dataset {name} has {len(corpus.labels)} classes, and scale {scale.name} has parts with {least} rows of a dataset: leave it out")
+        if len(corpus.labels) > least:
+            raise ValueError(
+                f"dataset {name} has {len(corpus.labels)} classes, and scale {scale.name} has parts with {least} rows of a dataset: leave it out"
+            )
 
 # %% ../nbs/50_study.ipynb #e6e7444b
 class Study:
     "The rows and claims of one run, on disk."
-    def __init__(self,
-        folder, # the study's folder
+
+    def __init__(
+        self,
+        folder,  # the study's folder
     ):
         self.folder = Path(folder)
-        if not (self.folder/"about.json").exists(): raise FileNotFoundError(f"{self.folder}: no study is there (about.json is missing)")
-        self.about = _json(self.folder/"about.json")
-        kinds = {"scale": str, "data": str, "base": dict, "recipe": dict, "seeds": int, "datasets": dict}
-        if odd := [k for k, kind in kinds.items() if not isinstance(self.about.get(k), kind)]: raise ValueError(f"{self.folder}/about.json: does not say the {odd[0]}")
+        if not (self.folder / "about.json").exists():
+            raise FileNotFoundError(f"{self.folder}: no study is there (about.json is missing)")
+        self.about = _json(self.folder / "about.json")
+        kinds = {
+            "scale": str,
+            "data": str,
+            "base": dict,
+            "recipe": dict,
+            "seeds": int,
+            "datasets": dict,
+        }
+        if odd := [k for k, kind in kinds.items() if not isinstance(self.about.get(k), kind)]:
+            raise ValueError(f"{self.folder}/about.json: does not say the {odd[0]}")
         self.recorded = not list(self.folder.glob("zoo*"))
 
     @classmethod
@@ -124,43 +271,55 @@ class Study:
         a = self.about
         return f"Study({'recorded run, ' if self.recorded else ''}scale {a['scale']}: {len(a['datasets'])} datasets from {a['data']}, {a['seeds']} seeds, base {a['base']['name']})"
 
-    def rows(self,
-        name: str, # of a table in rows/
-    ) -> pd.DataFrame: # the table
+    def rows(
+        self,
+        name: str,  # of a table in rows/
+    ) -> pd.DataFrame:  # the table
         "One table of results."
-        file = self.folder/"rows"/f"{name}.csv"
-        if not file.exists(): raise FileNotFoundError(f"{self.folder.name}: no rows/{name}.csv; there are {', '.join(sorted(f.stem for f in file.parent.glob('*.csv')))}")
+        file = self.folder / "rows" / f"{name}.csv"
+        if not file.exists():
+            raise FileNotFoundError(
+                f"{self.folder.name}: no rows/{name}.csv; there are {', '.join(sorted(f.stem for f in file.parent.glob('*.csv')))}"
+            )
         return pd.read_csv(file)
 
-    def models(self,
-        zoo: str = "main", # "main", "second start" or "N rows"
-    ) -> pd.DataFrame: # a row a model, indexed by its name
+    def models(
+        self,
+        zoo: str = "main",  # "main", "second start" or "N rows"
+    ) -> pd.DataFrame:  # a row a model, indexed by its name
         "The models of one zoo."
         table = self.rows("models")
         table = table[table.zoo == zoo].set_index("model")
-        return table.assign(learned=table.dataset.map(learned(table).set_index("dataset").learned))
+        return table.assign(
+            learned=table.dataset.map(learned(table).set_index("dataset").learned)
+        )
 
-    def reach(self) -> Reach: # how far the walks went
+    def reach(self) -> Reach:  # how far the walks went
         "The sizes of the walks."
         return Reach(**self.about["reach"])
 
 # %% ../nbs/50_study.ipynb #84201c59
 @patch
-def matrix(self: Study,
-    name: str = "main",     # of the similarity table: "main", "sizes" or "starts"
-    column: str = "cosine", # "cosine", "cosine of ...", "raw cosine" or "distance"
-    models=None,            # names of the models wanted, in this order; None: all
-) -> pd.DataFrame: # symmetric, labelled on both sides
+def matrix(
+    self: Study,
+    name: str = "main",  # of the similarity table: "main", "sizes" or "starts"
+    column: str = "cosine",  # "cosine", "cosine of ...", "raw cosine" or "distance"
+    models=None,  # names of the models wanted, in this order; None: all
+) -> pd.DataFrame:  # symmetric, labelled on both sides
     "One square matrix of a similarity table."
     table = self.rows(f"similarity_{name}")
-    if column not in table: raise ValueError(f"similarity_{name} has no column {column!r}, only {', '.join(table.columns[2:])}")
+    if column not in table:
+        raise ValueError(
+            f"similarity_{name} has no column {column!r}, only {', '.join(table.columns[2:])}"
+        )
     return square(table, column, models)
 
+
 def square(
-    pairs: pd.DataFrame, # columns a, b and the measure: every pair once
-    column: str,         # the measure
-    models=None,         # names in the order wanted; None: as they come
-) -> pd.DataFrame: # symmetric, with the value of a model with itself on the diagonal
+    pairs: pd.DataFrame,  # columns a, b and the measure: every pair once
+    column: str,  # the measure
+    models=None,  # names in the order wanted; None: as they come
+) -> pd.DataFrame:  # symmetric, with the value of a model with itself on the diagonal
     "A labelled matrix from pairs."
     names = list(dict.fromkeys([*pairs.a, *pairs.b]))
     at = {m: i for i, m in enumerate(names)}
@@ -171,196 +330,317 @@ def square(
     return full if models is None else full.loc[list(models), list(models)]
 
 # %% ../nbs/50_study.ipynb #04424d89
-HOLDS, IN_PART, NOT_HERE, TOO_FEW = "holds", "holds in part", "does not hold here", "too few to tell"
+HOLDS, IN_PART, NOT_HERE, TOO_FEW = (
+    "holds",
+    "holds in part",
+    "does not hold here",
+    "too few to tell",
+)
+
 
 def verdict(
-    paper: float, # the paper's figure, the larger the better
+    paper: float,  # the paper's figure, the larger the better
     ours: float,  # our figure
-    p: float,     # probability of a value like ours by chance
-    least: float = 0, # the smallest p that so few models, points or targets can give
-) -> str: # "holds", "holds in part", "does not hold here" or "too few to tell"
+    p: float,  # probability of a value like ours by chance
+    least: float = 0,  # the smallest p that so few models, points or targets can give
+) -> str:  # "holds", "holds in part", "does not hold here" or "too few to tell"
     "Whether a figure of the paper was reached."
-    if least >= 0.05: return TOO_FEW
-    if not p < 0.05: return NOT_HERE
+    if least >= 0.05:
+        return TOO_FEW
+    if not p < 0.05:
+        return NOT_HERE
     return HOLDS if ours >= paper else IN_PART
 
-def claim_of(
-    claim: str,   # "C1" to "C13"
-    measure: str, # what was measured
-    paper: float | None, # the paper's figure; None where it gives none, and the verdict is left to the notebook
-    scores,       # the Scores of a clustering
-) -> dict: # a row of the table of claims
-    "The claim that a clustering is as accurate as the paper's."
-    return {"claim": claim, "measure": measure, "paper": paper, "ours": scores.accuracy, "low": scores.low, "high": scores.high, "n": scores.n,
-            "verdict": None if paper is None else verdict(paper, scores.accuracy, scores.p, scores.least)}
 
+def claim_of(
+    claim: str,  # "C1" to "C13"
+    measure: str,  # what was measured
+    paper: float
+    | None,  # the paper's figure; None where it gives none, and the verdict is left to the notebook
+    scores,  # the Scores of a clustering
+) -> dict:  # a row of the table of claims
+    "The claim that a clustering is as accurate as the paper's."
+    return {
+        "claim": claim,
+        "measure": measure,
+        "paper": paper,
+        "ours": scores.accuracy,
+        "low": scores.low,
+        "high": scores.high,
+        "n": scores.n,
+        "verdict": None
+        if paper is None
+        else verdict(paper, scores.accuracy, scores.p, scores.least),
+    }
+
+# %% ../nbs/50_study.ipynb #a363a36a
 def claim_of_pb(
-    claim: str,   # "C1" to "C13"
-    measure: str, # what was measured
-    paper: float | None, # the paper's figure; None where it gives none
-    pb,           # a PB
-) -> dict: # a row of the table of claims
+    claim: str,  # "C1" to "C13"
+    measure: str,  # what was measured
+    paper: float | None,  # the paper's figure; None where it gives none
+    pb,  # a PB
+) -> dict:  # a row of the table of claims
     "The claim that one group is better than another as often as in the paper."
     reached = verdict(1.0 if paper is None else paper, pb.value, pb.p, pb.least)
-    return {"claim": claim, "measure": measure, "paper": paper, "ours": pb.value, "low": pb.low, "high": pb.high, "n": pb.pairs, "verdict": reached}
+    return {
+        "claim": claim,
+        "measure": measure,
+        "paper": paper,
+        "ours": pb.value,
+        "low": pb.low,
+        "high": pb.high,
+        "n": pb.pairs,
+        "verdict": reached,
+    }
+
 
 def claim_of_gain(
-    claim: str,   # "C1" to "C13"
-    measure: str, # what was measured
+    claim: str,  # "C1" to "C13"
+    measure: str,  # what was measured
     gain: tuple,  # mean gain, and the ends of its interval
-    n: int,       # how many it is the mean of
-) -> dict: # a row of the table of claims
+    n: int,  # how many it is the mean of
+) -> dict:  # a row of the table of claims
     "The claim that nothing is lost: holds if the interval does not reach below zero, in part if only the mean does not."
     mean, low, high = gain
-    return {"claim": claim, "measure": measure, "ours": mean, "low": low, "high": high, "n": n, "verdict": HOLDS if low >= 0 else IN_PART if mean >= 0 else NOT_HERE}
+    return {
+        "claim": claim,
+        "measure": measure,
+        "ours": mean,
+        "low": low,
+        "high": high,
+        "n": n,
+        "verdict": HOLDS if low >= 0 else IN_PART if mean >= 0 else NOT_HERE,
+    }
 
+# %% ../nbs/50_study.ipynb #8a6440e9
 def claim_of_start(
-    claim: str,   # "C12" or "C13"
-    measure: str, # what was measured
-    paper: float | None, # the paper's mean gain, points; None where it gives none
-    row,          # a row of `start_table`
-) -> dict: # a row of the table of claims
+    claim: str,  # "C12" or "C13"
+    measure: str,  # what was measured
+    paper: float | None,  # the paper's mean gain, points; None where it gives none
+    row,  # a row of `start_table`
+) -> dict:  # a row of the table of claims
     "The claim that a start gains as much as in the paper; of one that the paper does not try, that it loses nothing."
-    if paper is None: return claim_of_gain(claim, measure, (row.gain, row.low, row.high), row.targets)
+    if paper is None:
+        return claim_of_gain(claim, measure, (row.gain, row.low, row.high), row.targets)
     reached = verdict(paper, row.gain, row.p_signs if row.gain > 0 else 1, 2 / 2**row.targets)
-    return {"claim": claim, "measure": measure, "paper": paper, "ours": row.gain, "low": row.low, "high": row.high, "n": row.targets, "verdict": reached}
+    return {
+        "claim": claim,
+        "measure": measure,
+        "paper": paper,
+        "ours": row.gain,
+        "low": row.low,
+        "high": row.high,
+        "n": row.targets,
+        "verdict": reached,
+    }
 
 # %% ../nbs/50_study.ipynb #2a803d41
 CLAIM_COLUMNS = ["claim", "measure", "paper", "ours", "low", "high", "n", "verdict"]
 
-@patch
-def claims(self: Study) -> pd.DataFrame: # all claims so far, in their order
-    "The claims of all notebooks."
-    tables = [pd.read_csv(f) for f in sorted((self.folder/"claims").glob("*.csv"), key=natural)]
-    if not tables: raise FileNotFoundError(f"{self.folder.name}: no claim has been recorded yet")
-    order = lambda ids: ids.str.extract(r"(\d+)")[0].astype(int)
-    return pd.concat(tables).sort_values("claim", key=order, kind="stable").reset_index(drop=True)
 
 @patch
-def record(self: Study,
-    notebook: str,    # the notebook that makes the claims
-    claims: list,     # dictionaries with the columns above; a column that does not apply may be left out
-) -> pd.DataFrame: # the claims
+def claims(self: Study) -> pd.DataFrame:  # all claims so far, in their order
+    "The claims of all notebooks."
+    tables = [
+        pd.read_csv(f) for f in sorted((self.folder / "claims").glob("*.csv"), key=natural)
+    ]
+    if not tables:
+        raise FileNotFoundError(f"{self.folder.name}: no claim has been recorded yet")
+    order = lambda ids: ids.str.extract(r"(\d+)")[0].astype(int)
+    return (
+        pd.concat(tables).sort_values("claim", key=order, kind="stable").reset_index(drop=True)
+    )
+
+
+@patch
+def record(
+    self: Study,
+    notebook: str,  # the notebook that makes the claims
+    claims: list,  # dictionaries with the columns above; a column that does not apply may be left out
+) -> pd.DataFrame:  # the claims
     "Keep the claims of one notebook, and show them."
     table = pd.DataFrame(claims).reindex(columns=CLAIM_COLUMNS)
-    if unknown := set().union(*claims) - set(CLAIM_COLUMNS): raise ValueError(f"a claim has no {', '.join(sorted(unknown))}")
-    write_whole(self.folder/"claims"/f"{notebook}.csv", table.to_csv(index=False, float_format="%.4g"))
-    write_whole(self.folder/"claims.csv", self.claims().to_csv(index=False, float_format="%.4g"))
+    if unknown := set().union(*claims) - set(CLAIM_COLUMNS):
+        raise ValueError(f"a claim has no {', '.join(sorted(unknown))}")
+    write_whole(
+        self.folder / "claims" / f"{notebook}.csv",
+        table.to_csv(index=False, float_format="%.4g"),
+    )
+    write_whole(
+        self.folder / "claims.csv", self.claims().to_csv(index=False, float_format="%.4g")
+    )
     return table.round(3).astype({"paper": object}).fillna({"paper": "", "verdict": ""})
 
+# %% ../nbs/50_study.ipynb #f016f52a
 @patch
-def figure(self: Study,
-    name: str, # of the file, without its ending
-    fig,       # a matplotlib figure
+def figure(
+    self: Study,
+    name: str,  # of the file, without its ending
+    fig,  # a matplotlib figure
 ):
     "Keep a figure for the page that a study ends with; the recorded run needs none."
-    if self.recorded: return
-    (self.folder/"figures").mkdir(exist_ok=True)
-    fig.savefig(self.folder/"figures"/f"{name}.png", dpi=110, bbox_inches="tight")
+    if self.recorded:
+        return
+    (self.folder / "figures").mkdir(exist_ok=True)
+    fig.savefig(self.folder / "figures" / f"{name}.png", dpi=110, bbox_inches="tight")
 
 # %% ../nbs/50_study.ipynb #91cfd58f
 def parts(
-    name: str, # of a tensor
-) -> list[str]: # the parts of the model that it belongs to
+    name: str,  # of a tensor
+) -> list[str]:  # the parts of the model that it belongs to
     "The parts of the model that a study tells apart."
     layer, kind = layer_of(name), kind_of(name)
-    return list(dict.fromkeys([layer, kind] + ([] if layer == "embeddings" else ["all layers"])))
+    return list(
+        dict.fromkeys([layer, kind] + ([] if layer == "embeddings" else ["all layers"]))
+    )
+
 
 def pairs_of(
-    grams,                # a Gram with the labels of `parts`
-) -> pd.DataFrame: # a row a pair: a, b, cosines of the whole and of the parts, raw cosine, distance
+    grams,  # a Gram with the labels of `parts`
+) -> (
+    pd.DataFrame
+):  # a row a pair: a, b, cosines of the whole and of the parts, raw cosine, distance
     "Every pair of models once, with all measures."
     at = np.triu_indices(len(grams.names), 1)
-    columns = {"a": np.array(grams.names)[at[0]], "b": np.array(grams.names)[at[1]], "cosine": grams.cosine().values[at]}
+    columns = {
+        "a": np.array(grams.names)[at[0]],
+        "b": np.array(grams.names)[at[1]],
+        "cosine": grams.cosine().values[at],
+    }
     columns |= {f"cosine of {part}": grams.cosine(part).values[at] for part in grams.groups}
-    return pd.DataFrame(columns | {"raw cosine": grams.cosine_raw().values[at], "distance": grams.euclidean().values[at]})
+    return pd.DataFrame(
+        columns
+        | {
+            "raw cosine": grams.cosine_raw().values[at],
+            "distance": grams.euclidean().values[at],
+        }
+    )
 
 # %% ../nbs/50_study.ipynb #5d1e7178
 def write_rows(
-    folder: Path,        # the study's folder
-    name: str,           # of the table
-    table: pd.DataFrame, # what was measured
-) -> pd.DataFrame: # the table
+    folder: Path,  # the study's folder
+    name: str,  # of the table
+    table: pd.DataFrame,  # what was measured
+) -> pd.DataFrame:  # the table
     "Keep a table of results, with five digits; raw cosines, which differ from 1 in the fourth, with nine."
-    kept = table.assign(**{"raw cosine": table["raw cosine"].map("{:.9g}".format)}) if "raw cosine" in table else table
-    write_whole(Path(folder)/"rows"/f"{name}.csv", kept.to_csv(index=False, float_format="%.5g"))
+    kept = (
+        table.assign(**{"raw cosine": table["raw cosine"].map("{:.9g}".format)})
+        if "raw cosine" in table
+        else table
+    )
+    write_whole(
+        Path(folder) / "rows" / f"{name}.csv", kept.to_csv(index=False, float_format="%.5g")
+    )
     return table
 
+
 def similarity_rows(
-    folder: Path,      # the study's folder
-    name: str,         # of the table: "main", "sizes" or "starts"
-    checkpoints: list, # the models
-    base,              # checkpoint of the common start
+    folder: Path,  # the study's folder
+    name: str,  # of the table: "main", "sizes" or "starts"
+    checkpoints: list,  # the models
+    base,  # checkpoint of the common start
 ):
     "Measure the similarities of some models, unless just these are measured already."
-    file, names = Path(folder)/"rows"/f"similarity_{name}.csv", [c.name for c in checkpoints]
+    file, names = (
+        Path(folder) / "rows" / f"similarity_{name}.csv",
+        [c.name for c in checkpoints],
+    )
     if file.exists():
         known = pd.read_csv(file, usecols=["a", "b"])
-        if list(dict.fromkeys([*known.a, *known.b])) == names: return
-    write_rows(folder, f"similarity_{name}", pairs_of(gram(checkpoints, base, by=parts, device=usable())))
+        if list(dict.fromkeys([*known.a, *known.b])) == names:
+            return
+    write_rows(
+        folder,
+        f"similarity_{name}",
+        pairs_of(gram(checkpoints, base, by=parts, device=usable())),
+    )
 
 # %% ../nbs/50_study.ipynb #d0a2f364
 def location_rows(
-    folder: Path, # the study's folder
-    zoo,          # the main zoo
-    base,         # checkpoint of the common start
+    folder: Path,  # the study's folder
+    zoo,  # the main zoo
+    base,  # checkpoint of the common start
 ):
     "Locate every model among the others, unless just these have been located already."
-    file, m = Path(folder)/"rows"/"location.csv", zoo.models
-    if file.exists() and list(pd.read_csv(file).model.unique()) == m.model.tolist(): return
+    file, m = Path(folder) / "rows" / "location.csv", zoo.models
+    if file.exists() and list(pd.read_csv(file).model.unique()) == m.model.tolist():
+        return
     say("locating each model among the others")
     found = gram(zoo.checkpoints(), base, device=usable())
-    several = m.family.map(m.groupby("family").dataset.nunique()) > 2 # with a dataset taken away, two are left
+    several = (
+        m.family.map(m.groupby("family").dataset.nunique()) > 2
+    )  # with a dataset taken away, two are left
     kin = m.model[several].tolist()
     tables = {"dataset": locate_from_gram(found, m.dataset.tolist())}
-    if m.family[several].nunique() > 1: tables["family"] = locate_from_gram(found.select(kin), m.family[several].tolist(), m.dataset[several].tolist())
+    if m.family[several].nunique() > 1:
+        tables["family"] = locate_from_gram(
+            found.select(kin), m.family[several].tolist(), m.dataset[several].tolist()
+        )
     write_rows(folder, "location", pd.concat([t.assign(by=by) for by, t in tables.items()]))
 
 # %% ../nbs/50_study.ipynb #1b677c28
 def shared_texts(
-    corpora: dict, # name -> Corpus
-) -> pd.DataFrame: # a row for each pair that shares texts: a, b, how many, and their share of the smaller dataset
+    corpora: dict,  # name -> Corpus
+) -> pd.DataFrame:  # a row for each pair that shares texts: a, b, how many, and their share of the smaller dataset
     "Which datasets share texts."
     sets = {name: texts(c) for name, c in corpora.items()}
     names = list(sets)
-    rows = [{"a": a, "b": b, "shared": len(sets[a] & sets[b]), "share": len(sets[a] & sets[b]) / min(len(sets[a]), len(sets[b]))}
-            for i, a in enumerate(names) for b in names[i + 1:]]
+    rows = [
+        {
+            "a": a,
+            "b": b,
+            "shared": len(sets[a] & sets[b]),
+            "share": len(sets[a] & sets[b]) / min(len(sets[a]), len(sets[b])),
+        }
+        for i, a in enumerate(names)
+        for b in names[i + 1 :]
+    ]
     table = pd.DataFrame(rows)
     return table[table.shared > 0].reset_index(drop=True)
 
 # %% ../nbs/50_study.ipynb #8fbe88bb
 def start(
-    base: str,   # "tiny", "minilm" or a hub id
-    folder: Path, # the study's folder, where a tiny base is made
-) -> str: # folder or hub id of the pretrained model
+    base: str,  # "tiny", "minilm" or a hub id
+    folder: Path,  # the study's folder, where a tiny base is made
+) -> str:  # folder or hub id of the pretrained model
     "The base of a study."
-    if base == "tiny": return str(tiny_base(Path(folder)/"base"))
-    if base == "minilm": return str(minilm())
+    if base == "tiny":
+        return str(tiny_base(Path(folder) / "base"))
+    if base == "minilm":
+        return str(minilm())
     return str(pinned(base)) if base in REVISIONS else base
 
+
 def other_start(
-    scale: Scale, # of the study
-    base: str,    # the first start
-    folder: Path, # the study's folder
-) -> tuple: # folder of the second start, and what it is
+    scale: Scale,  # of the study
+    base: str,  # the first start
+    folder: Path,  # the study's folder
+) -> tuple:  # folder of the second start, and what it is
     "The second start of a study."
-    out = Path(folder)/"second-start"
-    if scale.base == "tiny": return str(tiny_base(out, seed=1)), "a tiny base of another seed"
-    return str(second_start(base, out, scale.start_steps)), f"the same base after {scale.start_steps} more steps of masked-language modelling on the built-in texts"
+    out = Path(folder) / "second-start"
+    if scale.base == "tiny":
+        return str(tiny_base(out, seed=1)), "a tiny base of another seed"
+    return (
+        str(second_start(base, out, scale.start_steps)),
+        f"the same base after {scale.start_steps} more steps of masked-language modelling on the built-in texts",
+    )
 
 # %% ../nbs/50_study.ipynb #12f6a88f
 def say(
-    text: str, # what begins now
+    text: str,  # what begins now
 ):
     "Tell what the study is doing, with the time of day."
     print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
+
 class Clock(dict):
     "Seconds that each part of a run took."
+
     @contextmanager
-    def part(self,
-        name: str, # of the part
-        text: str = "", # what it does; empty: the name says it
+    def part(
+        self,
+        name: str,  # of the part
+        text: str = "",  # what it does; empty: the name says it
     ):
         "Announce a part, and count its seconds."
         say(f"{name}: {text}" if text else name)
@@ -368,43 +648,65 @@ class Clock(dict):
         yield
         self[name] = self.get(name, 0) + time.time() - start
 
-    def __repr__(self): return ", ".join(f"{name} {seconds / 60:.1f} min" for name, seconds in self.items())
+    def __repr__(self):
+        return ", ".join(f"{name} {seconds / 60:.1f} min" for name, seconds in self.items())
 
 # %% ../nbs/50_study.ipynb #4eb2cf02
 def fine_tune_all(
-    out: Path,     # the study's folder
+    out: Path,  # the study's folder
     scale: Scale,  # how much
-    base: str,     # the first start
-    corpora: dict, # the chosen datasets
-    workers: int | None = None, # fine-tunings at a time
-) -> str: # what the second start is
+    base: str,  # the first start
+    corpora: dict,  # the chosen datasets
+    workers: int | None = None,  # fine-tunings at a time
+) -> str:  # what the second start is
     "Fine-tune the main zoo, the second start's and the sub-samples'."
     say(f"fine-tuning {len(corpora)} datasets x {scale.seeds} seeds")
-    build_zoo(out/"zoo", base, corpora, scale.recipe, range(1, scale.seeds + 1), workers)
+    build_zoo(out / "zoo", base, corpora, scale.recipe, range(1, scale.seeds + 1), workers)
     say("fine-tuning from a second start")
     second, what = other_start(scale, base, out)
     few = some_of(corpora, scale.started)
-    build_zoo(out/"zoo-second-start", second, few, scale.recipe, range(1, scale.start_seeds + 1), workers, "second start")
+    build_zoo(
+        out / "zoo-second-start",
+        second,
+        few,
+        scale.recipe,
+        range(1, scale.start_seeds + 1),
+        workers,
+        "second start",
+    )
     for rows in scale.sizes:
         enough = enough_rows(corpora, scale, rows)
-        if not enough: continue
+        if not enough:
+            continue
         say(f"fine-tuning on {rows} rows of {len(enough)} datasets")
-        build_zoo(out/f"zoo-{rows}-rows", base, enough, replace(scale.recipe, rows=rows), [1], workers, f"{rows} rows")
+        build_zoo(
+            out / f"zoo-{rows}-rows",
+            base,
+            enough,
+            replace(scale.recipe, rows=rows),
+            [1],
+            workers,
+            f"{rows} rows",
+        )
     return what
 
+# %% ../nbs/50_study.ipynb #31cfe2d4
 def enough_rows(
-    corpora: dict, # name -> Corpus
+    corpora: dict,  # name -> Corpus
     scale: Scale,  # of the study
-    rows: int,     # of a sub-sample
-) -> dict: # two datasets or more, or none
+    rows: int,  # of a sub-sample
+) -> dict:  # two datasets or more, or none
     "The datasets that are sub-sampled to so many rows."
-    found = {name: c for name, c in some_of(corpora, scale.sized).items() if len(c.train) > rows}
+    found = {
+        name: c for name, c in some_of(corpora, scale.sized).items() if len(c.train) > rows
+    }
     return found if len(found) > 1 else {}
 
+
 def some_of(
-    corpora: dict, # name -> Corpus
-    n: int,        # how many
-) -> dict: # n of them, one of each family in turn, the largest first
+    corpora: dict,  # name -> Corpus
+    n: int,  # how many
+) -> dict:  # n of them, one of each family in turn, the largest first
     "A few datasets that differ: family by family, the largest of each first."
     ranked = sorted(corpora.values(), key=lambda c: -len(c.train))
     turn = {c.name: sum(d.family == c.family for d in ranked[:i]) for i, c in enumerate(ranked)}
@@ -412,132 +714,247 @@ def some_of(
 
 # %% ../nbs/50_study.ipynb #56b54f9f
 def measure(
-    out: Path,     # the study's folder
+    out: Path,  # the study's folder
     scale: Scale,  # how much
-    base: str,     # the first start
+    base: str,  # the first start
 ):
     "Turn the zoos of a study into rows."
     about = Study(out).about
-    zoos = {"main": open_zoo(out/"zoo").where(dataset=list(about["datasets"]), seed=list(range(1, scale.seeds + 1))), "second start": open_zoo(out/"zoo-second-start")}
-    zoos |= {f"{n} rows": open_zoo(out/f"zoo-{n}-rows") for n in scale.sizes if (out/f"zoo-{n}-rows"/"zoo.json").exists()}
+    zoos = {
+        "main": open_zoo(out / "zoo").where(
+            dataset=list(about["datasets"]), seed=list(range(1, scale.seeds + 1))
+        ),
+        "second start": open_zoo(out / "zoo-second-start"),
+    }
+    zoos |= {
+        f"{n} rows": open_zoo(out / f"zoo-{n}-rows")
+        for n in scale.sizes
+        if (out / f"zoo-{n}-rows" / "zoo.json").exists()
+    }
     for kind, zoo in zoos.items():
-        if kind != "main": zoo.models["model"] += f", {kind}"
-    for zoo in zoos.values(): zoo.verify()
-    write_rows(out, "models", pd.concat([z.models.assign(zoo=kind) for kind, z in zoos.items()])[["zoo", *REPORTED]])
+        if kind != "main":
+            zoo.models["model"] += f", {kind}"
+    for zoo in zoos.values():
+        zoo.verify()
+    write_rows(
+        out,
+        "models",
+        pd.concat([z.models.assign(zoo=kind) for kind, z in zoos.items()])[["zoo", *REPORTED]],
+    )
     write_rows(out, "learned", learned(zoos["main"].models, about["base"]["name"]))
     anchor, main = open_checkpoint(base, name="base"), zoos["main"]
-    say("similarity of all models"); similarity_rows(out, "main", main.checkpoints(), anchor)
+    say("similarity of all models")
+    similarity_rows(out, "main", main.checkpoints(), anchor)
     location_rows(out, main, anchor)
     second = zoos["second start"]
     twins = main.where(dataset=set(second.models.dataset), seed=set(second.models.seed))
-    say("similarity across starts"); similarity_rows(out, "starts", twins.checkpoints() + second.checkpoints(), anchor)
+    say("similarity across starts")
+    similarity_rows(out, "starts", twins.checkpoints() + second.checkpoints(), anchor)
     sized = [z for kind, z in zoos.items() if kind.endswith("rows")]
     if sized:
         whole = main.where(dataset=set(sized[0].models.dataset), seed=1)
-        say("similarity across sizes"); similarity_rows(out, "sizes", [c for z in [*sized, whole] for c in z.checkpoints()], anchor)
+        say("similarity across sizes")
+        similarity_rows(
+            out, "sizes", [c for z in [*sized, whole] for c in z.checkpoints()], anchor
+        )
 
-REPORTED = ["model", "dataset", "family", "seed", "accuracy", "loss", "majority", "n_train", "n_test"]
+# %% ../nbs/50_study.ipynb #8a5e7376
+REPORTED = [
+    "model",
+    "dataset",
+    "family",
+    "seed",
+    "accuracy",
+    "loss",
+    "majority",
+    "n_train",
+    "n_test",
+]
 
 # %% ../nbs/50_study.ipynb #1f2372f2
 def walk(
-    out: Path,     # the study's folder
+    out: Path,  # the study's folder
     scale: Scale,  # how much
-    base: str,     # the first start
-    corpora: dict, # the chosen datasets
-    workers: int | None = None, # walks at a time
+    base: str,  # the first start
+    corpora: dict,  # the chosen datasets
+    workers: int | None = None,  # walks at a time
 ):
     "Measure the points of weight space that claims C7 to C11 ask for."
     study = Study(out)
     models = study.models()
-    paths = open_zoo(out/"zoo").models.set_index("model").path.to_dict()
+    paths = open_zoo(out / "zoo").models.set_index("model").path.to_dict()
     walks = plan(models, scale.reach, study.rows("shared_texts"))
-    points, marks = take_all(walks, out/"walks", paths, base, corpora, scale.reach, workers)
-    write_rows(out, "points", points[[c for c in ["kind", "walk", "point", "alpha", "x", "y", "target", "loss", "accuracy", "train_loss", "pooling", "note"] if c in points]])
+    points, marks = take_all(walks, out / "walks", paths, base, corpora, scale.reach, workers)
+    write_rows(
+        out,
+        "points",
+        points[
+            [
+                c
+                for c in [
+                    "kind",
+                    "walk",
+                    "point",
+                    "alpha",
+                    "x",
+                    "y",
+                    "target",
+                    "loss",
+                    "accuracy",
+                    "train_loss",
+                    "pooling",
+                    "note",
+                ]
+                if c in points
+            ]
+        ],
+    )
     write_rows(out, "plane", marks)
 
 # %% ../nbs/50_study.ipynb #b394dd3e
 def try_starts(
-    out: Path,     # the study's folder
+    out: Path,  # the study's folder
     scale: Scale,  # how much
-    base: str,     # the first start
-    corpora: dict, # the chosen datasets
-    workers: int | None = None, # fine-tunings at a time
+    base: str,  # the first start
+    corpora: dict,  # the chosen datasets
+    workers: int | None = None,  # fine-tunings at a time
 ):
     "Fine-tune from every start on every target that claims C12 and C13 ask for."
     study = Study(out)
     shared = study.rows("shared_texts")
-    zoo = open_zoo(out/"zoo").where(dataset=list(corpora), seed=list(range(1, scale.seeds + 1)))
+    zoo = open_zoo(out / "zoo").where(
+        dataset=list(corpora), seed=list(range(1, scale.seeds + 1))
+    )
     targets = targets_of(study.models(), shared, scale.contest.targets)
-    if not targets: return say("no target has a start that has not seen its sentences")
-    rows, advice = hold_contest(zoo, {name: corpora[name] for name in targets}, base, out/"starts", scale.contest, shared, workers)
-    if rows.empty: return say("no target has enough rows to hold some back")
+    if not targets:
+        return say("no target has a start that has not seen its sentences")
+    rows, advice = hold_contest(
+        zoo,
+        {name: corpora[name] for name in targets},
+        base,
+        out / "starts",
+        scale.contest,
+        shared,
+        workers,
+    )
+    if rows.empty:
+        return say("no target has enough rows to hold some back")
     write_rows(out, "starts", rows)
     write_rows(out, "advice", advice)
 
 # %% ../nbs/50_study.ipynb #da416457
 def begin(
-    out: Path,     # the study's folder
+    out: Path,  # the study's folder
     scale: Scale,  # how much
-    data: str,     # "builtin", "hub" or a folder
-    base: str,     # folder or hub id of the base
-    corpora: dict, # the chosen datasets
+    data: str,  # "builtin", "hub" or a folder
+    base: str,  # folder or hub id of the base
+    corpora: dict,  # the chosen datasets
 ):
     "Say what is studied in about.json; refuse a folder that holds another study."
-    about = {"scale": scale.name, "data": data if data in ("builtin", "hub") else f"folder {Path(data).name}", "base": base_identity(base),
-             "recipe": scale.recipe.as_dict(), "seeds": scale.seeds, "datasets": {name: c.sha256 for name, c in corpora.items()}}
-    file = out/"about.json"
+    about = {
+        "scale": scale.name,
+        "data": data if data in ("builtin", "hub") else f"folder {Path(data).name}",
+        "base": base_identity(base),
+        "recipe": scale.recipe.as_dict(),
+        "seeds": scale.seeds,
+        "datasets": {name: c.sha256 for name, c in corpora.items()},
+    }
+    file = out / "about.json"
     if file.exists():
         old = _json(file)
         differ = [k for k in about if old.get(k) != about[k]]
-        if differ: raise ValueError(f"{out} holds a study of another {', '.join(differ)}: name another folder with OUT or --out")
-    else: write_whole(file, as_json(about))
+        if differ:
+            raise ValueError(
+                f"{out} holds a study of another {', '.join(differ)}: name another folder with OUT or --out"
+            )
+    else:
+        write_whole(file, as_json(about))
 
 # %% ../nbs/50_study.ipynb #f38a2c79
 def natural(
-    file: Path, # of a notebook or page
-) -> list: # a key that sorts c12 after c2
+    file: Path,  # of a notebook or page
+) -> list:  # a key that sorts c12 after c2
     "The numbers in a name, as numbers."
     return [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", file.stem)]
 
-def notebooks() -> list: # paths of the study notebooks, in reading order
+
+def notebooks() -> list:  # paths of the study notebooks, in reading order
     "The study notebooks that lie beside the package."
-    if find_spec("papermill") is None: raise ValueError("a study executes notebooks with papermill, which is not installed: pip install 'weightregions[study]'")
-    folder = Path(__file__).resolve().parent.parent/"nbs"/"study"
-    found = sorted((f for f in folder.glob("*.ipynb") if not f.name.startswith((".", "_"))), key=natural)
-    if not found: raise FileNotFoundError(f"no study notebooks in {folder}: a study needs a clone of the project, not the package alone")
+    if find_spec("papermill") is None:
+        raise ValueError(
+            "a study executes notebooks with papermill, which is not installed: pip install 'weightregions[study]'"
+        )
+    folder = Path(__file__).resolve().parent.parent / "nbs" / "study"
+    found = sorted(
+        (f for f in folder.glob("*.ipynb") if not f.name.startswith((".", "_"))), key=natural
+    )
+    if not found:
+        raise FileNotFoundError(
+            f"no study notebooks in {folder}: a study needs a clone of the project, not the package alone"
+        )
     return found
 
-NEEDS = { # what there must be for a notebook to say something
-    "c3_c4_same_task": ("two task families", lambda study: study.models().family.nunique() > 1),
-    "c5_data_not_size": ("two datasets with more rows than a sub-sample", lambda study: (study.folder/"rows"/"similarity_sizes.csv").exists()),
-    "c12_c13_centre": ("a target with enough rows and a start that has not seen its sentences", lambda study: (study.folder/"rows"/"starts.csv").exists())}
 
+NEEDS = {  # what there must be for a notebook to say something
+    "c3_c4_same_task": ("two task families", lambda study: study.models().family.nunique() > 1),
+    "c5_data_not_size": (
+        "two datasets with more rows than a sub-sample",
+        lambda study: (study.folder / "rows" / "similarity_sizes.csv").exists(),
+    ),
+    "c12_c13_centre": (
+        "a target with enough rows and a start that has not seen its sentences",
+        lambda study: (study.folder / "rows" / "starts.csv").exists(),
+    ),
+}
+
+# %% ../nbs/50_study.ipynb #47d10c83
 def applies(
-    file: Path,   # a study notebook
-    study: Study, # what was measured
+    file: Path,  # a study notebook
+    study: Study,  # what was measured
 ) -> bool:
     "Whether a notebook has something to show; says so if not."
     needed = NEEDS.get(file.stem)
-    if needed is None or needed[1](study): return True
+    if needed is None or needed[1](study):
+        return True
     say(f"notebook {file.stem}: left out, it takes {needed[0]}")
     return False
 
+# %% ../nbs/50_study.ipynb #b900c444
 def run_notebook(
-    file: Path, # a study notebook
+    file: Path,  # a study notebook
     out: Path,  # the study's folder
-) -> bool: # whether it ran to its end; else it is kept as far as it came
+) -> bool:  # whether it ran to its end; else it is kept as far as it came
     "Execute one study notebook on the rows in `out`, and render it."
     import papermill
     from nbconvert import HTMLExporter
-    (out/"notebooks").mkdir(exist_ok=True)
-    done = out/"notebooks"/file.name
-    os.environ |= {"WEIGHTREGIONS_OUT": str(out.resolve()), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+
+    (out / "notebooks").mkdir(exist_ok=True)
+    done = out / "notebooks" / file.name
+    os.environ |= {
+        "WEIGHTREGIONS_OUT": str(out.resolve()),
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try: papermill.execute_notebook(str(file), str(done), cwd=str(file.parent), kernel_name="python3", progress_bar=False,
-                                        start_timeout=300, iopub_timeout=60, extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
-        except (papermill.PapermillExecutionError, RuntimeError, TimeoutError) as e: # of a cell, of its kernel
-            say(f"notebook {file.stem}: failed with {getattr(e, 'ename', type(e).__name__)}: {getattr(e, 'evalue', e)}")
+        try:
+            papermill.execute_notebook(
+                str(file),
+                str(done),
+                cwd=str(file.parent),
+                kernel_name="python3",
+                progress_bar=False,
+                start_timeout=300,
+                iopub_timeout=60,
+                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+            )
+        except (
+            papermill.PapermillExecutionError,
+            RuntimeError,
+            TimeoutError,
+        ) as e:  # of a cell, of its kernel
+            say(
+                f"notebook {file.stem}: failed with {getattr(e, 'ename', type(e).__name__)}: {getattr(e, 'evalue', e)}"
+            )
             return False
         page, _ = HTMLExporter(embed_images=True).from_filename(str(done))
     write_whole(done.with_suffix(".html"), page)
@@ -553,61 +970,99 @@ table{{border-collapse:collapse;width:100%;font-size:14px}} th,td{{text-align:le
 <h2>What it looks like</h2>{figures}<h2>The notebooks</h2><ul>{notebooks}</ul><p>{rows}</p></body></html>
 """
 
-CAPTIONS = {"learning_curves": "Accuracy after fine-tuning biases and head, from four starts: the pretrained model, the centroid of all others, that of the own task family, the best single other model.",
-            "same_dataset": "Cosine of the task vectors of any two fine-tuned models, dataset by dataset.",
-            "edges": "The loss on the line through two models, between them and far beyond: a flat base with steep cliffs, the models near its edge."}
+CAPTIONS = {
+    "learning_curves": "Accuracy after fine-tuning biases and head, from four starts: the pretrained model, the centroid of all others, that of the own task family, the best single other model.",
+    "same_dataset": "Cosine of the task vectors of any two fine-tuned models, dataset by dataset.",
+    "edges": "The loss on the line through two models, between them and far beyond: a flat base with steep cliffs, the models near its edge.",
+}
 
 # %% ../nbs/50_study.ipynb #f0be2eaa
 def claims_table(
-    claims: pd.DataFrame, # with the columns of claims.csv
-) -> str: # an HTML table
+    claims: pd.DataFrame,  # with the columns of claims.csv
+) -> str:  # an HTML table
     "The claims as HTML: paper beside ours."
-    text = lambda x: "" if pd.isna(x) else f"{x:.3g}" if isinstance(x, float) else html.escape(str(x))
+    text = lambda x: (
+        "" if pd.isna(x) else f"{x:.3g}" if isinstance(x, float) else html.escape(str(x))
+    )
     style = {HOLDS: "holds", IN_PART: "in-part", NOT_HERE: "not-here", TOO_FEW: "too-few"}
     body = "".join(
         f"<tr><td>{c.claim}<td>{text(c.measure)}<td class=number>{text(c.paper)}<td class=number>{text(c.ours)}"
         f"<td class=number>{'' if pd.isna(c.low) else f'{c.low:.3g} to {c.high:.3g}'}<td class=number>{c.n}<td class='verdict {style.get(c.verdict)}'>{text(c.verdict)}</tr>"
-        for c in claims.itertuples())
+        for c in claims.itertuples()
+    )
     return f"<table><tr><th>claim<th>measure<th>paper<th>ours<th>95 % interval<th>n<th>verdict</tr>{body}</table>"
 
 # %% ../nbs/50_study.ipynb #2b5dde81
 def write_page(
-    out: Path, # the study's folder
-) -> Path: # of index.html
+    out: Path,  # the study's folder
+) -> Path:  # of index.html
     "Write claims.csv and the page that a study ends with."
     study = Study(out)
     claims, a = study.claims(), study.about
-    write_whole(out/"claims.csv", claims.to_csv(index=False, float_format="%.4g"))
-    about = (f"Scale <b>{a['scale']}</b>: {len(a['datasets'])} datasets from {html.escape(a['data'])}, {a['seeds']} seeds each, fine-tuned from "
-             f"{html.escape(a['base']['name'])} for {how_long(a['recipe'])}.")
-    if a["scale"] == "tiny": about += " This scale shows that everything runs; its models are too small to judge the paper by."
-    figures = "".join(f'<figure><img src="figures/{name}.png" alt="{text}"><figcaption>{text}</figcaption></figure>'
-                      for name, text in CAPTIONS.items() if (out/"figures"/f"{name}.png").exists())
-    links = "".join(f'<li><a href="notebooks/{f.name}">{title_of(f)}</a></li>' for f in sorted((out/"notebooks").glob("*.html"), key=natural))
-    rows = "Tables: " + ", ".join(f'<a href="rows/{f.name}">{f.name}</a>' for f in sorted((out/"rows").glob("*.csv"))) + ', <a href="claims.csv">claims.csv</a>'
-    write_whole(out/"index.html", PAGE.format(about=about, claims=claims_table(claims), figures=figures, notebooks=links, rows=rows))
-    return out/"index.html"
+    write_whole(out / "claims.csv", claims.to_csv(index=False, float_format="%.4g"))
+    about = (
+        f"Scale <b>{a['scale']}</b>: {len(a['datasets'])} datasets from {html.escape(a['data'])}, {a['seeds']} seeds each, fine-tuned from "
+        f"{html.escape(a['base']['name'])} for {how_long(a['recipe'])}."
+    )
+    if a["scale"] == "tiny":
+        about += " This scale shows that everything runs; its models are too small to judge the paper by."
+    figures = "".join(
+        f'<figure><img src="figures/{name}.png" alt="{text}"><figcaption>{text}</figcaption></figure>'
+        for name, text in CAPTIONS.items()
+        if (out / "figures" / f"{name}.png").exists()
+    )
+    links = "".join(
+        f'<li><a href="notebooks/{f.name}">{title_of(f)}</a></li>'
+        for f in sorted((out / "notebooks").glob("*.html"), key=natural)
+    )
+    rows = (
+        "Tables: "
+        + ", ".join(
+            f'<a href="rows/{f.name}">{f.name}</a>'
+            for f in sorted((out / "rows").glob("*.csv"))
+        )
+        + ', <a href="claims.csv">claims.csv</a>'
+    )
+    write_whole(
+        out / "index.html",
+        PAGE.format(
+            about=about,
+            claims=claims_table(claims),
+            figures=figures,
+            notebooks=links,
+            rows=rows,
+        ),
+    )
+    return out / "index.html"
 
+# %% ../nbs/50_study.ipynb #95894c13
 def title_of(
-    page: Path, # a rendered notebook
-) -> str: # its heading
+    page: Path,  # a rendered notebook
+) -> str:  # its heading
     "The first heading of a page."
     found = re.search(r"<h1[^>]*>(.*?)<", page.read_text(encoding="utf-8"))
     return found[1].strip() if found else page.stem
 
 # %% ../nbs/50_study.ipynb #976257a8
 def run_study(
-    out,                      # folder for everything
-    scale: str = "laptop",    # "tiny", "laptop", "full" or "paper"
+    out,  # folder for everything
+    scale: str = "laptop",  # "tiny", "laptop", "full" or "paper"
     data: str | None = None,  # "builtin", "hub" or a folder of datasets; None: the scale's
-    min_rows: int = 0,        # training rows a dataset must have to take part
-    workers: int | None = None, # jobs at a time; None: see `run_jobs`
-) -> Path: # the page to begin with
+    min_rows: int = 0,  # training rows a dataset must have to take part
+    workers: int | None = None,  # jobs at a time; None: see `run_jobs`
+) -> Path:  # the page to begin with
     "Run the whole study, going on where an earlier run stopped."
-    if scale not in SCALES: raise ValueError(f"no scale {scale!r}: there are {', '.join(SCALES)}")
-    out, scale, asked = Path(out).absolute(), SCALES[scale], notebooks()  # papermill changes the working folder
+    if scale not in SCALES:
+        raise ValueError(f"no scale {scale!r}: there are {', '.join(SCALES)}")
+    out, scale, asked = (
+        Path(out).absolute(),
+        SCALES[scale],
+        notebooks(),
+    )  # papermill changes the working folder
     data = data or scale.data
-    say(f"study at scale {scale.name} on {data if data in ('builtin', 'hub') else f'the folder {Path(data).name}'}, into {out}")
+    say(
+        f"study at scale {scale.name} on {data if data in ('builtin', 'hub') else f'the folder {Path(data).name}'}, into {out}"
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* test rows are training rows too")
         found = load_corpora(data, n_train=scale.n_train, n_test=scale.n_test)
@@ -619,17 +1074,35 @@ def run_study(
     write_rows(out, "datasets", describe(corpora))
     write_rows(out, "shared_texts", shared_texts(corpora))
     clock = Clock()
-    with clock.part("fine-tuning"): what = fine_tune_all(out, scale, base, corpora, workers)
-    write_whole(out/"about.json", as_json(json.loads((out/"about.json").read_text()) | {"second_start": what, "reach": asdict(scale.reach), "contest": asdict(scale.contest) | {"recipe": scale.contest.recipe.as_dict()}}))
-    with clock.part("similarity"): measure(out, scale, base)
-    with clock.part("walks", "the loss at models, between them and beyond"): walk(out, scale, base, corpora, workers)
-    with clock.part("contest", "fine-tuning from other starts"): try_starts(out, scale, base, corpora, workers)
-    shutil.rmtree(out/"claims", ignore_errors=True)
+    with clock.part("fine-tuning"):
+        what = fine_tune_all(out, scale, base, corpora, workers)
+    write_whole(
+        out / "about.json",
+        as_json(
+            json.loads((out / "about.json").read_text())
+            | {
+                "second_start": what,
+                "reach": asdict(scale.reach),
+                "contest": asdict(scale.contest) | {"recipe": scale.contest.recipe.as_dict()},
+            }
+        ),
+    )
+    with clock.part("similarity"):
+        measure(out, scale, base)
+    with clock.part("walks", "the loss at models, between them and beyond"):
+        walk(out, scale, base, corpora, workers)
+    with clock.part("contest", "fine-tuning from other starts"):
+        try_starts(out, scale, base, corpora, workers)
+    shutil.rmtree(out / "claims", ignore_errors=True)
     asked = [file for file in asked if applies(file, Study(out))]
     with clock.part("notebooks", f"{len(asked)} of them, on the rows"):
-        ran = Parallel(n_jobs=2, prefer="threads")(delayed(run_notebook)(file, out) for file in asked)
+        ran = Parallel(n_jobs=2, prefer="threads")(
+            delayed(run_notebook)(file, out) for file in asked
+        )
     page = write_page(out)
     if failed := [file.stem for file, well in zip(asked, ran) if not well]:
-        raise ChildProcessError(f"{page} is without {', '.join(failed)}: what failed stands above, and how far each came in {out/'notebooks'}")
+        raise ChildProcessError(
+            f"{page} is without {', '.join(failed)}: what failed stands above, and how far each came in {out / 'notebooks'}"
+        )
     say(f"done ({clock}): open {page}")
     return page

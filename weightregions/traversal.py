@@ -28,42 +28,68 @@ from filelock import FileLock
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoints import Checkpoint, Held, _layout, _reading, body_parameters, open_checkpoint, write_checkpoint
+from weightregions.checkpoints import (
+    Checkpoint,
+    Held,
+    _layout,
+    _reading,
+    body_parameters,
+    open_checkpoint,
+    write_checkpoint,
+)
 from .files import append_line
 from .similarity import _MEMORY, gram
 from .space import BLOCK, Layout, dot, patch
 
 # %% ../nbs/22_traversal.ipynb #470b3a54
-_STRETCH = 2**16 # weights of each member that are added up at a time, few enough for the processor's cache
-_ROOM = 2**22 # weights of all members together that are read from files at a time
+_STRETCH = (
+    2**16
+)  # weights of each member that are added up at a time, few enough for the processor's cache
+_ROOM = 2**22  # weights of all members together that are read from files at a time
+
 
 def _combine(tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> Tensor:
     "Fill `out` with the weighted sum of flat tensors of one dtype and device; weights sum to one, or there is but one."
     order = sorted((i for i, w in enumerate(weights) if w), key=lambda i: -weights[i])
     start, rest = tensors[order[0]], [(tensors[i], weights[i]) for i in order[1:]]
-    if not rest: return out.copy_(start)
+    if not rest:
+        return out.copy_(start)
     second, share = rest[0]
-    if len(rest) == 1: return torch.lerp(start, second, share, out=out)
+    if len(rest) == 1:
+        return torch.lerp(start, second, share, out=out)
     step = _STRETCH * torch.get_num_threads() if out.device.type == "cpu" else len(out)
     room = torch.empty_like(start[:step])
     for i in range(0, len(out), step):
-        part, origin = out[i:i + step], start[i:i + step]
-        torch.lerp(origin, second[i:i + step], share, out=part)
-        for t, w in rest[1:]: part.add_(torch.sub(t[i:i + step], origin, out=room[:len(part)]), alpha=w)
+        part, origin = out[i : i + step], start[i : i + step]
+        torch.lerp(origin, second[i : i + step], share, out=part)
+        for t, w in rest[1:]:
+            part.add_(torch.sub(t[i : i + step], origin, out=room[: len(part)]), alpha=w)
     return out
 
 # %% ../nbs/22_traversal.ipynb #6f9787dd
-_BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
+
 
 def _alike(tensors: Sequence[Tensor]) -> bool:
     "Whether tensors hold the same bits."
     first = tensors[0]
-    return all(t is first or (t.dtype, t.device) == (first.dtype, first.device) and torch.equal(t.view(_BITS[t.dtype]), first.view(_BITS[t.dtype]))
-               for t in tensors[1:])
+    return all(
+        t is first
+        or (t.dtype, t.device) == (first.dtype, first.device)
+        and torch.equal(t.view(_BITS[t.dtype]), first.view(_BITS[t.dtype]))
+        for t in tensors[1:]
+    )
+
 
 def _finite(t: Tensor) -> bool:
     "Whether a tensor holds no NaN and no infinity, in one pass."
     return t.numel() == 0 or all(map(isfinite, torch.stack(t.aminmax()).tolist()))
+
 
 def _wide(dtypes: Iterable) -> torch.dtype:
     "The data type in which weights of these types are added up: float32, or float64 if one of them is."
@@ -75,20 +101,36 @@ def _in_memory(model: Checkpoint, name: str) -> bool:
     stored = model._body[name]
     return isinstance(stored, Held) and stored.file is None
 
-def _pieces(models: Sequence[Checkpoint], name: str, span: range) -> "Iterator[tuple[int, list[Tensor]]]":
+
+def _pieces(
+    models: Sequence[Checkpoint], name: str, span: range
+) -> "Iterator[tuple[int, list[Tensor]]]":
     "The same weights of some models, flat: all of `span` where they are in memory, else in stretches of 16 MB together; and where in the span they begin."
-    step = max(len(span), 1) if all(_in_memory(m, name) for m in models) else max(1, _ROOM // (_STRETCH * len(models))) * _STRETCH
+    step = (
+        max(len(span), 1)
+        if all(_in_memory(m, name) for m in models)
+        else max(1, _ROOM // (_STRETCH * len(models))) * _STRETCH
+    )
     for i in range(span.start, span.stop, step):
         j = min(i + step, span.stop)
-        yield i - span.start, [m._body[name].tensor.detach().reshape(-1)[i:j] if _in_memory(m, name) else m.read(name, i, j) for m in models]
+        yield (
+            i - span.start,
+            [
+                m._body[name].tensor.detach().reshape(-1)[i:j]
+                if _in_memory(m, name)
+                else m.read(name, i, j)
+                for m in models
+            ],
+        )
 
 # %% ../nbs/22_traversal.ipynb #06e975eb
 @dataclass(frozen=True)
 class Noise:
     "A random Gaussian direction of given length, drawn tensor by tensor."
-    seed: tuple # whole numbers from which the generator of every tensor is seeded
-    norms: tuple # its Euclidean length: one number for the model, or one for each tensor of the layout
-    per: str = "model" # "model" or "tensor": what a number of `norms` is the length of
+
+    seed: tuple  # whole numbers from which the generator of every tensor is seeded
+    norms: tuple  # its Euclidean length: one number for the model, or one for each tensor of the layout
+    per: str = "model"  # "model" or "tensor": what a number of `norms` is the length of
 
 # %% ../nbs/22_traversal.ipynb #5f74b747
 def _flat(members: Sequence, weights: Sequence[float]) -> tuple:
@@ -96,51 +138,78 @@ def _flat(members: Sequence, weights: Sequence[float]) -> tuple:
     flat = []
     for member, w in zip(members, weights):
         if isinstance(member, Point):
-            if member.noise: raise ValueError(f"{member.name}: a perturbed point as a member; hold() it first")
+            if member.noise:
+                raise ValueError(
+                    f"{member.name}: a perturbed point as a member; hold() it first"
+                )
             flat += [(m, w * own) for m, own in zip(member.members, member.weights)]
-        else: flat.append((open_checkpoint(member), w))
+        else:
+            flat.append((open_checkpoint(member), w))
     return tuple(zip(*flat))
+
 
 def _affine(weights: Sequence, n: int, who: str) -> tuple:
     "`weights` as numbers, if there are `n`, finite, with a sum of one."
     weights = tuple(map(float, weights))
-    if not n: raise ValueError(f"{who}: a point without members")
-    if len(weights) != n: raise ValueError(f"{who}: {len(weights)} weights for {n} members")
-    if not all(map(isfinite, weights)): raise ValueError(f"{who}: weights {weights} are not all finite")
-    if abs(sum(weights) - 1) > 1e-6 * max(1, *map(abs, weights)): raise ValueError(f"{who}: weights sum to {sum(weights):.6g}, not to 1")
+    if not n:
+        raise ValueError(f"{who}: a point without members")
+    if len(weights) != n:
+        raise ValueError(f"{who}: {len(weights)} weights for {n} members")
+    if not all(map(isfinite, weights)):
+        raise ValueError(f"{who}: weights {weights} are not all finite")
+    if abs(sum(weights) - 1) > 1e-6 * max(1, *map(abs, weights)):
+        raise ValueError(f"{who}: weights sum to {sum(weights):.6g}, not to 1")
     return weights
 
 # %% ../nbs/22_traversal.ipynb #987a249f
 @dataclass(frozen=True, eq=False, repr=False)
 class Point(Mapping):
     "A point of weight space: the weighted sum of its members, computed tensor by tensor when asked for."
-    members: tuple # M checkpoints of one space, or what `open_checkpoint` takes, or points
-    weights: tuple # M numbers that sum to one
-    name: str = "point" # what to call it in tables and messages
-    coordinates: dict = field(default_factory=dict) # where it is on its path: the columns of its row
-    noise: "Noise | None" = None # a random direction that is added to the sum
+
+    members: tuple  # M checkpoints of one space, or what `open_checkpoint` takes, or points
+    weights: tuple  # M numbers that sum to one
+    name: str = "point"  # what to call it in tables and messages
+    coordinates: dict = field(
+        default_factory=dict
+    )  # where it is on its path: the columns of its row
+    noise: "Noise | None" = None  # a random direction that is added to the sum
 
     def __post_init__(self):
         members = tuple(self.members)
         members, weights = _flat(members, _affine(self.weights, len(members), self.name))
         for m in members[1:]:
-            if m is not members[0]: m.require_same_space(members[0])
-        for key, value in (("members", members), ("weights", weights)): object.__setattr__(self, key, value)
+            if m is not members[0]:
+                m.require_same_space(members[0])
+        for key, value in (("members", members), ("weights", weights)):
+            object.__setattr__(self, key, value)
 
     @cached_property
     def layout(self) -> Layout:
         kinds = tuple(map(_wide, zip(*(m.layout.dtypes for m in self.members))))
         return Layout(self.members[0].layout.names, self.members[0].layout.shapes, kinds)
-    @property
-    def config(self): return self.members[0].config
-    @property
-    def folder(self): return self.members[0].folder
 
-    def __getitem__(self, name: str) -> Tensor: return self.read(name)
-    def __iter__(self) -> Iterator[str]: return iter(self.layout.names)
-    def __len__(self) -> int: return len(self.layout)
-    def __contains__(self, name) -> bool: return name in self.layout
+    @property
+    def config(self):
+        return self.members[0].config
+
+    @property
+    def folder(self):
+        return self.members[0].folder
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout.names)
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    def __contains__(self, name) -> bool:
+        return name in self.layout
+
     __eq__, __hash__ = object.__eq__, object.__hash__
+
     def __repr__(self):
         parts = " ".join(f"{w:+.4g} {m.name}" for w, m in zip(self.weights[:4], self.members))
         more = f" and {len(self.members) - 4} more" if len(self.members) > 4 else ""
@@ -150,30 +219,48 @@ class Point(Mapping):
 @patch
 def read(
     self: Point,
-    name: str, # a tensor of the layout
-    start: "int | None" = None, # first weight, counted in the flattened tensor
-    stop: "int | None" = None, # one past the last weight, the end if not given
-    out: "Tensor | None" = None, # 1-D tensor to fill, in its own data type
-) -> Tensor: # in the tensor's shape if read whole, else 1-D
+    name: str,  # a tensor of the layout
+    start: "int | None" = None,  # first weight, counted in the flattened tensor
+    stop: "int | None" = None,  # one past the last weight, the end if not given
+    out: "Tensor | None" = None,  # 1-D tensor to fill, in its own data type
+) -> Tensor:  # in the tensor's shape if read whole, else 1-D
     "One tensor of the point, or a stretch of it, in memory of its own."
-    if name not in self.layout: raise KeyError(f"{self.name}: has no tensor {name}")
-    i, (members, weights) = self.layout._index[name], zip(*((m, w) for m, w in zip(self.members, self.weights) if w))
+    if name not in self.layout:
+        raise KeyError(f"{self.name}: has no tensor {name}")
+    i, (members, weights) = (
+        self.layout._index[name],
+        zip(*((m, w) for m, w in zip(self.members, self.weights) if w)),
+    )
     span = range(self.layout.sizes[i])[start:stop]
-    if out is not None and len(out) != len(span): raise ValueError(f"{len(span)} weights do not fit a buffer of {len(out)}")
+    if out is not None and len(out) != len(span):
+        raise ValueError(f"{len(span)} weights do not fit a buffer of {len(out)}")
     flat = torch.empty(len(span), dtype=self.layout.dtypes[i])
     with _reading.stay_open():
-        if all(_alike(parts) for _, parts in _pieces(members, name, span)): members, weights = members[:1], weights[:1]
-        for at, parts in _pieces(members, name, span): _combine([t.to("cpu", flat.dtype) for t in parts], weights, flat[at:at + len(parts[0])])
-    if self.noise: flat += _direction(self.noise, self.layout.sizes, i)[start:stop].to(flat.dtype)
-    return out.copy_(flat) if out is not None else flat.reshape(self.layout.shapes[i]) if start is stop is None else flat
+        if all(_alike(parts) for _, parts in _pieces(members, name, span)):
+            members, weights = members[:1], weights[:1]
+        for at, parts in _pieces(members, name, span):
+            _combine(
+                [t.to("cpu", flat.dtype) for t in parts], weights, flat[at : at + len(parts[0])]
+            )
+    if self.noise:
+        flat += _direction(self.noise, self.layout.sizes, i)[start:stop].to(flat.dtype)
+    return (
+        out.copy_(flat)
+        if out is not None
+        else flat.reshape(self.layout.shapes[i])
+        if start is stop is None
+        else flat
+    )
 
+# %% ../nbs/22_traversal.ipynb #804f0b25
 @patch
 def tensor(
     self: Point,
-    name: str, # a tensor of the layout
-) -> Tensor: # float32, or float64 if a member is
+    name: str,  # a tensor of the layout
+) -> Tensor:  # float32, or float64 if a member is
     "One tensor of the point."
     return self.read(name)
+
 
 @patch
 def state(self: Point) -> "dict[str, Tensor]":
@@ -182,30 +269,35 @@ def state(self: Point) -> "dict[str, Tensor]":
 
 # %% ../nbs/22_traversal.ipynb #c5b11443
 def line(
-    a, # the model at alpha = 0: a checkpoint, a point, or what `open_checkpoint` takes
-    b, # the model at alpha = 1
-    alphas: "Iterable[float] | None" = None, # where on the line; 0, 0.1, ..., 1 if not given
-) -> Iterator[tuple]: # coordinates {"alpha"} and point
+    a,  # the model at alpha = 0: a checkpoint, a point, or what `open_checkpoint` takes
+    b,  # the model at alpha = 1
+    alphas: "Iterable[float] | None" = None,  # where on the line; 0, 0.1, ..., 1 if not given
+) -> Iterator[tuple]:  # coordinates {"alpha"} and point
     "Points on the straight line through two models."
     return _line(a, b, [i / 10 for i in range(11)] if alphas is None else alphas, "alpha")
 
+
 def ray(
-    base, # the model at t = 0, usually the pretrained one
-    towards, # the model at t = 1
-    lengths: Iterable[float], # where on the ray, in units of the task vector
-) -> Iterator[tuple]: # coordinates {"t"} and point
+    base,  # the model at t = 0, usually the pretrained one
+    towards,  # the model at t = 1
+    lengths: Iterable[float],  # where on the ray, in units of the task vector
+) -> Iterator[tuple]:  # coordinates {"t"} and point
     "Points `base + t * (towards - base)`."
     return _line(base, towards, lengths, "t")
 
+
 def extrapolation(
-    a, # the model at alpha = 0
-    b, # the model at alpha = 1
-    steps: int = 10, # on each side
-    furthest: float = 32, # the largest alpha; the smallest is 1 - furthest
-    inside: bool = True, # 0.1, ..., 0.9 too
-) -> Iterator[tuple]: # coordinates {"alpha"} and point, in ascending order
+    a,  # the model at alpha = 0
+    b,  # the model at alpha = 1
+    steps: int = 10,  # on each side
+    furthest: float = 32,  # the largest alpha; the smallest is 1 - furthest
+    inside: bool = True,  # 0.1, ..., 0.9 too
+) -> Iterator[tuple]:  # coordinates {"alpha"} and point, in ascending order
     "Points on the line beyond two models, in logarithmic steps on either side."
-    if steps < 2 or not furthest > 1: raise ValueError(f"an extrapolation of {steps} steps as far as {furthest}: it takes 2 steps and goes beyond 1")
+    if steps < 2 or not furthest > 1:
+        raise ValueError(
+            f"an extrapolation of {steps} steps as far as {furthest}: it takes 2 steps and goes beyond 1"
+        )
     beyond = np.geomspace(1, furthest, steps).tolist()
     between = [i / 10 for i in range(1, 10)] if inside else []
     return line(a, b, [*(1 - x for x in reversed(beyond)), *between, *beyond])
@@ -215,11 +307,16 @@ def _opened(model):
     "A checkpoint or a point, opened once for a whole path."
     return model if isinstance(model, (Checkpoint, Point)) else open_checkpoint(model)
 
+
 def _line(a, b, places: Iterable[float], what: str) -> Iterator[tuple]:
     "Points on a line; its models are checked at once, its points made when asked for."
     a, b = _opened(a), _opened(b)
     Point((a, b), (0.5, 0.5))
-    return (_at((a, b), (1 - x, x), f"{a.name} to {b.name}, {what} {x!r}", {what: x}) for x in map(float, places))
+    return (
+        _at((a, b), (1 - x, x), f"{a.name} to {b.name}, {what} {x!r}", {what: x})
+        for x in map(float, places)
+    )
+
 
 def _at(members: Sequence, weights: Sequence[float], name: str, coordinates: dict) -> tuple:
     "What a path yields."
@@ -228,48 +325,69 @@ def _at(members: Sequence, weights: Sequence[float], name: str, coordinates: dic
 
 # %% ../nbs/22_traversal.ipynb #3c5eb674
 def hull(
-    members: Sequence, # M models: checkpoints, points, or what `open_checkpoint` takes
-    n: int, # points
-    seed: int = 0, # of the weights; more points from one seed begin with the same ones
-    name: str = "hull", # how the names of the points begin
-) -> Iterator[tuple]: # coordinates {"w0", "w1", ...} and point
+    members: Sequence,  # M models: checkpoints, points, or what `open_checkpoint` takes
+    n: int,  # points
+    seed: int = 0,  # of the weights; more points from one seed begin with the same ones
+    name: str = "hull",  # how the names of the points begin
+) -> Iterator[tuple]:  # coordinates {"w0", "w1", ...} and point
     "Points drawn uniformly from the convex hull of models."
-    members, seed, n = [_opened(m) for m in members], _whole(seed, "seed"), _whole(n, "number of points")
-    if not members: raise ValueError(f"{name}: a hull of no models")
+    members, seed, n = (
+        [_opened(m) for m in members],
+        _whole(seed, "seed"),
+        _whole(n, "number of points"),
+    )
+    if not members:
+        raise ValueError(f"{name}: a hull of no models")
     average(members)
     draws = np.random.default_rng(seed).dirichlet(np.ones(len(members)), n).tolist()
-    return (_at(members, w, f"{name} {i} of {len(members)} models, seed {seed}", {f"w{j}": x for j, x in enumerate(w)})
-            for i, w in enumerate(draws))
+    return (
+        _at(
+            members,
+            w,
+            f"{name} {i} of {len(members)} models, seed {seed}",
+            {f"w{j}": x for j, x in enumerate(w)},
+        )
+        for i, w in enumerate(draws)
+    )
+
 
 def average(
-    members: "Sequence | Mapping", # M models, or several such groups by name
-    weights: "Sequence[float] | None" = None, # M numbers that sum to one, equal ones if not given
-    name: str = "average", # what to call the point
-): # -> Point, or a dict of them: one a group, called as the group is
+    members: "Sequence | Mapping",  # M models, or several such groups by name
+    weights: "Sequence[float] | None" = None,  # M numbers that sum to one, equal ones if not given
+    name: str = "average",  # what to call the point
+):  # -> Point, or a dict of them: one a group, called as the group is
     "The weighted average of models, of equal weights their centroid."
-    if isinstance(members, Mapping): return {group: average(of, weights, group) for group, of in members.items()}
+    if isinstance(members, Mapping):
+        return {group: average(of, weights, group) for group, of in members.items()}
     members = tuple(members)
-    return Point(members, (1 / len(members),) * len(members) if weights is None and members else weights or (), name)
+    return Point(
+        members,
+        (1 / len(members),) * len(members) if weights is None and members else weights or (),
+        name,
+    )
 
 # %% ../nbs/22_traversal.ipynb #2217f671
 def _whole(value, what: str) -> int:
     "`value`, if it is a whole number and not negative."
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 0: raise ValueError(f"{what} {value!r} is not a whole number from 0")
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{what} {value!r} is not a whole number from 0")
     return int(value)
 
 # %% ../nbs/22_traversal.ipynb #c5e11d6d
 def perturbations(
-    base, # the model to start from, usually the pretrained one
-    like, # how far to go: a length, or a model whose task vector has it, or several, taken in turn
-    n: int, # points
-    seed: int = 0, # of the directions
-    per: str = "model", # "model": one length for all weights; "tensor": each tensor its own, as in `like`
-) -> Iterator[tuple]: # coordinates {"draw"} and point
+    base,  # the model to start from, usually the pretrained one
+    like,  # how far to go: a length, or a model whose task vector has it, or several, taken in turn
+    n: int,  # points
+    seed: int = 0,  # of the directions
+    per: str = "model",  # "model": one length for all weights; "tensor": each tensor its own, as in `like`
+) -> Iterator[tuple]:  # coordinates {"draw"} and point
     "Points in random Gaussian directions from a model, as far away as fine-tuned models are."
     base, seed, n = _opened(base), _whole(seed, "seed"), _whole(n, "number of points")
     likes = [like] if isinstance(like, (Real, str, Path, Mapping, nn.Module)) else list(like)
-    if per not in ("model", "tensor"): raise ValueError(f"per {per!r} is not one of model, tensor")
-    if not likes: raise ValueError(f"perturbations of {base.name}: no length and no model that gives one")
+    if per not in ("model", "tensor"):
+        raise ValueError(f"per {per!r} is not one of model, tensor")
+    if not likes:
+        raise ValueError(f"perturbations of {base.name}: no length and no model that gives one")
     norms = [_norms(base, x if isinstance(x, Real) else _opened(x), per) for x in likes]
     return (_perturbed(base, Noise((seed, i), norms[i % len(norms)], per), i) for i in range(n))
 
@@ -277,60 +395,89 @@ def perturbations(
 def _norms(base, like, per: str) -> tuple:
     "Length of a task vector, or of each of its tensors, in float64."
     if isinstance(like, Real):
-        if per == "tensor": raise ValueError("one length says nothing of each tensor: give a model, or per='model'")
-        if not (isfinite(like) and like > 0): raise ValueError(f"a perturbation of length {like}")
+        if per == "tensor":
+            raise ValueError(
+                "one length says nothing of each tensor: give a model, or per='model'"
+            )
+        if not (isfinite(like) and like > 0):
+            raise ValueError(f"a perturbation of length {like}")
         return (float(like),)
     Point((base, like), (0.5, 0.5))
     squares = []
     for name, size in zip(base.layout.names, base.layout.sizes):
-        moved = (like.read(name, i, i + BLOCK).double() - base.read(name, i, i + BLOCK).double() for i in range(0, size, BLOCK))
+        moved = (
+            like.read(name, i, i + BLOCK).double() - base.read(name, i, i + BLOCK).double()
+            for i in range(0, size, BLOCK)
+        )
         squares.append(sum(dot(d, d) for d in moved))
-        if not isfinite(squares[-1]): raise ValueError(f"{like.name} or {base.name}: {name} holds NaN or infinite values")
-    if not sum(squares): raise ValueError(f"{like.name}: did not move from {base.name}, its task vector has length 0")
+        if not isfinite(squares[-1]):
+            raise ValueError(f"{like.name} or {base.name}: {name} holds NaN or infinite values")
+    if not sum(squares):
+        raise ValueError(
+            f"{like.name}: did not move from {base.name}, its task vector has length 0"
+        )
     return (sqrt(sum(squares)),) if per == "model" else tuple(map(sqrt, squares))
+
 
 def _perturbed(base, noise: Noise, i: int) -> tuple:
     "The point of one perturbation."
     name = f"perturbation {i} of {base.name} per {noise.per}, seed {noise.seed[0]}"
-    return {"draw": i}, Point((base,), (1.,), name, {"draw": i}, noise)
+    return {"draw": i}, Point((base,), (1.0,), name, {"draw": i}, noise)
+
 
 def _gaussian(seed: tuple, i: int, size: int) -> Tensor:
     "The random direction of tensor `i`, not yet scaled, the same on every device."
-    start = int(np.random.SeedSequence([*seed, i]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    return torch.randn(size, generator=torch.Generator().manual_seed(start), dtype=torch.float32)
+    start = int(
+        np.random.SeedSequence([*seed, i]).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    )
+    return torch.randn(
+        size, generator=torch.Generator().manual_seed(start), dtype=torch.float32
+    )
 
+# %% ../nbs/22_traversal.ipynb #932d972d
 @lru_cache(maxsize=64)
 def _length(seed: tuple, sizes: tuple) -> float:
     "Length of a random direction over all tensors."
-    return sqrt(sum(dot(g, g) for g in (_gaussian(seed, i, size) for i, size in enumerate(sizes))))
+    return sqrt(
+        sum(dot(g, g) for g in (_gaussian(seed, i, size) for i, size in enumerate(sizes)))
+    )
+
 
 @lru_cache(maxsize=1)
 def _direction(noise: Noise, sizes: tuple, i: int) -> Tensor:
     "The noise of tensor `i`, flat."
     g = _gaussian(noise.seed, i, sizes[i])
-    if noise.per == "model": return g.mul_(noise.norms[0] / _length(noise.seed, sizes))
+    if noise.per == "model":
+        return g.mul_(noise.norms[0] / _length(noise.seed, sizes))
     return g.mul_(noise.norms[i] / (sqrt(dot(g, g)) or 1))
 
 # %% ../nbs/22_traversal.ipynb #3bfe9b1f
 class Plane:
     "The plane through three models; iterating over it gives the points of a grid."
+
     def __init__(
         self,
-        a, # the model at (0, 0): a checkpoint, a point, or what `open_checkpoint` takes
-        b, # the model on the x axis
-        c, # the model above the x axis
-        grid: "int | tuple" = 11, # points along x and along y, or one number for both
-        margin: float = 0.25, # how far the grid goes beyond the models, as a share of their extent
+        a,  # the model at (0, 0): a checkpoint, a point, or what `open_checkpoint` takes
+        b,  # the model on the x axis
+        c,  # the model above the x axis
+        grid: "int | tuple" = 11,  # points along x and along y, or one number for both
+        margin: float = 0.25,  # how far the grid goes beyond the models, as a share of their extent
     ):
         self.models = tuple(map(_opened, (a, b, c)))
         self.grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
         self.margin, names = float(margin), [m.name for m in self.models]
-        if len(self.grid) != 2 or min(self.grid) < 2: raise ValueError(f"a grid of {grid} points: at least 2 along x and along y")
-        if not (isfinite(margin) and margin >= 0): raise ValueError(f"a margin of {margin} around the plane's models")
+        if len(self.grid) != 2 or min(self.grid) < 2:
+            raise ValueError(f"a grid of {grid} points: at least 2 along x and along y")
+        if not (isfinite(margin) and margin >= 0):
+            raise ValueError(f"a margin of {margin} around the plane's models")
         (bb, bc), (_, cc) = self._products()
-        if bb == 0: raise ValueError(f"{names[1]} is {names[0]}: two points span no plane")
+        if bb == 0:
+            raise ValueError(f"{names[1]} is {names[0]}: two points span no plane")
         self.bx, self.cx = sqrt(bb), bc / sqrt(bb)
-        if not cc - self.cx**2 > 1e-9 * cc: raise ValueError(f"{names[2]} lies on the line through {names[0]} and {names[1]}: there is no one plane")
+        if not cc - self.cx**2 > 1e-9 * cc:
+            raise ValueError(
+                f"{names[2]} lies on the line through {names[0]} and {names[1]}: there is no one plane"
+            )
         self.cy = sqrt(cc - self.cx**2)
 
     def _products(self, *others) -> np.ndarray:
@@ -338,20 +485,25 @@ class Plane:
         a, *rest = self.models + others
         renamed = [copy.copy(m) for m in rest]
         if len({m.name for m in rest}) < len(rest):
-            for i, m in enumerate(renamed): object.__setattr__(m, "name", f"{m.name} ({i})")
+            for i, m in enumerate(renamed):
+                object.__setattr__(m, "name", f"{m.name} ({i})")
         return gram(renamed, a, progress=False).products()[:-1, :-1]
 
     def __repr__(self):
-        at = ", ".join(f"{m.name} ({x:.4g}, {y:.4g})" for m, (x, y) in zip(self.models, ((0, 0), (self.bx, 0), (self.cx, self.cy))))
+        at = ", ".join(
+            f"{m.name} ({x:.4g}, {y:.4g})"
+            for m, (x, y) in zip(self.models, ((0, 0), (self.bx, 0), (self.cx, self.cy)))
+        )
         return f"Plane({at}; grid {self.grid[0]} x {self.grid[1]})"
 
+# %% ../nbs/22_traversal.ipynb #24219430
 def plane(
-    a, # the model at (0, 0)
-    b, # the model on the x axis
-    c, # the model above the x axis
-    grid: "int | tuple" = 11, # points along x and along y, or one number for both
-    margin: float = 0.25, # how far the grid goes beyond the models, as a share of their extent
-) -> Plane: # iterate over it for coordinates {"x", "y"} and points
+    a,  # the model at (0, 0)
+    b,  # the model on the x axis
+    c,  # the model above the x axis
+    grid: "int | tuple" = 11,  # points along x and along y, or one number for both
+    margin: float = 0.25,  # how far the grid goes beyond the models, as a share of their extent
+) -> Plane:  # iterate over it for coordinates {"x", "y"} and points
     "The plane through three models."
     return Plane(a, b, c, grid, margin)
 
@@ -359,210 +511,328 @@ def plane(
 @patch
 def at(
     self: Plane,
-    x: float, # in the unit of the weights
-    y: float, # in the unit of the weights
-) -> Point: # with coordinates {"x", "y"}
+    x: float,  # in the unit of the weights
+    y: float,  # in the unit of the weights
+) -> Point:  # with coordinates {"x", "y"}
     "The point at these coordinates."
     x, y = float(x), float(y)
     t = y / self.cy
-    s, t = round((x - t * self.cx) / self.bx, 9), round(t, 9)  # the last digits of a length differ from machine to machine
+    s, t = (
+        round((x - t * self.cx) / self.bx, 9),
+        round(t, 9),
+    )  # the last digits of a length differ from machine to machine
     names = ", ".join(m.name for m in self.models)
-    return Point(self.models, (1 - s - t, s, t), f"plane of {names} at ({x:.6g}, {y:.6g})", {"x": x, "y": y})
+    return Point(
+        self.models,
+        (1 - s - t, s, t),
+        f"plane of {names} at ({x:.6g}, {y:.6g})",
+        {"x": x, "y": y},
+    )
 
-def _rounded(value: float) -> float: return float(f"{value:.9g}")
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.9g}")
+
 
 @patch
 def __iter__(self: Plane) -> Iterator[tuple]:
     axes = []
-    for low, high, n in ((min(0, self.cx), max(self.bx, self.cx), self.grid[0]), (0, self.cy, self.grid[1])):
-        axes.append(np.linspace(low - self.margin * (high - low), high + self.margin * (high - low), n))
-    return ((p.coordinates, p) for y in map(_rounded, axes[1]) for x in map(_rounded, axes[0]) for p in [self.at(x, y)])
+    for low, high, n in (
+        (min(0, self.cx), max(self.bx, self.cx), self.grid[0]),
+        (0, self.cy, self.grid[1]),
+    ):
+        axes.append(
+            np.linspace(low - self.margin * (high - low), high + self.margin * (high - low), n)
+        )
+    return (
+        (p.coordinates, p)
+        for y in map(_rounded, axes[1])
+        for x in map(_rounded, axes[0])
+        for p in [self.at(x, y)]
+    )
 
+# %% ../nbs/22_traversal.ipynb #fe963b17
 @patch
 def project(
     self: Plane,
-    other, # a model: a checkpoint, a point, or what `open_checkpoint` takes
-) -> tuple: # (x, y, distance from the plane), in the unit of the weights
+    other,  # a model: a checkpoint, a point, or what `open_checkpoint` takes
+) -> tuple:  # (x, y, distance from the plane), in the unit of the weights
     "Where the shadow of a model falls on the plane, and how far above it the model is."
     *_, (u, v, w) = self._products(_opened(other))
     x = u / self.bx
     y = (v - x * self.cx) / self.cy
     return float(x), float(y), sqrt(max(w - x**2 - y**2, 0))
 
+
 @patch
 def marks(
     self: Plane,
-    others: "Mapping | None" = None, # name -> another model to project
-) -> pd.DataFrame: # columns name, x, y, distance; the plane's own models first
+    others: "Mapping | None" = None,  # name -> another model to project
+) -> pd.DataFrame:  # columns name, x, y, distance; the plane's own models first
     "The models of the plane, and others, as a table for a map."
-    own = zip([m.name for m in self.models], (0., self.bx, self.cx), (0., 0., self.cy), (0.,) * 3)
+    own = zip(
+        [m.name for m in self.models], (0.0, self.bx, self.cx), (0.0, 0.0, self.cy), (0.0,) * 3
+    )
     rows = [*own, *((name, *self.project(m)) for name, m in (others or {}).items())]
     return pd.DataFrame(rows, columns=["name", "x", "y", "distance"])
 
 # %% ../nbs/22_traversal.ipynb #f177a8f3
 def hold(
-    model, # a checkpoint, a point, or what `open_checkpoint` takes
-    head: "str | None" = None, # of a point: "drop" the head (if not given), take the "first" member's, or their weighted "average"; a checkpoint keeps its own unless "drop"
-    device: str = "cpu", # where to hold it: on a GPU, points are put together there
-) -> Checkpoint: # of the same name, in float32 or float64, that shares no memory with the model
+    model,  # a checkpoint, a point, or what `open_checkpoint` takes
+    head: "str | None" = None,  # of a point: "drop" the head (if not given), take the "first" member's, or their weighted "average"; a checkpoint keeps its own unless "drop"
+    device: str = "cpu",  # where to hold it: on a GPU, points are put together there
+) -> (
+    Checkpoint
+):  # of the same name, in float32 or float64, that shares no memory with the model
     "A model read once, into memory."
     model = _opened(model)
     head = _head_policy(head or ("drop" if isinstance(model, Point) else "average"))
-    point = model if isinstance(model, Point) else Point((model,), (1.,), model.name)
+    point = model if isinstance(model, Point) else Point((model,), (1.0,), model.name)
     held = copy.copy(point.members[0])
     keep = lambda t: Held(t.to(device, _wide([t.dtype])) if t.is_floating_point() else t)
     held.name = model.name
     held._body = {n: keep(_sound(model.read(n), model.name, n)) for n in model.layout.names}
-    held._head = {n: keep(_beside(point, n, head)) for n in held._head} if head != "drop" else {}
-    held._along = {n: keep(_beside(point, n, head)) for n in held._along if all(n in m._along for m in point.members)}
+    held._head = (
+        {n: keep(_beside(point, n, head)) for n in held._head} if head != "drop" else {}
+    )
+    held._along = {
+        n: keep(_beside(point, n, head))
+        for n in held._along
+        if all(n in m._along for m in point.members)
+    }
     held.layout, held.head = _layout(held._body), _layout(held._head)
     return held
 
 # %% ../nbs/22_traversal.ipynb #ceb42345
 def hold_what_fits(
-    models: Iterable, # checkpoints, points, or what `open_checkpoint` takes
-    memory: "float | None" = None, # bytes that those in memory may take together; None: as many as similarity takes for its buffers, on a GPU half of what is free there
-    head: "str | None" = None, # see `hold`
-    device: str = "cpu", # where to hold them
-) -> list: # the same models in the same order
+    models: Iterable,  # checkpoints, points, or what `open_checkpoint` takes
+    memory: "float | None" = None,  # bytes that those in memory may take together; None: as many as similarity takes for its buffers, on a GPU half of what is free there
+    head: "str | None" = None,  # see `hold`
+    device: str = "cpu",  # where to hold them
+) -> list:  # the same models in the same order
     "Models read into memory, first ones first; those for which there is no room stay where they are, and are read in stretches."
-    if memory is None: memory = torch.cuda.mem_get_info(device)[0] / 2 if device.startswith("cuda") else _MEMORY
+    if memory is None:
+        memory = (
+            torch.cuda.mem_get_info(device)[0] / 2 if device.startswith("cuda") else _MEMORY
+        )
     found = []
     for model in map(_opened, models):
-        memory -= sum(size * _wide([dtype]).itemsize for size, dtype in zip(model.layout.sizes, model.layout.dtypes))
+        memory -= sum(
+            size * _wide([dtype]).itemsize
+            for size, dtype in zip(model.layout.sizes, model.layout.dtypes)
+        )
         found.append(hold(model, head, device) if memory >= 0 else model)
     return found
 
 # %% ../nbs/22_traversal.ipynb #4b3730a7
 def _head_policy(head: str, known: tuple = ("drop", "first", "average")) -> str:
     "`head`, if there is such a policy."
-    if head not in known: raise ValueError(f"head policy {head!r} is not one of {', '.join(known)}")
+    if head not in known:
+        raise ValueError(f"head policy {head!r} is not one of {', '.join(known)}")
     return head
+
 
 def _sound(t: Tensor, who: str, name: str) -> Tensor:
     "`t`, if it is finite."
-    if t.is_floating_point() and not _finite(t): raise ValueError(f"{who}: {name} holds NaN or infinite values")
+    if t.is_floating_point() and not _finite(t):
+        raise ValueError(f"{who}: {name} holds NaN or infinite values")
     return t
+
 
 def _stored(model: Checkpoint, name: str, shape: "tuple | None" = None) -> Tensor:
     "A tensor beside the body: of the head, or of what goes along with the body."
     stored = model._head.get(name, model._along.get(name))
-    if stored is None: raise ValueError(f"{model.name}: has no head tensor {name}")
+    if stored is None:
+        raise ValueError(f"{model.name}: has no head tensor {name}")
     if shape not in (None, found := tuple(stored.shape)):
-        raise ValueError(f"{model.name}: head tensor {name} has shape {found}, expected {shape}")
+        raise ValueError(
+            f"{model.name}: head tensor {name} has shape {found}, expected {shape}"
+        )
     return _sound(stored.read().reshape(found), model.name, name)
+
 
 def _beside(point: Point, name: str, head: str, shape: "tuple | None" = None) -> Tensor:
     "A head tensor of a point: of its first member, or the weighted average of all."
     first = _stored(point.members[0], name, shape)
-    if head == "first": return first
+    if head == "first":
+        return first
     parts = [first, *(_stored(m, name, tuple(first.shape)) for m in point.members[1:])]
     parts, weights = zip(*((t, w) for t, w in zip(parts, point.weights) if w))
-    if not first.is_floating_point() or _alike(parts): return parts[0]
+    if not first.is_floating_point() or _alike(parts):
+        return parts[0]
     flat = [t.to(_wide([t.dtype for t in parts])).reshape(-1) for t in parts]
     return _combine(flat, weights, torch.empty_like(flat[0])).reshape(first.shape)
 
 # %% ../nbs/22_traversal.ipynb #8c599c02
 def _built(like: Checkpoint, bare: bool) -> nn.Module:
     "The model of a checkpoint's configuration, with its saved buffers, not yet its weights."
-    if like.config is None: raise ValueError(f"{like.name}: has no configuration to build a model from")
-    config, dtype, kind = copy.deepcopy(like.config), _wide(like.layout.dtypes), like.anatomy.model
-    if not bare and kind == getattr(transformers.MODEL_MAPPING.get(type(config), None), "__name__", ""): raise ValueError(f"{like.name}: is a {kind} and has no head")
-    with torch.random.fork_rng(devices=[]):  # initial weights must not move the caller's random numbers
-        if bare: model = transformers.AutoModel.from_config(config, dtype=dtype, trust_remote_code=False)
-        else: model = getattr(transformers, kind)._from_config(config, dtype=dtype)
+    if like.config is None:
+        raise ValueError(f"{like.name}: has no configuration to build a model from")
+    config, dtype, kind = (
+        copy.deepcopy(like.config),
+        _wide(like.layout.dtypes),
+        like.anatomy.model,
+    )
+    if not bare and kind == getattr(
+        transformers.MODEL_MAPPING.get(type(config), None), "__name__", ""
+    ):
+        raise ValueError(f"{like.name}: is a {kind} and has no head")
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # initial weights must not move the caller's random numbers
+        if bare:
+            model = transformers.AutoModel.from_config(
+                config, dtype=dtype, trust_remote_code=False
+            )
+        else:
+            model = getattr(transformers, kind)._from_config(config, dtype=dtype)
     buffers = dict(model.base_model.named_buffers())
     for name, t in like._along.items():
-        if name in buffers: buffers[name].copy_(t.read().reshape(t.shape))
-    if bare and like.pooler == "drop" and hasattr(model, "pooler"): model.pooler = None
+        if name in buffers:
+            buffers[name].copy_(t.read().reshape(t.shape))
+    if bare and like.pooler == "drop" and hasattr(model, "pooler"):
+        model.pooler = None
     return model
+
 
 def _head_parameters(model: nn.Module, body: Mapping) -> dict:
     "The parameters that are not in the body, a pooler included, under the names of a checkpoint."
     base, inside = model.base_model_prefix, {id(p) for p in body.values()}
-    return {n.removeprefix(f"{base}."): p for n, p in model.named_parameters() if id(p) not in inside}
+    return {
+        n.removeprefix(f"{base}."): p
+        for n, p in model.named_parameters()
+        if id(p) not in inside
+    }
 
 # %% ../nbs/22_traversal.ipynb #39efa21d
 class Stand:
     "One scratch model that is refilled in place, point after point."
+
     def __init__(
         self,
-        like, # a live model, a checkpoint, or what `open_checkpoint` takes: what the scratch model is to be
-        base=None, # a model in whose space all members must be; `like` alone if not given
-        head: "str | None" = None, # "drop", "keep", "first" or "average"; if not given, "keep" of a live model, "drop" of a checkpoint
-        scratch: bool = False, # use the live model itself, and overwrite it, instead of a copy
-        pooler: str = "drop", # of a live model: "keep" it in the body, as the members do, or "drop" it from there
-        device: "str | None" = None, # where to stand; where the live model is, or the CPU, if not given
+        like,  # a live model, a checkpoint, or what `open_checkpoint` takes: what the scratch model is to be
+        base=None,  # a model in whose space all members must be; `like` alone if not given
+        head: "str | None" = None,  # "drop", "keep", "first" or "average"; if not given, "keep" of a live model, "drop" of a checkpoint
+        scratch: bool = False,  # use the live model itself, and overwrite it, instead of a copy
+        pooler: str = "drop",  # of a live model: "keep" it in the body, as the members do, or "drop" it from there
+        device: "str | None" = None,  # where to stand; where the live model is, or the CPU, if not given
     ):
         live = isinstance(like, nn.Module)
-        if scratch and not live: raise ValueError("scratch=True takes a live model")
-        self.head = _head_policy(head or ("keep" if live else "drop"), ("drop", "keep", "first", "average"))
+        if scratch and not live:
+            raise ValueError("scratch=True takes a live model")
+        self.head = _head_policy(
+            head or ("keep" if live else "drop"), ("drop", "keep", "first", "average")
+        )
         model = getattr(like, "_orig_mod", like)  # what torch.compile wraps
-        self.like = open_checkpoint(model, pooler=pooler) if live else like.members[0] if isinstance(like, Point) else open_checkpoint(like)
-        if live and self.head == "drop": model = getattr(model, "base_model", model)
-        self.model = (model if scratch else copy.deepcopy(model)) if live else _built(self.like, self.head == "drop")
+        self.like = (
+            open_checkpoint(model, pooler=pooler)
+            if live
+            else like.members[0]
+            if isinstance(like, Point)
+            else open_checkpoint(like)
+        )
+        if live and self.head == "drop":
+            model = getattr(model, "base_model", model)
+        self.model = (
+            (model if scratch else copy.deepcopy(model))
+            if live
+            else _built(self.like, self.head == "drop")
+        )
         self.model.to(device).eval()
         self.body = body_parameters(self.model, self.like.pooler)
         if unfilled := [n for n in self.like.layout.names if n not in self.body]:
-            raise ValueError(f"{self.like.name}: {unfilled[0]} has no parameter of its own in a {type(self.model).__name__}")
-        if base is not None: self.like.require_same_space(_opened(base))
-        self._heads = {} if self.head == "drop" or live and self.head == "keep" else _head_parameters(self.model, self.body)
-        if self.head == "keep" and not live: _fill_heads(self, Point((self.like,), (1.,)))
+            raise ValueError(
+                f"{self.like.name}: {unfilled[0]} has no parameter of its own in a {type(self.model).__name__}"
+            )
+        if base is not None:
+            self.like.require_same_space(_opened(base))
+        self._heads = (
+            {}
+            if self.head == "drop" or live and self.head == "keep"
+            else _head_parameters(self.model, self.body)
+        )
+        if self.head == "keep" and not live:
+            _fill_heads(self, Point((self.like,), (1.0,)))
         self._sound, self._path, self._differ, self._written = WeakKeyDictionary(), None, {}, {}
 
-    def __repr__(self): return f"Stand({type(self.model).__name__} like {self.like.name!r}, head {self.head})"
+    def __repr__(self):
+        return f"Stand({type(self.model).__name__} like {self.like.name!r}, head {self.head})"
 
 # %% ../nbs/22_traversal.ipynb #0be6630f
 @torch.no_grad()
 def _fill_heads(stand: Stand, point: Point) -> None:
     "Give the scratch model the head that the policy asks for."
-    for name, p in stand._heads.items(): p.copy_(_beside(point, name, stand.head, tuple(p.shape)))
+    for name, p in stand._heads.items():
+        p.copy_(_beside(point, name, stand.head, tuple(p.shape)))
+
 
 def _age(model: Checkpoint) -> int:
     "A number that changes when a tensor in memory is written to."
     held = (s.tensor for s in model._body.values() if isinstance(s, Held))
     return sum(t._version for t in held if not t.is_inference())
 
+
 def _inspect(stand: "Stand", members: tuple, ages: tuple) -> dict:
     "Where members agree; refuses members of another space, with NaN, or in the scratch model's own memory."
     new = [stand._sound.get(m) != age for m, age in zip(members, ages)]
     for m, is_new in zip(members, new):
-        if is_new: m.require_same_space(stand.like)
+        if is_new:
+            m.require_same_space(stand.like)
     differ = {}
     for name, size in zip(stand.like.layout.names, stand.like.layout.sizes):
         alike, own = True, stand.body[name].data_ptr()
         for _, parts in _pieces(members, name, range(size)):
             for m, t, is_new in zip(members, parts, new):
-                if t.data_ptr() == own: raise ValueError(f"{m.name}: {name} is the scratch model's own memory; hold() it first")
-                if is_new: _sound(t, m.name, name)
+                if t.data_ptr() == own:
+                    raise ValueError(
+                        f"{m.name}: {name} is the scratch model's own memory; hold() it first"
+                    )
+                if is_new:
+                    _sound(t, m.name, name)
             alike = alike and _alike(parts)
-            if not (alike or any(new)): break
+            if not (alike or any(new)):
+                break
         differ[name] = not alike and _moved_rows(members, name)
     stand._sound.update(zip(members, ages))
     return differ
 
+# %% ../nbs/22_traversal.ipynb #e8c72f82
 def _moved_rows(members: tuple, name: str) -> "tuple | None":
     "Of a large matrix in memory few of whose rows differ between members, these rows and copies of them."
-    if not all(_in_memory(m, name) for m in members): return None
+    if not all(_in_memory(m, name) for m in members):
+        return None
     tensors = [m._body[name].tensor.detach() for m in members]
     first = tensors[0]
-    if first.ndim != 2 or first.numel() < _STRETCH or len({(t.dtype, t.device) for t in tensors}) > 1: return None
+    if (
+        first.ndim != 2
+        or first.numel() < _STRETCH
+        or len({(t.dtype, t.device) for t in tensors}) > 1
+    ):
+        return None
     moved = torch.zeros(len(first), dtype=torch.bool, device=first.device)
-    for t in tensors[1:]: moved |= (t.view(_BITS[t.dtype]) != first.view(_BITS[first.dtype])).any(1)
+    for t in tensors[1:]:
+        moved |= (t.view(_BITS[t.dtype]) != first.view(_BITS[first.dtype])).any(1)
     rows = moved.nonzero().squeeze(1)
     return (rows, [t[rows] for t in tensors]) if 2 * len(rows) < len(first) else None
 
-def _fill(p: nn.Parameter, members: Sequence[Checkpoint], name: str, weights: Sequence[float]) -> None:
+
+def _fill(
+    p: nn.Parameter, members: Sequence[Checkpoint], name: str, weights: Sequence[float]
+) -> None:
     "Write the weighted sum of a tensor of some models into a parameter."
     members, weights = zip(*((m, w) for m, w in zip(members, weights) if w))
     kind = _wide([m._body[name].dtype for m in members])
     direct = p.is_contiguous() and p.dtype == kind
     out = p.detach().view(-1) if direct else torch.empty(p.numel(), dtype=kind, device=p.device)
     for i, parts in _pieces(members, name, range(p.numel())):
-        _combine([t.to(p.device, kind) for t in parts], weights, out[i:i + len(parts[0])])
-    if not direct: p.copy_(out.view(p.shape))
+        _combine([t.to(p.device, kind) for t in parts], weights, out[i : i + len(parts[0])])
+    if not direct:
+        p.copy_(out.view(p.shape))
 
-def _fill_rows(p: nn.Parameter, rows: Tensor, tensors: Sequence[Tensor], weights: Sequence[float]) -> None:
+
+def _fill_rows(
+    p: nn.Parameter, rows: Tensor, tensors: Sequence[Tensor], weights: Sequence[float]
+) -> None:
     "Write the weighted sum of tensors into some rows of a parameter."
     tensors, weights = zip(*((t, w) for t, w in zip(tensors, weights) if w))
     flat = [t.to(p.device, _wide([t.dtype for t in tensors])).reshape(-1) for t in tensors]
@@ -573,47 +843,91 @@ def _fill_rows(p: nn.Parameter, rows: Tensor, tensors: Sequence[Tensor], weights
 @patch
 def at(
     self: Stand,
-    point, # a point, or one model: a checkpoint, or what `open_checkpoint` takes
-) -> nn.Module: # the scratch model, in evaluation mode; the next call changes it
+    point,  # a point, or one model: a checkpoint, or what `open_checkpoint` takes
+) -> nn.Module:  # the scratch model, in evaluation mode; the next call changes it
     "Go to a point: put its weights into the scratch model."
-    if not isinstance(point, Point): point = Point((point,), (1.,), "one model")
+    if not isinstance(point, Point):
+        point = Point((point,), (1.0,), "one model")
     members, ages = point.members, tuple(map(_age, point.members))
     with torch.no_grad(), _reading.stay_open():
-        if self._path is None or ages != self._path[1] or list(map(id, members)) != list(map(id, self._path[0])):
+        if (
+            self._path is None
+            or ages != self._path[1]
+            or list(map(id, members)) != list(map(id, self._path[0]))
+        ):
             self._path, self._written = None, {}
             self._differ, self._path = _inspect(self, members, ages), (members, ages)
         for i, (name, differ) in enumerate(self._differ.items()):
-            p, whole = self.body[name], point.noise or self._written.get(name) != self.body[name]._version
-            if differ is False and whole: _fill(p, members[:1], name, [1.])
-            elif differ and not whole: _fill_rows(p, *differ, point.weights)
-            elif differ is not False: _fill(p, members, name, point.weights)
-            if point.noise: p.add_(_direction(point.noise, self.like.layout.sizes, i).view(p.shape).to(p.device, p.dtype))
+            p, whole = (
+                self.body[name],
+                point.noise or self._written.get(name) != self.body[name]._version,
+            )
+            if differ is False and whole:
+                _fill(p, members[:1], name, [1.0])
+            elif differ and not whole:
+                _fill_rows(p, *differ, point.weights)
+            elif differ is not False:
+                _fill(p, members, name, point.weights)
+            if point.noise:
+                p.add_(
+                    _direction(point.noise, self.like.layout.sizes, i)
+                    .view(p.shape)
+                    .to(p.device, p.dtype)
+                )
             self._written[name] = None if point.noise else p._version
-    if self.head in ("first", "average"): _fill_heads(self, point)
-    return self.model.eval() if self.model.training or self.model.base_model.training else self.model
+    if self.head in ("first", "average"):
+        _fill_heads(self, point)
+    return (
+        self.model.eval()
+        if self.model.training or self.model.base_model.training
+        else self.model
+    )
 
 # %% ../nbs/22_traversal.ipynb #3ec7ee0f
 def _plain(value, who: str):
     "A value as JSON has it."
     if isinstance(value, (Tensor, np.ndarray, np.generic)):
-        if value.size != 1 if not isinstance(value, Tensor) else value.numel() != 1: raise ValueError(f"{who} is no single value")
+        if value.size != 1 if not isinstance(value, Tensor) else value.numel() != 1:
+            raise ValueError(f"{who} is no single value")
         value = value.item()
-    if value is None or isinstance(value, (str, bool, int, float)): return value
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
     raise ValueError(f"{who} is a {type(value).__name__}, not a number or a text")
+
 
 def _rows_of(point: Point, coordinates: Mapping, measured, column: str) -> list:
     "The rows of one point: coordinates, its name, what was measured, and a note where that is not finite."
-    rows = measured if isinstance(measured, (list, tuple)) else [measured if isinstance(measured, Mapping) else {column: measured}]
+    rows = (
+        measured
+        if isinstance(measured, (list, tuple))
+        else [measured if isinstance(measured, Mapping) else {column: measured}]
+    )
     made = []
     for row in rows:
-        if not isinstance(row, Mapping): raise ValueError(f"{point.name}: the metric returned a list with a {type(row).__name__} in it, not rows")
-        if twice := sorted((coordinates.keys() | {"point"}) & row.keys()): raise ValueError(f"{point.name}: the metric returned a column {twice[0]!r}, which is the path's")
+        if not isinstance(row, Mapping):
+            raise ValueError(
+                f"{point.name}: the metric returned a list with a {type(row).__name__} in it, not rows"
+            )
+        if twice := sorted((coordinates.keys() | {"point"}) & row.keys()):
+            raise ValueError(
+                f"{point.name}: the metric returned a column {twice[0]!r}, which is the path's"
+            )
         row = {str(k): _plain(v, f"{point.name}: {k}") for k, v in row.items()}
-        odd = [f"{k} is {v}" for k, v in row.items() if isinstance(v, float) and not isfinite(v)]
+        odd = [
+            f"{k} is {v}" for k, v in row.items() if isinstance(v, float) and not isfinite(v)
+        ]
         note = row.pop("note", None) or "; ".join(odd)
-        made.append({**{k: _plain(v, k) for k, v in coordinates.items()}, "point": point.name, **row, "note": note})
+        made.append(
+            {
+                **{k: _plain(v, k) for k, v in coordinates.items()},
+                "point": point.name,
+                **row,
+                "note": note,
+            }
+        )
     return made
 
+# %% ../nbs/22_traversal.ipynb #5bc583ad
 def _called(metric: Callable) -> str:
     "What to call a metric in a file: what it says of itself, without addresses in memory."
     text = getattr(metric, "__qualname__", None) or repr(metric)
@@ -625,85 +939,135 @@ def _path_of(path: Iterable) -> list:
     pairs = [(p.coordinates, p) if isinstance(p, Point) else p for p in path]
     seen = set()
     for _, p in pairs:
-        if p.name in seen: raise ValueError(f"two points of the path are called {p.name!r}")
+        if p.name in seen:
+            raise ValueError(f"two points of the path are called {p.name!r}")
         seen.add(p.name)
     return pairs
 
+
 def _keys(pairs: list) -> list:
     "A digest of every point: where it is, and the bytes of its members, the same whether they are held in memory or not."
-    held = lambda m: m if all(_wide([dtype]) == dtype for dtype in m.layout.dtypes) else hold(m, "drop")
-    digests = {id(m): held(m).sha256() for m in {id(m): m for _, p in pairs for m in p.members}.values()}
-    parts = ([p.name, dict(c), p.weights, [digests[id(m)] for m in p.members], p.noise and [p.noise.seed, p.noise.norms, p.noise.per]] for c, p in pairs)
+    held = lambda m: (
+        m if all(_wide([dtype]) == dtype for dtype in m.layout.dtypes) else hold(m, "drop")
+    )
+    digests = {
+        id(m): held(m).sha256()
+        for m in {id(m): m for _, p in pairs for m in p.members}.values()
+    }
+    parts = (
+        [
+            p.name,
+            dict(c),
+            p.weights,
+            [digests[id(m)] for m in p.members],
+            p.noise and [p.noise.seed, p.noise.norms, p.noise.per],
+        ]
+        for c, p in pairs
+    )
     return [hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for part in parts]
 
 # %% ../nbs/22_traversal.ipynb #b720ef2b
-def _line_of(value) -> bytes: return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+def _line_of(value) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+
 
 def _alone(file: "Path | None"):
     "Keep other processes from measuring into the same file; where nothing can be written, there is nothing to keep from."
-    if file is None: return nullcontext()
+    if file is None:
+        return nullcontext()
     file.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(file.parent/f".{file.name}.lock") if os.access(file.parent, os.W_OK) else nullcontext()
+    return (
+        FileLock(file.parent / f".{file.name}.lock")
+        if os.access(file.parent, os.W_OK)
+        else nullcontext()
+    )
+
 
 def _resume(file: Path, head: dict, keys: list) -> dict:
     "What a file has measured already: key -> rows; it is begun if it is not there, and a torn last line is cut off."
     content = file.read_bytes() if file.exists() else b""
     if b"\n" not in content:
-        if not _line_of(head).startswith(content): raise ValueError(f"{file}: is no file of a traversal")
-        if content: os.truncate(file, 0)
+        if not _line_of(head).startswith(content):
+            raise ValueError(f"{file}: is no file of a traversal")
+        if content:
+            os.truncate(file, 0)
         append_line(file, _line_of(head))
         return {}
     begin, done = _lines(file, content)
-    if begin != head: raise ValueError(f"{file}: was measured with {begin}, not with {head}")
-    if foreign := set(done) - set(keys): raise ValueError(f"{file}: holds {len(foreign)} points that are not on this path: name another file")
-    if torn := len(content) - content.rindex(b"\n") - 1: os.truncate(file, len(content) - torn)
+    if begin != head:
+        raise ValueError(f"{file}: was measured with {begin}, not with {head}")
+    if foreign := set(done) - set(keys):
+        raise ValueError(
+            f"{file}: holds {len(foreign)} points that are not on this path: name another file"
+        )
+    if torn := len(content) - content.rindex(b"\n") - 1:
+        os.truncate(file, len(content) - torn)
     return done
+
 
 def _lines(file: Path, content: bytes) -> tuple:
     "The first line of a file, and the rows of its points by key."
     try:
         begin, *lines = [json.loads(line) for line in content.split(b"\n")[:-1]]
         return dict(begin), {line["key"]: list(map(dict, line["rows"])) for line in lines}
-    except (ValueError, TypeError, KeyError, RecursionError): raise ValueError(f"{file}: is no file of a traversal, or damaged") from None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(f"{file}: is no file of a traversal, or damaged") from None
 
 # %% ../nbs/22_traversal.ipynb #bb472c6c
 def traverse(
-    path: Iterable, # (coordinates, point) pairs, or points: a line, a hull, a plane, ...
-    metric: Callable, # called with the model at each point; returns a number, a dict, or a list of dicts
-    stand: Stand, # the scratch model
-    rows: "str | Path | None" = None, # a .jsonl file that the rows are kept in, point by point, and taken from
-    progress: bool = True, # show a progress bar, in points
-    about: str = "", # what else the rows of the file depend on, such as data or precision; other files are refused
-) -> pd.DataFrame: # columns: coordinates, point, what was measured, note; in the order of the path
+    path: Iterable,  # (coordinates, point) pairs, or points: a line, a hull, a plane, ...
+    metric: Callable,  # called with the model at each point; returns a number, a dict, or a list of dicts
+    stand: Stand,  # the scratch model
+    rows: "str | Path | None" = None,  # a .jsonl file that the rows are kept in, point by point, and taken from
+    progress: bool = True,  # show a progress bar, in points
+    about: str = "",  # what else the rows of the file depend on, such as data or precision; other files are refused
+) -> (
+    pd.DataFrame
+):  # columns: coordinates, point, what was measured, note; in the order of the path
     "Measure every point of a path."
     pairs, column = _path_of(path), getattr(metric, "__name__", "value")
     column, done = column if column.isidentifier() else "value", {}
     keys = list(range(len(pairs))) if rows is None else _keys(pairs)
-    if rows is not None and (rows := Path(rows)).suffix != ".jsonl": raise ValueError(f"{rows}: rows are kept in a .jsonl file")
+    if rows is not None and (rows := Path(rows)).suffix != ".jsonl":
+        raise ValueError(f"{rows}: rows are kept in a .jsonl file")
     with _alone(rows):
-        if rows is not None: done = _resume(rows, {"metric": _called(metric), "head": stand.head, "about": about}, keys)
-        with tqdm(total=len(keys), initial=len(done), desc="traversal", unit="point", **({} if progress else {"disable": True})) as bar:
+        if rows is not None:
+            done = _resume(
+                rows, {"metric": _called(metric), "head": stand.head, "about": about}, keys
+            )
+        with tqdm(
+            total=len(keys),
+            initial=len(done),
+            desc="traversal",
+            unit="point",
+            **({} if progress else {"disable": True}),
+        ) as bar:
             for key, (coordinates, point) in zip(keys, pairs):
-                if key in done: continue
+                if key in done:
+                    continue
                 done[key] = _rows_of(point, coordinates, metric(stand.at(point)), column)
-                if rows is not None: append_line(rows, _line_of({"key": key, "rows": done[key]}))
+                if rows is not None:
+                    append_line(rows, _line_of({"key": key, "rows": done[key]}))
                 bar.update()
     return pd.DataFrame([row for key in keys for row in done[key]])
 
+
 def read_rows(
-    file: "str | Path", # what `traverse` keeps
-) -> pd.DataFrame: # all rows, in the order in which they were measured
+    file: "str | Path",  # what `traverse` keeps
+) -> pd.DataFrame:  # all rows, in the order in which they were measured
     "The rows in a file of a traversal; a torn last line is passed over."
-    return pd.DataFrame([row for rows in _lines(file, Path(file).read_bytes())[1].values() for row in rows])
+    return pd.DataFrame(
+        [row for rows in _lines(file, Path(file).read_bytes())[1].values() for row in rows]
+    )
 
 # %% ../nbs/22_traversal.ipynb #34036539
 def save_point(
-    point, # a point, or a checkpoint
-    folder: "str | Path", # the folder to make
-    like=None, # whose configuration and tokenizer to take; those of the first member if not given
-    head: str = "drop", # "drop" it, for `AutoModel`; take the "first" member's, or the weighted "average"
-    overwrite: bool = False, # replace the folder if it exists
-) -> Path: # the folder
+    point,  # a point, or a checkpoint
+    folder: "str | Path",  # the folder to make
+    like=None,  # whose configuration and tokenizer to take; those of the first member if not given
+    head: str = "drop",  # "drop" it, for `AutoModel`; take the "first" member's, or the weighted "average"
+    overwrite: bool = False,  # replace the folder if it exists
+) -> Path:  # the folder
     "Write a point as a checkpoint."
     held = hold(point, head=head)
     if like is not None:

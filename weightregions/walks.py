@@ -22,93 +22,153 @@ from .corpora import at_most
 from .finetuning import one_thread, usable
 from .jobs import run_jobs
 from .probing import Probing, Target, pooling_of
-from .traversal import Stand, average, extrapolation, hold_what_fits, hull, line, perturbations, plane, traverse
+from weightregions.traversal import (
+    Stand,
+    average,
+    extrapolation,
+    hold_what_fits,
+    hull,
+    line,
+    perturbations,
+    plane,
+    traverse,
+)
 
 # %% ../nbs/48_walks.ipynb #de00d715
 @dataclass(frozen=True)
 class Reach:
     "How much of weight space a study walks."
-    same: int = 4        # datasets whose own region is looked into (C8)
-    hull: int = 16       # points drawn from each hull (In'), and random perturbations
-    targets: int = 8     # datasets on which the general region is measured (C10)
-    lines: int = 8       # lines of each granularity (C7)
-    inside: int = 3      # points inside a line
-    extended: int = 2    # lines of each granularity that go on past their ends (C11)
-    line_targets: int = 3 # datasets on which the general lines are measured
-    grid: int = 5        # points along each side of the plane through three models
-    n_train: int = 200   # rows a probe is fitted on
-    n_test: int = 350    # rows it is tested on
-    max_length: int = 40 # tokens a row is cut to
+
+    same: int = 4  # datasets whose own region is looked into (C8)
+    hull: int = 16  # points drawn from each hull (In'), and random perturbations
+    targets: int = 8  # datasets on which the general region is measured (C10)
+    lines: int = 8  # lines of each granularity (C7)
+    inside: int = 3  # points inside a line
+    extended: int = 2  # lines of each granularity that go on past their ends (C11)
+    line_targets: int = 3  # datasets on which the general lines are measured
+    grid: int = 5  # points along each side of the plane through three models
+    n_train: int = 200  # rows a probe is fitted on
+    n_test: int = 350  # rows it is tested on
+    max_length: int = 40  # tokens a row is cut to
 
 # %% ../nbs/48_walks.ipynb #182f96cc
 @dataclass(frozen=True)
 class Walk:
     "A path through weight space, and the datasets on which its points are measured."
-    name: str                # of the walk and of the file with its rows
-    kind: str                # "models", "hull", "line", "edges", "plane" or "perturbations"
-    members: tuple[str, ...] # the models that span it
-    targets: tuple[str, ...] # datasets whose generalized loss is measured
-    points: int = 0          # how many: of a hull, of perturbations, inside a line, past either end of it, along a side of a plane
+
+    name: str  # of the walk and of the file with its rows
+    kind: str  # "models", "hull", "line", "edges", "plane" or "perturbations"
+    members: tuple[str, ...]  # the models that span it
+    targets: tuple[str, ...]  # datasets whose generalized loss is measured
+    points: int = 0  # how many: of a hull, of perturbations, inside a line, past either end of it, along a side of a plane
 
 # %% ../nbs/48_walks.ipynb #06984059
-EXAMPLES = ("mnli", "sst2") # the paper's, at the ends of its lines
+EXAMPLES = ("mnli", "sst2")  # the paper's, at the ends of its lines
+
 
 def leading(
-    models: pd.DataFrame, # a row a model: dataset, family, n_train and, where it is known, whether the dataset was learned
-    n: int,               # how many datasets
-) -> list: # their names
+    models: pd.DataFrame,  # a row a model: dataset, family, n_train and, where it is known, whether the dataset was learned
+    n: int,  # how many datasets
+) -> list:  # their names
     "The paper's examples, then the largest dataset of each family in turn; what was not learned comes last."
-    sets = models.drop_duplicates("dataset").set_index("dataset").sort_values("n_train", ascending=False, kind="stable")
+    sets = (
+        models.drop_duplicates("dataset")
+        .set_index("dataset")
+        .sort_values("n_train", ascending=False, kind="stable")
+    )
     known = sets.learned if "learned" in sets else pd.Series(True, sets.index)
     return [*_in_turn(sets[known]), *_in_turn(sets[~known])][:n]
+
 
 def _in_turn(sets: pd.DataFrame) -> list:
     "The paper's examples, then one dataset of each family in turn."
     turn = sets.groupby("family", sort=False).cumcount()
-    return [*(d for d in EXAMPLES if d in sets.index), *(d for d in sets.index[np.argsort(turn, kind="stable")] if d not in EXAMPLES)]
+    return [
+        *(d for d in EXAMPLES if d in sets.index),
+        *(d for d in sets.index[np.argsort(turn, kind="stable")] if d not in EXAMPLES),
+    ]
+
 
 def one_each(
-    models: pd.DataFrame, # a row a model, indexed by name
-) -> pd.DataFrame: # the model of the smallest seed of each dataset
+    models: pd.DataFrame,  # a row a model, indexed by name
+) -> pd.DataFrame:  # the model of the smallest seed of each dataset
     "One model of each dataset."
-    return models.sort_values("seed", kind="stable").drop_duplicates("dataset").loc[lambda m: models.index.intersection(m.index, sort=False)]
+    return (
+        models.sort_values("seed", kind="stable")
+        .drop_duplicates("dataset")
+        .loc[lambda m: models.index.intersection(m.index, sort=False)]
+    )
 
 # %% ../nbs/48_walks.ipynb #dcfe4bbf
-TASKS = ("nli", "sentiment") # the tasks that are compared, where they have two datasets
+TASKS = ("nli", "sentiment")  # the tasks that are compared, where they have two datasets
+
 
 def granularities(
-    models: pd.DataFrame,        # a row a model, indexed by name: dataset, family, seed, n_train
-    reach: Reach,                # how far the study goes
-    twins: pd.DataFrame | None = None, # a, b, share: datasets with common sentences
-) -> list: # of Groups, dataset by dataset, task by task, and the general one
+    models: pd.DataFrame,  # a row a model, indexed by name: dataset, family, seed, n_train
+    reach: Reach,  # how far the study goes
+    twins: pd.DataFrame | None = None,  # a, b, share: datasets with common sentences
+) -> list:  # of Groups, dataset by dataset, task by task, and the general one
     "The groups In and Ex that are compared."
     few = one_each(models)
-    mixed = lambda own, column="dataset": models[own | models.index.isin(few.index[~few[column].isin(models[column][own])])]
-    others = lambda own: set(models.dataset) - set(own) - set(_twins(twins, own, 0.1)) # whose models are Ex
-    tasks = lambda known: [f for f in TASKS if known.dataset[known.family == f].nunique() > 1 and others(models.dataset[models.family == f].unique())]
+    mixed = lambda own, column="dataset": models[
+        own | models.index.isin(few.index[~few[column].isin(models[column][own])])
+    ]
+    others = lambda own: (
+        set(models.dataset) - set(own) - set(_twins(twins, own, 0.1))
+    )  # whose models are Ex
+    tasks = lambda known: [
+        f
+        for f in TASKS
+        if known.dataset[known.family == f].nunique() > 1
+        and others(models.dataset[models.family == f].unique())
+    ]
     known = models[models.learned] if "learned" in models else models
-    if not tasks(known): known = models  # nothing was learned that could be compared: show it all the same
-    same = [d for d in leading(models, reach.same) if (models.dataset == d).sum() > 1 and others([d])]
-    return [*(groups_of(mixed(models.dataset == d), "dataset", d, twins=twins) for d in same),
-            *(groups_of(mixed(models.index.isin(known.index) & (models.family == f), "family"), "task", f, twins=twins) for f in tasks(known)),
-            groups_of(few, "general", targets=leading(models, reach.targets))]
+    if not tasks(known):
+        known = models  # nothing was learned that could be compared: show it all the same
+    same = [
+        d
+        for d in leading(models, reach.same)
+        if (models.dataset == d).sum() > 1 and others([d])
+    ]
+    return [
+        *(groups_of(mixed(models.dataset == d), "dataset", d, twins=twins) for d in same),
+        *(
+            groups_of(
+                mixed(models.index.isin(known.index) & (models.family == f), "family"),
+                "task",
+                f,
+                twins=twins,
+            )
+            for f in tasks(known)
+        ),
+        groups_of(few, "general", targets=leading(models, reach.targets)),
+    ]
 
 # %% ../nbs/48_walks.ipynb #311754ae
 def pairs(
-    models: pd.DataFrame, # a row a model, indexed by name
-    a: str,               # dataset of one end
-    b: str,               # dataset of the other; the same one for lines between its seeds
-    n: int,               # pairs wanted
-) -> list: # of pairs of names
+    models: pd.DataFrame,  # a row a model, indexed by name
+    a: str,  # dataset of one end
+    b: str,  # dataset of the other; the same one for lines between its seeds
+    n: int,  # pairs wanted
+) -> list:  # of pairs of names
     "Pairs of models of two datasets, seeds of like number first."
     of = lambda d: list(models.index[models.dataset == d])
-    found = list(combinations(of(a), 2)) if a == b else [(x, of(b)[(i + s) % len(of(b))]) for s in range(len(of(b))) for i, x in enumerate(of(a))]
+    found = (
+        list(combinations(of(a), 2))
+        if a == b
+        else [
+            (x, of(b)[(i + s) % len(of(b))])
+            for s in range(len(of(b)))
+            for i, x in enumerate(of(a))
+        ]
+    )
     return found[:n]
 
+# %% ../nbs/48_walks.ipynb #3b991f77
 def lines_of(
-    models: pd.DataFrame, # a row a model, indexed by name
-    reach: Reach,         # how far the study goes
-) -> dict: # kind -> pairs of names, and the targets they are measured on
+    models: pd.DataFrame,  # a row a model, indexed by name
+    reach: Reach,  # how far the study goes
+) -> dict:  # kind -> pairs of names, and the targets they are measured on
     "The lines of each granularity; those within a dataset for the two leading ones."
     ranked = leading(models, models.dataset.nunique())
     family_of = dict(zip(models.dataset, models.family))
@@ -117,148 +177,295 @@ def lines_of(
     kin = [d for d in others if family_of[d] == family_of[own]]
     far = next((d for d in others if d not in kin), None)
     found = {"dataset": (pairs(models, own, own, reach.lines), (own,))}
-    if far and (models.dataset == far).sum() > 1: found[f"dataset {far}"] = (pairs(models, far, far, reach.lines), (far,))
-    if kin: found["task"] = (pairs(models, own, kin[0], reach.lines), (own, *kin))
-    return found if far is None else found | {"general": (pairs(models, own, far, reach.lines), tuple(dict.fromkeys([own, far, *leading(models, reach.line_targets)]))[:reach.line_targets])}
+    if far and (models.dataset == far).sum() > 1:
+        found[f"dataset {far}"] = (pairs(models, far, far, reach.lines), (far,))
+    if kin:
+        found["task"] = (pairs(models, own, kin[0], reach.lines), (own, *kin))
+    return (
+        found
+        if far is None
+        else found
+        | {
+            "general": (
+                pairs(models, own, far, reach.lines),
+                tuple(dict.fromkeys([own, far, *leading(models, reach.line_targets)]))[
+                    : reach.line_targets
+                ],
+            )
+        }
+    )
 
 # %% ../nbs/48_walks.ipynb #d87d521d
 def plan(
-    models: pd.DataFrame,        # a row a model, indexed by name: dataset, family, seed, n_train
-    reach: Reach,                # how far to go
-    twins: pd.DataFrame | None = None, # a, b, share: datasets with common sentences
-) -> list: # of Walks, the longest first
+    models: pd.DataFrame,  # a row a model, indexed by name: dataset, family, seed, n_train
+    reach: Reach,  # how far to go
+    twins: pd.DataFrame | None = None,  # a, b, share: datasets with common sentences
+) -> list:  # of Walks, the longest first
     "All walks of a study."
     groups, lines = granularities(models, reach, twins), lines_of(models, reach)
     asked = {}
-    for names, targets in [*((g.In + g.Ex, g.targets) for g in groups), *((dict.fromkeys(m for p in ends for m in p), targets) for ends, targets in lines.values())]:
-        for t in targets: asked.setdefault(t, {}).update(dict.fromkeys(names))
+    for names, targets in [
+        *((g.In + g.Ex, g.targets) for g in groups),
+        *(
+            (dict.fromkeys(m for p in ends for m in p), targets)
+            for ends, targets in lines.values()
+        ),
+    ]:
+        for t in targets:
+            asked.setdefault(t, {}).update(dict.fromkeys(names))
     walks = [Walk(f"models on {t}", "models", tuple(names), (t,)) for t, names in asked.items()]
-    for g in groups: walks.append(Walk(f"hull, {g.granularity} {g.trait}".strip(), "hull", tuple(g.In), tuple(g.targets), reach.hull))
-    walks.append(Walk("perturbations", "perturbations", tuple(groups[-1].In), tuple(groups[-1].targets), reach.hull))
+    for g in groups:
+        walks.append(
+            Walk(
+                f"hull, {g.granularity} {g.trait}".strip(),
+                "hull",
+                tuple(g.In),
+                tuple(g.targets),
+                reach.hull,
+            )
+        )
+    walks.append(
+        Walk(
+            "perturbations",
+            "perturbations",
+            tuple(groups[-1].In),
+            tuple(groups[-1].targets),
+            reach.hull,
+        )
+    )
     for granularity, (ends, targets) in lines.items():
-        walks += [Walk(f"line {i + 1}, {granularity}", "line", p, targets, reach.inside) for i, p in enumerate(ends)]
-        walks += [Walk(f"edges {i + 1}, {granularity}", "edges", p, targets, 10) for i, p in enumerate(ends[:reach.extended])]
+        walks += [
+            Walk(f"line {i + 1}, {granularity}", "line", p, targets, reach.inside)
+            for i, p in enumerate(ends)
+        ]
+        walks += [
+            Walk(f"edges {i + 1}, {granularity}", "edges", p, targets, 10)
+            for i, p in enumerate(ends[: reach.extended])
+        ]
     ends, targets = [of for kind, of in lines.items() if kind.startswith("dataset")][-1]
     corners = tuple(dict.fromkeys(m for pair in ends for m in pair))[:3]
-    if len(corners) == 3: walks.append(Walk("plane", "plane", corners, targets, reach.grid))
-    size = {"models": lambda w: len(w.members), "line": lambda w: w.points, "edges": lambda w: 2 * w.points, "plane": lambda w: w.points ** 2}
-    return sorted(walks, key=lambda w: -len(w.targets) * size.get(w.kind, lambda w: w.points)(w))
+    if len(corners) == 3:
+        walks.append(Walk("plane", "plane", corners, targets, reach.grid))
+    size = {
+        "models": lambda w: len(w.members),
+        "line": lambda w: w.points,
+        "edges": lambda w: 2 * w.points,
+        "plane": lambda w: w.points**2,
+    }
+    return sorted(
+        walks, key=lambda w: -len(w.targets) * size.get(w.kind, lambda w: w.points)(w)
+    )
 
 # %% ../nbs/48_walks.ipynb #ce4f18fa
 def points_of(
-    walk: Walk,    # what to visit
-    members: list, # its checkpoints
-    base,          # checkpoint of the pretrained model
-): # iterable of pairs of coordinates and Point
+    walk: Walk,  # what to visit
+    members: list,  # its checkpoints
+    base,  # checkpoint of the pretrained model
+):  # iterable of pairs of coordinates and Point
     "The points of a walk."
-    if walk.kind == "models": return [({}, average([m], name=m.name)) for m in [*members, base]]
-    if walk.kind == "perturbations": return perturbations(base, members, walk.points)
+    if walk.kind == "models":
+        return [({}, average([m], name=m.name)) for m in [*members, base]]
+    if walk.kind == "perturbations":
+        return perturbations(base, members, walk.points)
     members = hold_what_fits(members, head="drop", device=usable())
-    if walk.kind == "hull": return hull(members, walk.points)
-    if walk.kind == "plane": return plane(*members, grid=walk.points)
-    if walk.kind == "line": return line(*members, np.linspace(0, 1, walk.points + 2)[1:-1])
-    if walk.kind != "edges": raise ValueError(f"{walk.name}: there is no walk of kind {walk.kind!r}")
-    return (p for p in extrapolation(*members, steps=walk.points, inside=False) if p[0]["alpha"] not in (0, 1))
+    if walk.kind == "hull":
+        return hull(members, walk.points)
+    if walk.kind == "plane":
+        return plane(*members, grid=walk.points)
+    if walk.kind == "line":
+        return line(*members, np.linspace(0, 1, walk.points + 2)[1:-1])
+    if walk.kind != "edges":
+        raise ValueError(f"{walk.name}: there is no walk of kind {walk.kind!r}")
+    return (
+        p
+        for p in extrapolation(*members, steps=walk.points, inside=False)
+        if p[0]["alpha"] not in (0, 1)
+    )
 
 # %% ../nbs/48_walks.ipynb #535a380b
-_TARGETS = {} # of one process, by what they are made of
+_TARGETS = {}  # of one process, by what they are made of
+
 
 def _target(base: str, corpus, reach: Reach) -> Target:
     "A target, tokenized once in a process."
     key = base, corpus.sha256, reach.max_length
-    if key not in _TARGETS: _TARGETS[key] = Target(corpus, base, max_length=reach.max_length)
+    if key not in _TARGETS:
+        _TARGETS[key] = Target(corpus, base, max_length=reach.max_length)
     return _TARGETS[key]
+
 
 @lru_cache(maxsize=1)
 def _stand(base: str):
     "The scratch model of one process."
     return Stand(open_checkpoint(base), device=usable())
 
+# %% ../nbs/48_walks.ipynb #a197da1e
 def take(
-    walk: Walk,      # what to visit
-    paths: dict,     # name of a model -> its folder or hub id
-    base: str,       # folder or hub id of the pretrained model
-    corpora: dict,   # name -> Corpus, of the targets, with just the rows that are measured on
-    reach: Reach,    # rows of probe and test
-    file: Path,      # .jsonl file of the walk's rows, see `traverse`
-) -> tuple: # a row a point and target; of a plane, the places of its models, their centroid and the base
+    walk: Walk,  # what to visit
+    paths: dict,  # name of a model -> its folder or hub id
+    base: str,  # folder or hub id of the pretrained model
+    corpora: dict,  # name -> Corpus, of the targets, with just the rows that are measured on
+    reach: Reach,  # rows of probe and test
+    file: Path,  # .jsonl file of the walk's rows, see `traverse`
+) -> tuple:  # a row a point and target; of a plane, the places of its models, their centroid and the base
     "Measure the points of a walk that are not in its file yet."
     start = open_checkpoint(base, name="base")
     members = [open_checkpoint(paths[m], name=m) for m in walk.members]
     with one_thread(usable()):
-        probing = Probing([_target(base, corpora[t], reach) for t in walk.targets], pooling_of(base))
-        rows = traverse(points_of(walk, members, start), probing, _stand(base), file, progress=False, about=f"{probing}, probes of {reach.n_train} rows, tested on {reach.n_test}")
-        marks = plane(*members, grid=2).marks({"pretrained": start, "centroid": average(members)}) if walk.kind == "plane" else None
-    return rows.loc[:, ~rows.columns.str.fullmatch(r"w\d+|draw")].assign(walk=walk.name, kind=walk.kind), marks
+        probing = Probing(
+            [_target(base, corpora[t], reach) for t in walk.targets], pooling_of(base)
+        )
+        rows = traverse(
+            points_of(walk, members, start),
+            probing,
+            _stand(base),
+            file,
+            progress=False,
+            about=f"{probing}, probes of {reach.n_train} rows, tested on {reach.n_test}",
+        )
+        marks = (
+            plane(*members, grid=2).marks({"pretrained": start, "centroid": average(members)})
+            if walk.kind == "plane"
+            else None
+        )
+    return rows.loc[:, ~rows.columns.str.fullmatch(r"w\d+|draw")].assign(
+        walk=walk.name, kind=walk.kind
+    ), marks
 
 # %% ../nbs/48_walks.ipynb #ac3ca627
 def take_all(
-    walks: list,     # of Walks
-    folder: Path,    # where their files lie
-    paths: dict,     # name of a model -> its folder or hub id
-    base: str,       # folder or hub id of the pretrained model
-    corpora: dict,   # name -> Corpus
-    reach: Reach,    # rows of probe and test
-    workers: int | None = None, # walks at a time; None: see `run_jobs`
-) -> tuple: # all rows (walk, kind, point, coordinates, target, loss, accuracy, note), and what to mark on the plane
+    walks: list,  # of Walks
+    folder: Path,  # where their files lie
+    paths: dict,  # name of a model -> its folder or hub id
+    base: str,  # folder or hub id of the pretrained model
+    corpora: dict,  # name -> Corpus
+    reach: Reach,  # rows of probe and test
+    workers: int | None = None,  # walks at a time; None: see `run_jobs`
+) -> tuple:  # all rows (walk, kind, point, coordinates, target, loss, accuracy, note), and what to mark on the plane
     "Take some walks, several at a time, and gather their rows."
-    file = lambda walk: Path(folder)/f"{walk.name.replace(',', '').replace(' ', '-')}.jsonl"
-    if twice := [pair for pair in combinations(walks, 2) if file(pair[0]) == file(pair[1])]: raise ValueError(f"the walks {' and '.join(repr(w.name) for w in twice[0])} would share a file: rename a dataset")
-    targets = {t: at_most(corpora[t], reach.n_train, reach.n_test) for t in {t for w in walks for t in w.targets}} # what is not measured on need not travel to a worker
-    jobs = {w.name: (w, {m: paths[m] for m in w.members}, base, {t: targets[t] for t in w.targets}, reach, file(w)) for w in walks}
-    found = dict(tqdm(run_jobs(take, jobs, workers), total=len(walks), desc="walks", unit="walk"))
-    rows, marks = zip(*(found[name] for name in jobs)) # not in the order in which they end
-    rows = pd.concat(rows, ignore_index=True).sort_values(["kind", "walk"], kind="stable", ignore_index=True)
+    file = lambda walk: Path(folder) / f"{walk.name.replace(',', '').replace(' ', '-')}.jsonl"
+    if twice := [pair for pair in combinations(walks, 2) if file(pair[0]) == file(pair[1])]:
+        raise ValueError(
+            f"the walks {' and '.join(repr(w.name) for w in twice[0])} would share a file: rename a dataset"
+        )
+    targets = {
+        t: at_most(corpora[t], reach.n_train, reach.n_test)
+        for t in {t for w in walks for t in w.targets}
+    }  # what is not measured on need not travel to a worker
+    jobs = {
+        w.name: (
+            w,
+            {m: paths[m] for m in w.members},
+            base,
+            {t: targets[t] for t in w.targets},
+            reach,
+            file(w),
+        )
+        for w in walks
+    }
+    found = dict(
+        tqdm(run_jobs(take, jobs, workers), total=len(walks), desc="walks", unit="walk")
+    )
+    rows, marks = zip(*(found[name] for name in jobs))  # not in the order in which they end
+    rows = pd.concat(rows, ignore_index=True).sort_values(
+        ["kind", "walk"], kind="stable", ignore_index=True
+    )
     marks = [m for m in marks if m is not None]
     return rows, marks[0] if marks else pd.DataFrame(columns=["name", "x", "y", "distance"])
 
 # %% ../nbs/48_walks.ipynb #b1f1f067
 def compared(
-    rows: pd.DataFrame, # of all walks
-    groups: Groups,     # who is In and who is Ex
-) -> pd.DataFrame: # rows with a column group: In, In' or Ex
+    rows: pd.DataFrame,  # of all walks
+    groups: Groups,  # who is In and who is Ex
+) -> pd.DataFrame:  # rows with a column group: In, In' or Ex
     "The measured rows of one comparison."
     rows = rows[rows.target.isin(groups.targets)]
-    models, hull = rows[rows.kind == "models"], rows[rows.walk == f"hull, {groups.granularity} {groups.trait}".strip()]
-    ex = rows[rows.walk == "perturbations"] if groups.granularity == "general" else models[models.point.isin(groups.Ex)]
+    models, hull = (
+        rows[rows.kind == "models"],
+        rows[rows.walk == f"hull, {groups.granularity} {groups.trait}".strip()],
+    )
+    ex = (
+        rows[rows.walk == "perturbations"]
+        if groups.granularity == "general"
+        else models[models.point.isin(groups.Ex)]
+    )
     named = {"In": models[models.point.isin(groups.In)], "In'": hull, "Ex": ex}
-    return pd.concat([part.assign(group=name) for name, part in named.items()], ignore_index=True)
+    return pd.concat(
+        [part.assign(group=name) for name, part in named.items()], ignore_index=True
+    )
 
+# %% ../nbs/48_walks.ipynb #2aa34f35
 def along(
     rows: pd.DataFrame,  # of all walks
-    models: pd.DataFrame, # a row a model, indexed by name
-    reach: Reach,        # how far the study went
-    granularity: str,    # a kind of lines, see `lines_of`
-) -> pd.DataFrame: # rows with columns line, alpha, a, b: the points inside and outside and both ends
+    models: pd.DataFrame,  # a row a model, indexed by name
+    reach: Reach,  # how far the study went
+    granularity: str,  # a kind of lines, see `lines_of`
+) -> (
+    pd.DataFrame
+):  # rows with columns line, alpha, a, b: the points inside and outside and both ends
     "The measured rows of the lines of one kind."
     ends, targets = lines_of(models, reach).get(granularity, ([], ()))
     parts = []
     for i, (a, b) in enumerate(ends):
-        on = rows[rows.walk.isin([f"line {i + 1}, {granularity}", f"edges {i + 1}, {granularity}"])]
-        tips = [rows[(rows.kind == "models") & (rows.point == end) & rows.target.isin(targets)].assign(alpha=alpha) for end, alpha in ((a, 0.0), (b, 1.0))]
-        parts.append(pd.concat([on, *tips]).assign(line=f"{a} - {b}", a=a, b=b).sort_values(["target", "alpha"]))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*rows.columns, "line", "a", "b"])
+        on = rows[
+            rows.walk.isin([f"line {i + 1}, {granularity}", f"edges {i + 1}, {granularity}"])
+        ]
+        tips = [
+            rows[
+                (rows.kind == "models") & (rows.point == end) & rows.target.isin(targets)
+            ].assign(alpha=alpha)
+            for end, alpha in ((a, 0.0), (b, 1.0))
+        ]
+        parts.append(
+            pd.concat([on, *tips])
+            .assign(line=f"{a} - {b}", a=a, b=b)
+            .sort_values(["target", "alpha"])
+        )
+    return (
+        pd.concat(parts, ignore_index=True)
+        if parts
+        else pd.DataFrame(columns=[*rows.columns, "line", "a", "b"])
+    )
 
 # %% ../nbs/48_walks.ipynb #b01844f4
 def inside_gain(
-    rows: pd.DataFrame, # of lines, from `along`
-) -> pd.DataFrame: # a row a line and target: a, b, mean loss of the ends and inside, gain, and whether the lowest loss is inside
+    rows: pd.DataFrame,  # of lines, from `along`
+) -> pd.DataFrame:  # a row a line and target: a, b, mean loss of the ends and inside, gain, and whether the lowest loss is inside
     "What each line gains over its ends."
     found = []
-    for (which, target), r in rows[rows.alpha.between(0, 1)].groupby(["line", "target"], sort=False):
+    for (which, target), r in rows[rows.alpha.between(0, 1)].groupby(
+        ["line", "target"], sort=False
+    ):
         ends, inside = r.loss[r.alpha.isin([0, 1])], r.loss[~r.alpha.isin([0, 1])]
-        found.append({"line": which, "target": target, "a": r.a.iloc[0], "b": r.b.iloc[0], "ends": ends.mean(), "inside": inside.mean(), "gain": ends.mean() - inside.mean(),
-                      "lowest_inside": inside.min() < ends.min(), "no_worse": inside.max() <= ends.max()})
+        found.append(
+            {
+                "line": which,
+                "target": target,
+                "a": r.a.iloc[0],
+                "b": r.b.iloc[0],
+                "ends": ends.mean(),
+                "inside": inside.mean(),
+                "gain": ends.mean() - inside.mean(),
+                "lowest_inside": inside.min() < ends.min(),
+                "no_worse": inside.max() <= ends.max(),
+            }
+        )
     return pd.DataFrame(found)
 
+
 def gain_interval(
-    gains: pd.DataFrame, # from `inside_gain`
-    n: int = 1000,       # bootstrap draws
-    seed: int = 0,       # of the draws
-) -> tuple: # mean gain, and the ends of its 95 % interval
+    gains: pd.DataFrame,  # from `inside_gain`
+    n: int = 1000,  # bootstrap draws
+    seed: int = 0,  # of the draws
+) -> tuple:  # mean gain, and the ends of its 95 % interval
     "Mean gain of some lines, with models drawn anew."
     models = pd.unique(pd.concat([gains.a, gains.b]))
-    times = pd.DataFrame(np.random.default_rng(seed).multinomial(len(models), np.full(len(models), 1 / len(models)), size=n), columns=models)
+    times = pd.DataFrame(
+        np.random.default_rng(seed).multinomial(
+            len(models), np.full(len(models), 1 / len(models)), size=n
+        ),
+        columns=models,
+    )
     weight = times[gains.a].to_numpy() * times[gains.b].to_numpy()
     kept = weight[weight.sum(axis=1) > 0]
     drawn = kept @ gains.gain.to_numpy() / kept.sum(axis=1)

@@ -26,160 +26,279 @@ from .registry import published_of
 
 # %% ../nbs/14_zoo.ipynb #6a081c33
 def manifest(
-    base: dict,     # the base's identity
-    corpus,         # the dataset
-    recipe: Recipe, # how it was fine-tuned
-    seed: int,      # of the fine-tuning
+    base: dict,  # the base's identity
+    corpus,  # the dataset
+    recipe: Recipe,  # how it was fine-tuned
+    seed: int,  # of the fine-tuning
     metrics: dict,  # accuracy and loss on the test split
-    weights: str,   # SHA-256 of model.safetensors
-) -> dict: # what manifest.json holds
+    weights: str,  # SHA-256 of model.safetensors
+) -> dict:  # what manifest.json holds
     "Where a model comes from, and what it scored."
-    return {"dataset": corpus.name, "family": corpus.family, "labels": list(corpus.labels), "seed": seed, "base": base, "recipe": recipe.as_dict(),
-            "data": {"source": corpus.source, "sha256": corpus.sha256, "n_train": len(corpus.train), "n_test": len(corpus.test)},
-            "metrics": metrics | {"majority": corpus.majority}, "weights": {"sha256": weights},
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+    return {
+        "dataset": corpus.name,
+        "family": corpus.family,
+        "labels": list(corpus.labels),
+        "seed": seed,
+        "base": base,
+        "recipe": recipe.as_dict(),
+        "data": {
+            "source": corpus.source,
+            "sha256": corpus.sha256,
+            "n_train": len(corpus.train),
+            "n_test": len(corpus.test),
+        },
+        "metrics": metrics | {"majority": corpus.majority},
+        "weights": {"sha256": weights},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
 
 # %% ../nbs/14_zoo.ipynb #1ab18527
 def fine_tune(
-    base,           # folder or hub id of the pretrained model
-    corpus,         # the dataset
-    recipe: Recipe, # how to fine-tune
-    seed: int,      # of the fine-tuning
-    out: Path,      # folder that is to hold the checkpoint
-    identity: dict | None = None, # the base's identity, where it is known already
-) -> dict: # the manifest; empty in a process that helped rank 0 to train
+    base,  # folder or hub id of the pretrained model
+    corpus,  # the dataset
+    recipe: Recipe,  # how to fine-tune
+    seed: int,  # of the fine-tuning
+    out: Path,  # folder that is to hold the checkpoint
+    identity: dict | None = None,  # the base's identity, where it is known already
+) -> dict:  # the manifest; empty in a process that helped rank 0 to train
     "Fine-tune, and write checkpoint, tokenizer and manifest: all of it or nothing."
     identity = identity or base_identity(base)
     model, tokenizer, metrics = train(base, corpus, recipe, seed)
-    if ranks()[0]: return {}
-    for name in ("is_local", "local_files_only"): tokenizer.init_kwargs.pop(name, None) # these tell where it was read, and whether offline
+    if ranks()[0]:
+        return {}
+    for name in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(
+            name, None
+        )  # these tell where it was read, and whether offline
     with quiet(), whole_folder(out) as beside:
-        model.save_pretrained(beside); tokenizer.save_pretrained(beside)
-        about = manifest(identity, corpus, recipe, seed, metrics, file_sha256(beside/"model.safetensors"))
-        write_whole(beside/"manifest.json", as_json(about))
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        about = manifest(
+            identity, corpus, recipe, seed, metrics, file_sha256(beside / "model.safetensors")
+        )
+        write_whole(beside / "manifest.json", as_json(about))
     return about
 
 # %% ../nbs/14_zoo.ipynb #71a8c26d
 def _job(base, identity, corpus, recipe, seed, zoo):
     "Fine-tune one model of a zoo unless it is there; seconds it took, or None."
-    out, first = zoo/corpus.name/f"seed-{seed}", not ranks()[0]
+    out, first = zoo / corpus.name / f"seed-{seed}", not ranks()[0]
     out.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(out.parent/f".seed-{seed}.lock") if first else nullcontext():
-        if agreed((out/"manifest.json").exists()): return None
-        for stale in out.parent.glob(f".seed-{seed}-*") if first else (): shutil.rmtree(stale)
+    with FileLock(out.parent / f".seed-{seed}.lock") if first else nullcontext():
+        if agreed((out / "manifest.json").exists()):
+            return None
+        for stale in out.parent.glob(f".seed-{seed}-*") if first else ():
+            shutil.rmtree(stale)
         start = time.time()
         about = fine_tune(base, corpus, recipe, seed, out, identity)
-        if not first: return None
-        line = {"dataset": corpus.name, "seed": seed, "seconds": round(time.time() - start, 1), "accuracy": about["metrics"]["accuracy"]}
-        append_line(zoo/"log.jsonl", json.dumps(line).encode() + b"\n")
+        if not first:
+            return None
+        line = {
+            "dataset": corpus.name,
+            "seed": seed,
+            "seconds": round(time.time() - start, 1),
+            "accuracy": about["metrics"]["accuracy"],
+        }
+        append_line(zoo / "log.jsonl", json.dumps(line).encode() + b"\n")
         return line
 
 # %% ../nbs/14_zoo.ipynb #2ab6bcad
 def settle(
-    folder: Path,   # the zoo's folder
-    identity: dict, # the base's identity
-    recipe: Recipe, # the zoo's recipe
+    folder: Path,  # the zoo's folder
+    identity: dict,  # the base's identity
+    recipe: Recipe,  # the zoo's recipe
 ):
     "Write zoo.json into a new zoo; refuse a zoo whose base or recipe differs."
-    ours, file = {"base": identity, "recipe": recipe.as_dict()}, Path(folder)/"zoo.json"
-    if not file.exists(): return write_whole(file, as_json(ours))
+    ours, file = {"base": identity, "recipe": recipe.as_dict()}, Path(folder) / "zoo.json"
+    if not file.exists():
+        return write_whole(file, as_json(ours))
     found = _json(file)
     for part in ours:
         theirs = found[part] if isinstance(found.get(part), dict) else {}
-        differ = [f"{k} is {theirs.get(k)!r} there and {ours[part].get(k)!r} here" for k in ours[part] | theirs if k != "name" and theirs.get(k) != ours[part].get(k)]
-        if differ: raise ValueError(f"{folder} is a zoo of another {part}: {'; '.join(differ)}")
+        differ = [
+            f"{k} is {theirs.get(k)!r} there and {ours[part].get(k)!r} here"
+            for k in ours[part] | theirs
+            if k != "name" and theirs.get(k) != ours[part].get(k)
+        ]
+        if differ:
+            raise ValueError(f"{folder} is a zoo of another {part}: {'; '.join(differ)}")
 
 # %% ../nbs/14_zoo.ipynb #57928040
 def _there(out, corpus):
     "Whether a model is there; refuses one of other data of that name."
-    if not (out/"manifest.json").exists(): return False
-    data = _json(out/"manifest.json").get("data")
-    if not isinstance(data, dict) or data.get("sha256") != corpus.sha256: raise ValueError(f"{out} was fine-tuned on other data called {corpus.name}: name another folder")
+    if not (out / "manifest.json").exists():
+        return False
+    data = _json(out / "manifest.json").get("data")
+    if not isinstance(data, dict) or data.get("sha256") != corpus.sha256:
+        raise ValueError(
+            f"{out} was fine-tuned on other data called {corpus.name}: name another folder"
+        )
     return True
 
+# %% ../nbs/14_zoo.ipynb #142e8b0e
 def build_zoo(
-    folder,             # the zoo's folder; it is made, or added to
-    base,               # folder or hub id of the pretrained model
-    corpora: dict,      # name -> Corpus
-    recipe: Recipe,     # how each model is fine-tuned
-    seeds,              # the seeds, for example range(1, 6)
-    workers: int | None = None, # fine-tunings at a time; None: see `run_jobs`
-    description: str = "fine-tuning", # what the progress bar says
+    folder,  # the zoo's folder; it is made, or added to
+    base,  # folder or hub id of the pretrained model
+    corpora: dict,  # name -> Corpus
+    recipe: Recipe,  # how each model is fine-tuned
+    seeds,  # the seeds, for example range(1, 6)
+    workers: int | None = None,  # fine-tunings at a time; None: see `run_jobs`
+    description: str = "fine-tuning",  # what the progress bar says
 ):
     "Fine-tune `base` on every corpus with every seed, skipping what is there."
     folder, seeds = Path(folder), list(seeds)
-    if not corpora: raise ValueError(f"{folder}: no datasets to fine-tune on")
-    if not seeds: raise ValueError(f"{folder}: no seeds to fine-tune with")
+    if not corpora:
+        raise ValueError(f"{folder}: no datasets to fine-tune on")
+    if not seeds:
+        raise ValueError(f"{folder}: no seeds to fine-tune with")
     identity, (rank, together) = base_identity(base), ranks()
-    if not rank: settle(folder, identity, recipe)
-    left = agreed([(name, seed) for seed in seeds for name, corpus in corpora.items() if not _there(folder/corpus.name/f"seed-{seed}", corpus)])
-    jobs = {(name, seed): (base, identity, corpora[name], recipe, seed, folder) for name, seed in left}
-    done = run_jobs(_job, jobs, workers) if together == 1 else ((name, _job(*job)) for name, job in jobs.items())
+    if not rank:
+        settle(folder, identity, recipe)
+    left = agreed(
+        [
+            (name, seed)
+            for seed in seeds
+            for name, corpus in corpora.items()
+            if not _there(folder / corpus.name / f"seed-{seed}", corpus)
+        ]
+    )
+    jobs = {
+        (name, seed): (base, identity, corpora[name], recipe, seed, folder)
+        for name, seed in left
+    }
+    done = (
+        run_jobs(_job, jobs, workers)
+        if together == 1
+        else ((name, _job(*job)) for name, job in jobs.items())
+    )
     total = len(seeds) * len(corpora)
-    with tqdm(total=total, initial=total - len(jobs), desc=description, unit="model", **{"disable": True} if rank else {}) as bar:
+    with tqdm(
+        total=total,
+        initial=total - len(jobs),
+        desc=description,
+        unit="model",
+        **{"disable": True} if rank else {},
+    ) as bar:
         for _, line in done:
             bar.update()
-            if line: bar.set_postfix_str(f"{line['dataset']} seed {line['seed']}: {line['accuracy']:.0%} in {line['seconds']:.0f} s")
-    agreed("done") # rank 0 has written the last
+            if line:
+                bar.set_postfix_str(
+                    f"{line['dataset']} seed {line['seed']}: {line['accuracy']:.0%} in {line['seconds']:.0f} s"
+                )
+    agreed("done")  # rank 0 has written the last
     return folder
 
 # %% ../nbs/14_zoo.ipynb #094db50f
 class Zoo:
     "Fine-tuned models of one base, as a table."
-    def __init__(self,
-        name: str,            # what to call it
-        models: pd.DataFrame, # a row a model: model, dataset, family, seed, path and what is known of its accuracy
+
+    def __init__(
+        self,
+        name: str,  # what to call it
+        models: pd.DataFrame,  # a row a model: model, dataset, family, seed, path and what is known of its accuracy
     ):
         self.name, self.models = name, models.reset_index(drop=True)
 
-    def __len__(self): return len(self.models)
+    def __len__(self):
+        return len(self.models)
+
     def __repr__(self):
         m, many = self.models, lambda n, one, more: f"{n} {one if n == 1 else more}"
         return f"Zoo({self.name}: {many(len(m), 'model', 'models')} of {many(m.dataset.nunique(), 'dataset', 'datasets')} in {many(m.family.nunique(), 'family', 'families')})"
 
-    def where(self,
-        **columns, # column = value or list of values
-    ) -> "Zoo": # the models that match
+    def where(
+        self,
+        **columns,  # column = value or list of values
+    ) -> "Zoo":  # the models that match
         "A part of the zoo, for example `zoo.where(family='nli')`."
         keep = pd.Series(True, self.models.index)
         for column, wanted in columns.items():
-            if column not in self.models: raise ValueError(f"{self.name}: no column {column!r}, only {', '.join(self.models)}")
-            keep &= self.models[column].isin(wanted if isinstance(wanted, (list, tuple, set)) else [wanted])
-        if not keep.any(): raise ValueError(f"{self.name}: no model has {', '.join(f'{k}={v!r}' for k, v in columns.items())}")
+            if column not in self.models:
+                raise ValueError(
+                    f"{self.name}: no column {column!r}, only {', '.join(self.models)}"
+                )
+            keep &= self.models[column].isin(
+                wanted if isinstance(wanted, (list, tuple, set)) else [wanted]
+            )
+        if not keep.any():
+            raise ValueError(
+                f"{self.name}: no model has {', '.join(f'{k}={v!r}' for k, v in columns.items())}"
+            )
         return Zoo(self.name, self.models[keep])
 
-    def checkpoints(self,
-        pooler: str = "drop", # what becomes of a pooler: see the chapter on checkpoints
-    ) -> list: # a Checkpoint for each model, in the table's order
+    def checkpoints(
+        self,
+        pooler: str = "drop",  # what becomes of a pooler: see the chapter on checkpoints
+    ) -> list:  # a Checkpoint for each model, in the table's order
         "Open every model's checkpoint; weights are read when they are asked for."
-        return [open_checkpoint(m.path, revision=m.revision or None, name=m.model, pooler=pooler) for m in self.models.itertuples()]
+        return [
+            open_checkpoint(m.path, revision=m.revision or None, name=m.model, pooler=pooler)
+            for m in self.models.itertuples()
+        ]
 
     def verify(self):
         "Read all weights files, and refuse one that is not what its model's manifest speaks of."
         for m in self.models.itertuples():
-            file, weights = Path(m.path)/"manifest.json", Path(m.path)/"model.safetensors"
-            if not (file.is_file() and weights.is_file()): continue # of others' models nothing is known
+            file, weights = Path(m.path) / "manifest.json", Path(m.path) / "model.safetensors"
+            if not (file.is_file() and weights.is_file()):
+                continue  # of others' models nothing is known
             told, found = _json(file).get("weights"), file_sha256(weights)
-            if isinstance(told, dict) and told.get("sha256") != found: raise ValueError(f"{m.model}: {weights} is damaged, its SHA-256 is not what manifest.json says; remove the folder and build the zoo again")
+            if isinstance(told, dict) and told.get("sha256") != found:
+                raise ValueError(
+                    f"{m.model}: {weights} is damaged, its SHA-256 is not what manifest.json says; remove the folder and build the zoo again"
+                )
 
 # %% ../nbs/14_zoo.ipynb #44f08398
-COLUMNS = ["model", "dataset", "family", "seed", "accuracy", "loss", "majority", "n_train", "n_test", "path", "revision"]
+COLUMNS = [
+    "model",
+    "dataset",
+    "family",
+    "seed",
+    "accuracy",
+    "loss",
+    "majority",
+    "n_train",
+    "n_test",
+    "path",
+    "revision",
+]
+
 
 def _told(file):
     "What a manifest says of its model, as part of a row; nothing if it is a manifest of another kind."
-    try: m = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e: raise ValueError(f"{file}: not JSON ({type(e).__name__})") from None
-    try: told = {k: m[k] for k in ("dataset", "family", "seed")} | {k: m["metrics"][k] for k in ("accuracy", "loss", "majority", "n_test")} | {"n_train": m["data"]["n_train"]}
-    except (KeyError, TypeError): return {}
+    try:
+        m = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{file}: not JSON ({type(e).__name__})") from None
+    try:
+        told = (
+            {k: m[k] for k in ("dataset", "family", "seed")}
+            | {k: m["metrics"][k] for k in ("accuracy", "loss", "majority", "n_test")}
+            | {"n_train": m["data"]["n_train"]}
+        )
+    except (KeyError, TypeError):
+        return {}
     fits = {"dataset": str, "family": str, "seed": int, "n_test": int, "n_train": int}
-    return told if all(isinstance(v, fits.get(k, (int, float))) and not isinstance(v, bool) for k, v in told.items()) else {}
+    return (
+        told
+        if all(
+            isinstance(v, fits.get(k, (int, float))) and not isinstance(v, bool)
+            for k, v in told.items()
+        )
+        else {}
+    )
 
+# %% ../nbs/14_zoo.ipynb #9ac5fffc
 def _built(folder):
     "The table of a zoo that `build_zoo` made."
     rows = []
     for file in sorted(folder.glob("*/seed-*/manifest.json")):
-        if not (m := _told(file)): raise ValueError(f"{file}: not the manifest of a model that was fine-tuned here")
-        if (named := f"{m['dataset']}/seed-{m['seed']}") != file.parent.relative_to(folder).as_posix(): raise ValueError(f"{file}: is the manifest of {named!r}")
+        if not (m := _told(file)):
+            raise ValueError(f"{file}: not the manifest of a model that was fine-tuned here")
+        if (named := f"{m['dataset']}/seed-{m['seed']}") != file.parent.relative_to(
+            folder
+        ).as_posix():
+            raise ValueError(f"{file}: is the manifest of {named!r}")
         rows.append({"model": named, "path": str(file.parent), "revision": ""} | m)
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -187,87 +306,172 @@ def _built(folder):
 def _listed(table):
     "The table of models that others trained."
     try:
-        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning): # of rows that are longer than the header
+        with warnings.catch_warnings(
+            action="error", category=pd.errors.ParserWarning
+        ):  # of rows that are longer than the header
             rows = pd.read_csv(table, dtype=str, keep_default_na=False, index_col=False)
-    except (ValueError, pd.errors.ParserWarning) as e: raise ValueError(f"{table}: not a table in CSV ({type(e).__name__})") from None
+    except (ValueError, pd.errors.ParserWarning) as e:
+        raise ValueError(f"{table}: not a table in CSV ({type(e).__name__})") from None
     missing = [c for c in ("model", "dataset", "family") if c not in rows]
-    if missing: raise ValueError(f"{table}: no column {', '.join(missing)}")
+    if missing:
+        raise ValueError(f"{table}: no column {', '.join(missing)}")
     twice = rows.model[rows.model.duplicated()]
-    if len(twice): raise ValueError(f"{table}: {twice.iloc[0]} is listed twice")
+    if len(twice):
+        raise ValueError(f"{table}: {twice.iloc[0]} is listed twice")
     for i, row in rows.iterrows():
-        if not (row.model and row.dataset and row.family): raise ValueError(f"{table}, row {i + 2}: model, dataset and family must not be empty")
-        if ".." in Path(row.model).parts: raise ValueError(f"{table}, row {i + 2}: {row.model} points outside the folder")
-    if "seed" in rows and len(odd := rows.seed[~rows.seed.str.fullmatch("[0-9]{1,9}")]): raise ValueError(f"{table}, row {odd.index[0] + 2}: the seed {odd.iloc[0]!r} is no number")
-    local = [table.parent/m for m in rows.model]
+        if not (row.model and row.dataset and row.family):
+            raise ValueError(
+                f"{table}, row {i + 2}: model, dataset and family must not be empty"
+            )
+        if ".." in Path(row.model).parts:
+            raise ValueError(f"{table}, row {i + 2}: {row.model} points outside the folder")
+    if "seed" in rows and len(odd := rows.seed[~rows.seed.str.fullmatch("[0-9]{1,9}")]):
+        raise ValueError(
+            f"{table}, row {odd.index[0] + 2}: the seed {odd.iloc[0]!r} is no number"
+        )
+    local = [table.parent / m for m in rows.model]
     rows["path"] = [str(p) if p.is_dir() else m for p, m in zip(local, rows.model)]
-    rows["seed"] = rows.groupby("dataset").cumcount() + 1 if "seed" not in rows else rows["seed"].astype(int)
-    for column in ("accuracy", "loss", "majority", "n_train", "n_test"): rows[column] = pd.to_numeric(rows.get(column), errors="coerce")
+    rows["seed"] = (
+        rows.groupby("dataset").cumcount() + 1
+        if "seed" not in rows
+        else rows["seed"].astype(int)
+    )
+    for column in ("accuracy", "loss", "majority", "n_train", "n_test"):
+        rows[column] = pd.to_numeric(rows.get(column), errors="coerce")
     return rows.assign(revision=rows.get("revision", ""))[COLUMNS]
 
 # %% ../nbs/14_zoo.ipynb #c93e5d02
 def _is_checkpoint(folder):
     "Whether a folder holds a configuration and weights."
-    return (folder/"config.json").is_file() and any(f.suffix in (".safetensors", ".bin") for f in folder.iterdir())
+    return (folder / "config.json").is_file() and any(
+        f.suffix in (".safetensors", ".bin") for f in folder.iterdir()
+    )
+
 
 def _below(folder):
     "The checkpoints of a folder, one level down or two; hidden folders and what lies in a checkpoint are passed over."
-    inside = lambda f: sorted(d for d in f.iterdir() if d.is_dir() and not d.name.startswith("."))
-    return [d for f in inside(folder) for d in ([f] if _is_checkpoint(f) else inside(f)) if _is_checkpoint(d)]
+    inside = lambda f: sorted(
+        d for d in f.iterdir() if d.is_dir() and not d.name.startswith(".")
+    )
+    return [
+        d
+        for f in inside(folder)
+        for d in ([f] if _is_checkpoint(f) else inside(f))
+        if _is_checkpoint(d)
+    ]
+
 
 def _untold(path, root):
     "The row of a model of which no table speaks."
-    if not Path(path).is_dir(): return {"model": str(path), "dataset": str(path), "family": "unknown", "path": str(path), "revision": ""}
-    if not _is_checkpoint(Path(path)): raise ValueError(f"{path}: is no checkpoint (config.json beside a weights file); of several paths each must be one")
-    name, file = Path(os.path.abspath(path)).relative_to(root), Path(path)/"manifest.json"
-    return {"model": name.as_posix(), "dataset": name.parts[0], "family": "unknown", "path": str(path), "revision": ""} | (_told(file) if file.is_file() else {})
+    if not Path(path).is_dir():
+        return {
+            "model": str(path),
+            "dataset": str(path),
+            "family": "unknown",
+            "path": str(path),
+            "revision": "",
+        }
+    if not _is_checkpoint(Path(path)):
+        raise ValueError(
+            f"{path}: is no checkpoint (config.json beside a weights file); of several paths each must be one"
+        )
+    name, file = Path(os.path.abspath(path)).relative_to(root), Path(path) / "manifest.json"
+    return {
+        "model": name.as_posix(),
+        "dataset": name.parts[0],
+        "family": "unknown",
+        "path": str(path),
+        "revision": "",
+    } | (_told(file) if file.is_file() else {})
 
 # %% ../nbs/14_zoo.ipynb #5ad0f7b8
 def gather(
-    paths, # a folder of checkpoint folders, NAME/ or DATASET/NAME/ below it, or a list of checkpoints: folders and hub ids
-) -> "Zoo": # two models or more
+    paths,  # a folder of checkpoint folders, NAME/ or DATASET/NAME/ below it, or a list of checkpoints: folders and hub ids
+) -> "Zoo":  # two models or more
     "Open checkpoints that no table lists."
     one = isinstance(paths, (str, Path))
-    if one and not Path(paths).is_dir(): raise FileNotFoundError(f"{paths}: there is no such folder")
-    found = [paths] if one and _is_checkpoint(Path(paths)) else _below(Path(paths)) if one else list(paths)
-    if not found: raise FileNotFoundError(f"{paths}: no checkpoint (config.json beside a weights file) one level down or two" if one else "there are no checkpoints to open")
-    if len(found) < 2: raise ValueError(f"{found[0]}: is the only checkpoint, and a zoo takes at least two")
+    if one and not Path(paths).is_dir():
+        raise FileNotFoundError(f"{paths}: there is no such folder")
+    found = (
+        [paths]
+        if one and _is_checkpoint(Path(paths))
+        else _below(Path(paths))
+        if one
+        else list(paths)
+    )
+    if not found:
+        raise FileNotFoundError(
+            f"{paths}: no checkpoint (config.json beside a weights file) one level down or two"
+            if one
+            else "there are no checkpoints to open"
+        )
+    if len(found) < 2:
+        raise ValueError(f"{found[0]}: is the only checkpoint, and a zoo takes at least two")
     local = [Path(os.path.abspath(p)) for p in found if Path(p).is_dir()]
-    root = Path(os.path.abspath(paths)) if one else os.path.commonpath([p.parent for p in local] or ["."])
+    root = (
+        Path(os.path.abspath(paths))
+        if one
+        else os.path.commonpath([p.parent for p in local] or ["."])
+    )
     models = pd.DataFrame([_untold(p, root) for p in found], columns=COLUMNS)
-    if (twice := models.model.duplicated()).any(): raise ValueError(f"{models.model[twice].iloc[0]}: is given twice")
+    if (twice := models.model.duplicated()).any():
+        raise ValueError(f"{models.model[twice].iloc[0]}: is given twice")
     models["seed"] = models.seed.fillna(models.groupby("dataset").cumcount() + 1).astype(int)
     zoo = Zoo(Path(root).name or "checkpoints", models)
-    zoo.checkpoints() # what cannot be read is named now
+    zoo.checkpoints()  # what cannot be read is named now
     return zoo
 
 # %% ../nbs/14_zoo.ipynb #266b7128
 def open_zoo(
-    folder, # a zoo's folder, or one that holds checkpoints and a models.csv, or the path of such a table, or what `gather` takes
-) -> Zoo: # its models
+    folder,  # a zoo's folder, or one that holds checkpoints and a models.csv, or the path of such a table, or what `gather` takes
+) -> Zoo:  # its models
     "Open a zoo: one built here, or checkpoints that others trained."
-    if isinstance(folder, (list, tuple)) and len(folder) != 1: return gather(folder)
+    if isinstance(folder, (list, tuple)) and len(folder) != 1:
+        return gather(folder)
     folder = Path(folder[0] if isinstance(folder, (list, tuple)) else folder)
-    table = folder if folder.suffix == ".csv" else folder/"models.csv"
-    if (folder/"zoo.json").exists(): models = _built(folder)
-    elif table.is_file(): models = _listed(table)
-    else: return gather(folder)
-    if models.empty: raise ValueError(f"{folder}: no finished model")
+    table = folder if folder.suffix == ".csv" else folder / "models.csv"
+    if (folder / "zoo.json").exists():
+        models = _built(folder)
+    elif table.is_file():
+        models = _listed(table)
+    else:
+        return gather(folder)
+    if models.empty:
+        raise ValueError(f"{folder}: no finished model")
     return Zoo(folder.stem if folder.suffix == ".csv" else folder.resolve().name, models)
 
 # %% ../nbs/14_zoo.ipynb #46bf24c7
 def learned(
-    models: pd.DataFrame, # a zoo's table
-    base: str = "",       # name of the pretrained model, where it is known
-) -> pd.DataFrame: # a row a dataset: its seeds, mean accuracy, its interval, the majority's share, and whether it was learned; of RoBERTa-base also the accuracy published
+    models: pd.DataFrame,  # a zoo's table
+    base: str = "",  # name of the pretrained model, where it is known
+) -> pd.DataFrame:  # a row a dataset: its seeds, mean accuracy, its interval, the majority's share, and whether it was learned; of RoBERTa-base also the accuracy published
     "Which datasets the models of a zoo learned."
     rows = []
     for (dataset, family), m in models.groupby(["dataset", "family"], sort=False):
         n = int(m.n_test.iloc[0])
         mean = m.accuracy.mean()
         low, high = scipy.stats.binomtest(round(mean * n), n).proportion_ci(method="wilson")
-        rows.append({"dataset": dataset, "family": family, "seeds": len(m), "accuracy": mean, "low": low, "high": high,
-                     "majority": m.majority.iloc[0], "learned": bool(low > m.majority.iloc[0])})
+        rows.append(
+            {
+                "dataset": dataset,
+                "family": family,
+                "seeds": len(m),
+                "accuracy": mean,
+                "low": low,
+                "high": high,
+                "majority": m.majority.iloc[0],
+                "learned": bool(low > m.majority.iloc[0]),
+            }
+        )
     table = pd.DataFrame(rows)
-    return table.assign(published=[published_of(name) for name in table.dataset]) if base in ROBERTA else table
+    return (
+        table.assign(published=[published_of(name) for name in table.dataset])
+        if base in ROBERTA
+        else table
+    )
 
-ROBERTA = ("FacebookAI/roberta-base", "roberta-base") # names of the base of which accuracies are published
+
+ROBERTA = (
+    "FacebookAI/roberta-base",
+    "roberta-base",
+)  # names of the base of which accuracies are published

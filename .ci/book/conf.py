@@ -1,4 +1,5 @@
 "The book's Sphinx settings; the pages are made by .ci/book.py."
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -24,16 +25,26 @@ html_static_path = ["static"]
 html_css_files = ["book.css"]
 html_show_sourcelink = html_copy_source = False
 html_theme_options = {
-    "repository_url": cfg["git_url"], "use_repository_button": True, "use_download_button": False, "use_fullscreen_button": False,
-    "navbar_persistent": [], "show_toc_level": 2,
+    "repository_url": cfg["git_url"],
+    "use_repository_button": True,
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+    "navbar_persistent": [],
+    "show_toc_level": 2,
 }
 html_math_renderer = "mathml"
 
 
 def mathml(self, node):
     "Formulas as MathML, which browsers draw by themselves: no script from elsewhere, and the book reads offline."
-    formula = convert(node.astext(), display="block" if isinstance(node, nodes.math_block) else "inline")
-    self.body.append(f'<div class="formula">{formula}</div>' if isinstance(node, nodes.math_block) else formula)
+    formula = convert(
+        node.astext(), display="block" if isinstance(node, nodes.math_block) else "inline"
+    )
+    self.body.append(
+        f'<div class="formula">{formula}</div>'
+        if isinstance(node, nodes.math_block)
+        else formula
+    )
     raise nodes.SkipNode
 
 

@@ -1,4 +1,5 @@
 """What the peers do, run by the interpreter of their own environment: python peers.py WAY ARGUMENTS, the arguments as JSON."""
+
 import json
 import sys
 import time
@@ -9,9 +10,18 @@ def merge(models, out):
     "mergekit's linear merge of some checkpoints, all with the same weight."
     from mergekit.config import MergeConfiguration
     from mergekit.merge import MergeOptions, run_merge
-    config = MergeConfiguration.model_validate({"merge_method": "linear", "dtype": "float32", "models": [{"model": m, "parameters": {"weight": 1.0}} for m in models]})
+
+    config = MergeConfiguration.model_validate(
+        {
+            "merge_method": "linear",
+            "dtype": "float32",
+            "models": [{"model": m, "parameters": {"weight": 1.0}} for m in models],
+        }
+    )
     begin = time.perf_counter(), time.process_time()
-    run_merge(config, out, MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False))
+    run_merge(
+        config, out, MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False)
+    )
     return took(begin)
 
 
@@ -23,16 +33,23 @@ def walk(a, b, points, out, device="cpu"):
     from transformers import AutoModel
 
     class Nothing(Metric):
-        def __call__(self, wrapper): return 0.0
+        def __call__(self, wrapper):
+            return 0.0
 
     class Half(Metric):
         seen = 0
+
         def __call__(self, wrapper):
             self.seen += 1
-            if self.seen == points // 2: torch.save({n: p.detach() for n, p in wrapper.modules[0].named_parameters()}, out)
+            if self.seen == points // 2:
+                torch.save(
+                    {n: p.detach() for n, p in wrapper.modules[0].named_parameters()}, out
+                )
             return 0.0
 
-    first, second = (AutoModel.from_pretrained(m, add_pooling_layer=False).to(device) for m in (a, b))
+    first, second = (
+        AutoModel.from_pretrained(m, add_pooling_layer=False).to(device) for m in (a, b)
+    )
     torch.ones(1, device=device).sum().item()
     begin = time.perf_counter(), time.process_time()
     loss_landscapes.linear_interpolation(first, second, Nothing(), points, deepcopy_model=True)
@@ -43,7 +60,8 @@ def walk(a, b, points, out, device="cpu"):
 
 def took(begin):
     "Seconds by the clock, and of the processor, since `begin`; what a GPU was asked to do is done."
-    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized(): torch.cuda.synchronize()
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return {"seconds": time.perf_counter() - begin[0], "cpu": time.process_time() - begin[1]}
 
 
