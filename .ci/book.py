@@ -21,7 +21,7 @@ SOURCE = ROOT / "_proc"
 DEFINES = (ast.FunctionDef, ast.ClassDef)
 
 
-def natural(path):
+def natural_key(path):
     "A key that sorts c12 after c2."
     return [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", path.as_posix())]
 
@@ -30,7 +30,7 @@ def notebooks():
     "The notebooks in reading order, by their address in the book without suffix."
     found = {
         p.relative_to(NBS).with_suffix("").as_posix(): p
-        for p in sorted(nbglob(as_path=True), key=natural)
+        for p in sorted(nbglob(as_path=True), key=natural_key)
     }
     chapters = {page: p for page, p in found.items() if page[0].isdigit()}
     return (

@@ -17,8 +17,8 @@ from weightregions.advice import advised, candidates, held_out_losses, recommend
 from weightregions.bases import tiny_base
 from weightregions.contest import (
     ROLES,
-    Contest,
-    hold_contest,
+    StartExperiment,
+    compare_all_starts,
     prepare,
     regret,
     sharing,
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.xdist_group(
     "advice"
 )  # one process makes what all of these tests look at
 
-BRIEF = Contest(
+BRIEF = StartExperiment(
     sizes=(24,),
     seeds=1,
     curve=(),
@@ -197,7 +197,7 @@ def test_no_member_is_advised_and_the_centroid_yields_only_to_what_is_surely_bet
 
 def test_what_shares_sentences_is_in_no_start(zoo, corpora, base, tmp_path):
     starts, said = prepare(
-        zoo, corpora["headlines"], base, tmp_path / "t", BRIEF, apart=["lectures"]
+        zoo, corpora["headlines"], base, tmp_path / "t", BRIEF, exclude=["lectures"]
     )
     assert (
         not [s for s in said.start if "lectures" in s]
@@ -220,7 +220,7 @@ def test_a_contest_cut_short_goes_on_and_ends_the_same(
     zoo, corpora, base, tmp_path, monkeypatch
 ):
     targets = {n: corpora[n] for n in ("headlines", "meals")}
-    whole, advice = hold_contest(
+    whole, advice = compare_all_starts(
         zoo, targets, base, tmp_path / "whole", BRIEF, ALONE, workers=1
     )
     real, done = contests.compare_starts, []
@@ -232,7 +232,7 @@ def test_a_contest_cut_short_goes_on_and_ends_the_same(
 
     monkeypatch.setattr(contests, "compare_starts", cut)
     with pytest.raises(KeyboardInterrupt):
-        hold_contest(
+        compare_all_starts(
             zoo,
             {"headlines": corpora["headlines"]},
             base,
@@ -243,7 +243,9 @@ def test_a_contest_cut_short_goes_on_and_ends_the_same(
         )
     monkeypatch.setattr(contests, "compare_starts", real)
     written = (tmp_path / "cut" / "rows.csv").read_text()
-    again, same = hold_contest(zoo, targets, base, tmp_path / "cut", BRIEF, ALONE, workers=1)
+    again, same = compare_all_starts(
+        zoo, targets, base, tmp_path / "cut", BRIEF, ALONE, workers=1
+    )
     pd.testing.assert_frame_equal(again, whole)
     pd.testing.assert_frame_equal(same.drop(columns="seconds"), advice.drop(columns="seconds"))
     assert (tmp_path / "cut" / "rows.csv").read_text().startswith(written), (

@@ -31,7 +31,7 @@ from weightregions.bases import base_identity, minilm, tiny_base
 from weightregions.centering import centroid_of, save_centroid
 from weightregions.checkpoints import Checkpoint, open_checkpoint, write_checkpoint
 from weightregions.comparison import compare, measured
-from weightregions.contest import Contest, hold_contest
+from weightregions.contest import StartExperiment, compare_all_starts
 from weightregions.corpora import load_corpora
 from weightregions.files import file_sha256
 from weightregions.finetuning import Recipe, train
@@ -40,7 +40,7 @@ from weightregions.region import Region
 from weightregions.similarity import gram, load_gram
 from weightregions.starting import Search, Tuned
 from weightregions.study import SCALES, Study, begin, similarity_rows, write_rows
-from weightregions.traversal import Stand, hold, hull, read_rows, traverse
+from weightregions.traversal import ScratchModel, load_in_memory, hull, read_rows, traverse
 from weightregions.zoo import build_zoo, open_zoo
 
 pytestmark = pytest.mark.xdist_group(
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.xdist_group(
 
 RECIPE = Recipe(steps=4, batch_size=8, learning_rate=2e-3)
 LONG = Recipe(steps=20, batch_size=8, learning_rate=2e-3)
-BRIEF = Contest(
+BRIEF = StartExperiment(
     sizes=(24,),
     seeds=1,
     curve=(),
@@ -106,8 +106,8 @@ def world(tmp_path_factory):
         zoo=zoo,
         models=models,
         start=start,
-        members=[hold(m, head="drop") for m in models],
-        scratch=Stand(models[0], start),
+        members=[load_in_memory(m, head="drop") for m in models],
+        scratch=ScratchModel(models[0], start),
         probing=Probing(Target(corpora["meals"], base, 16, 16, 16), pooling_of(base)),
         products=gram(models, start, by=lambda name: name.split(".")[0], progress=False),
     )
@@ -166,7 +166,7 @@ def a_region(world, folder):
 
 
 def a_contest(world, folder):
-    hold_contest(
+    compare_all_starts(
         world.zoo,
         {"headlines": world.corpora["headlines"]},
         world.base,

@@ -37,7 +37,7 @@ from weightregions.finetuning import Recipe
 from weightregions.region import Region
 from weightregions.similarity import gram, load_gram, load_sketch, sketch
 from weightregions.study import Study
-from weightregions.traversal import Stand, hull, read_rows, traverse
+from weightregions.traversal import ScratchModel, hull, read_rows, traverse
 from weightregions.zoo import gather, open_zoo, settle
 
 pytestmark = pytest.mark.xdist_group(
@@ -371,7 +371,7 @@ def lamps(folder, ending):
 
 def walk(models, folder):
     return traverse(
-        hull(models, 3), nothing, Stand(models[0]), folder / "rows.jsonl", progress=False
+        hull(models, 3), nothing, ScratchModel(models[0]), folder / "rows.jsonl", progress=False
     )
 
 

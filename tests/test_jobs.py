@@ -22,12 +22,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from weightregions import jobs
 from weightregions import zoo as zoos
 from weightregions.bases import tiny_base
-from weightregions.contest import Contest, hold_contest
+from weightregions.contest import StartExperiment, compare_all_starts
 from weightregions.corpora import load_corpora
 from weightregions.finetuning import Recipe
 from weightregions.jobs import agreed, places, ranks, run_jobs
 from weightregions.starting import Search
-from weightregions.walks import Reach, Walk, take_all
+from weightregions.walks import TraversalBudget, PathSpec, measure_paths
 from weightregions.zoo import build_zoo, open_zoo
 
 pytestmark = pytest.mark.xdist_group(
@@ -41,8 +41,8 @@ every_backend = pytest.mark.parametrize(
 )
 
 RECIPE = Recipe(steps=3, batch_size=8)
-REACH = Reach(inside=1, n_train=24, n_test=20)
-BRIEF = Contest(
+BUDGET = TraversalBudget(inside=1, n_train=24, n_test=20)
+BRIEF = StartExperiment(
     sizes=(24,),
     seeds=1,
     curve=(),
@@ -89,11 +89,13 @@ def everything(folder, base, corpora, workers):
     paths = zoo.models.set_index("model").path.to_dict()
     first, *_, last = paths
     walks = [
-        Walk("line", "line", (first, last), ("films",), 1),
-        Walk("models", "models", tuple(paths), ("headlines",), 0),
+        PathSpec("line", "line", (first, last), ("films",), 1),
+        PathSpec("models", "models", tuple(paths), ("headlines",), 0),
     ]
-    points, _ = take_all(walks, folder / "walks", paths, base, corpora, REACH, workers)
-    rows, advice = hold_contest(zoo, corpora, base, folder / "starts", BRIEF, ALONE, workers)
+    points, _ = measure_paths(walks, folder / "walks", paths, base, corpora, BUDGET, workers)
+    rows, advice = compare_all_starts(
+        zoo, corpora, base, folder / "starts", BRIEF, ALONE, workers
+    )
     return contents(folder), points, rows, advice.drop(columns="seconds")
 
 

@@ -38,11 +38,11 @@ from weightregions.similarity import gram
 from weightregions.space import TaskVector
 from weightregions.traversal import (
     Point,
-    Stand,
+    ScratchModel,
     average,
     extrapolation,
-    hold,
-    hold_what_fits,
+    load_in_memory,
+    load_what_fits,
     hull,
     line,
     perturbations,
@@ -210,44 +210,44 @@ def test_hull_is_uniform_on_the_simplex():
 @pytest.mark.parametrize("kind", KINDS)
 def test_ends_are_exact_and_a_line_to_itself_does_not_move(kind):
     a, b, _ = members(kind=kind)
-    stand = Stand(a)
+    scratch = ScratchModel(a)
     for alpha, end in ((0, a), (1, b), (0, a)):
         ((_, p),) = line(a, b, [alpha])
-        stand.at(p)
+        scratch.load(p)
         for name in end:
-            assert same_bits(stand.body[name], end[name]) and same_bits(p[name], end[name])
+            assert same_bits(scratch.body[name], end[name]) and same_bits(p[name], end[name])
     twin = open_checkpoint(a.state(), name="twin")
     for other in (a, twin):
         for _, p in line(a, other, [-31, 0.3, 0.5, 7.7, 32]):
             for name in a:
                 assert same_bits(p[name], a[name])
-    mixed = average([a, hold(a), hold(b)])
-    stand.at(mixed)
+    mixed = average([a, load_in_memory(a), load_in_memory(b)])
+    scratch.load(mixed)
     for name in a:
-        assert same_bits(stand.body[name], mixed[name])
+        assert same_bits(scratch.body[name], mixed[name])
 
 
 def test_negative_zeros_survive():
     a = open_checkpoint({"w": torch.tensor([-0.0, 1.0])}, name="a")
-    assert same_bits(Point((a, hold(a)), (0.3, 0.7))["w"], a["w"])
+    assert same_bits(Point((a, load_in_memory(a)), (0.3, 0.7))["w"], a["w"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_members_of_other_precision(dtype):
     a, b, _ = members(dtype=dtype)
-    stand, held = Stand(a), [hold(a), hold(b)]
+    scratch, held = ScratchModel(a), [load_in_memory(a), load_in_memory(b)]
     for _, p in line(a, b, [0, 0.3, 1]):
-        stand.at(p)
-        for name, q in stand.body.items():
+        scratch.load(p)
+        for name, q in scratch.body.items():
             assert q.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
             assert same_bits(q, p[name]) and same_bits(q, Point(held, p.weights)[name])
     half = live().to(torch.bfloat16)
     with torch.no_grad():
-        for name, q in Stand(half).body.items():
+        for name, q in ScratchModel(half).body.items():
             assert q.dtype == torch.bfloat16  # a live model keeps its own
-    stand = Stand(half)
-    stand.at(average(held))
-    for name, q in stand.body.items():
+    scratch = ScratchModel(half)
+    scratch.load(average(held))
+    for name, q in scratch.body.items():
         assert same_bits(q, average(held)[name].to(torch.bfloat16))
 
 
@@ -264,11 +264,11 @@ def test_members_in_files_give_the_same_points_piece_by_piece(
     )
     filed = [open_checkpoint(tmp_path / f"m{i}") for i in range(3)]
     held, some = (
-        [hold(m, head="drop") for m in filed],
-        hold_what_fits(filed, memory=4 * filed[0].layout.numel, head="drop"),
+        [load_in_memory(m, head="drop") for m in filed],
+        load_what_fits(filed, memory=4 * filed[0].layout.numel, head="drop"),
     )
     assert [m is f for m, f in zip(some, filed)] == [False, True, True]
-    stand, longest = Stand(filed[0]), []
+    scratch, longest = ScratchModel(filed[0]), []
     real = traversal._combine
     monkeypatch.setattr(
         traversal,
@@ -281,8 +281,8 @@ def test_members_in_files_give_the_same_points_piece_by_piece(
         wanted = {name: q[name] for name in q}
         longest.clear()
         for point in (p, r, p):
-            stand.at(point)
-            for name, body in stand.body.items():
+            scratch.load(point)
+            for name, body in scratch.body.items():
                 assert same_bits(body.detach(), wanted[name].to(body.dtype)) and same_bits(
                     point[name], wanted[name]
                 )
@@ -297,7 +297,7 @@ def test_points_serve_where_checkpoints_do():
     centroid = average([a, b, c], name="centroid")
     distances = gram([centroid, b], a, progress=False).euclidean()
     assert distances.iloc[0, 1] == pytest.approx(
-        TaskVector.between(b, hold(centroid)).norm(), rel=1e-6
+        TaskVector.between(b, load_in_memory(centroid)).norm(), rel=1e-6
     )
     halfway = Point((centroid, a), (0.5, 0.5))
     for name in a:
@@ -357,16 +357,16 @@ def test_plane_passes_through_its_models(seed, scale):
 @pytest.mark.parametrize("per", ["model", "tensor"])
 def test_perturbations_are_as_long_as_the_task_vector(per):
     a, b, _ = members()
-    stand, wanted = Stand(a), TaskVector.between(a, b)
+    scratch, wanted = ScratchModel(a), TaskVector.between(a, b)
     norms = [float((b[n].double() - a[n].double()).norm()) for n in a]
     for _, p in perturbations(a, b, 3, seed=5, per=per):
-        stand.at(p)
-        moved = [float((stand.body[n].detach().double() - a[n].double()).norm()) for n in a]
+        scratch.load(p)
+        moved = [float((scratch.body[n].detach().double() - a[n].double()).norm()) for n in a]
         assert np.linalg.norm(moved) == pytest.approx(wanted.norm(), rel=1e-6)
         if per == "tensor":
             np.testing.assert_allclose(moved, norms, rtol=1e-6)
         for n in a:
-            assert same_bits(stand.body[n], p[n])
+            assert same_bits(scratch.body[n], p[n])
 
 
 def test_perturbations_are_seeded_and_independent():
@@ -382,7 +382,7 @@ def test_perturbations_are_seeded_and_independent():
     )
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    draw(2), Stand(a)
+    draw(2), ScratchModel(a)
     assert torch.equal(
         state, torch.get_rng_state()
     )  # the caller's random numbers are the caller's
@@ -395,11 +395,11 @@ def test_perturbations_are_seeded_and_independent():
 def test_a_standing_model_computes_what_the_member_does(kind):
     a, b, _ = members(kind=kind)
     models = [live(kind, seed) for seed in (0, 1)]
-    bare, full = Stand(a), Stand(a, head="average")
+    bare, full = ScratchModel(a), ScratchModel(a, head="average")
     for model, m in zip(models, (a, b)):
         base = model.base_model if kind != "t5" else model.get_encoder()
-        assert torch.equal(output(full.at(m), kind), output(model, kind))
-        found = bare.at(m) if kind != "t5" else bare.at(m).get_encoder()
+        assert torch.equal(output(full.load(m), kind), output(model, kind))
+        found = bare.load(m) if kind != "t5" else bare.load(m).get_encoder()
         with torch.no_grad():
             assert torch.equal(
                 found(input_ids=IDS).last_hidden_state, base(input_ids=IDS).last_hidden_state
@@ -409,7 +409,7 @@ def test_a_standing_model_computes_what_the_member_does(kind):
         for p, x, y in zip(reference.parameters(), *(m.parameters() for m in models)):
             p.copy_((x.double() * 0.3 + y.double() * 0.7).float())
     torch.testing.assert_close(
-        output(full.at(Point((a, b), (0.3, 0.7))), kind),
+        output(full.load(Point((a, b), (0.3, 0.7))), kind),
         output(reference, kind),
         rtol=1e-4,
         atol=1e-5,
@@ -418,36 +418,37 @@ def test_a_standing_model_computes_what_the_member_does(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_callers_model_and_the_members_are_untouched(kind):
-    model, parts = live(kind).train(), [hold(m) for m in members(kind=kind)]
+    model, parts = live(kind).train(), [load_in_memory(m) for m in members(kind=kind)]
     before, hashes = bytes_of(model), [m.sha256() for m in parts]
-    stand = Stand(model, head="average")
+    scratch = ScratchModel(model, head="average")
     for _, p in [
         *extrapolation(*parts[:2], steps=3),
         *hull(parts, 3),
         *perturbations(parts[0], parts[1], 1),
         *plane(*parts, grid=2),
     ]:
-        output(stand.at(p), kind)
+        output(scratch.load(p), kind)
     assert (
         bytes_of(model) == before and model.training and [m.sha256() for m in parts] == hashes
     )
     assert not {t.data_ptr() for t in model.parameters()} & {
-        t.data_ptr() for t in stand.model.parameters()
+        t.data_ptr() for t in scratch.model.parameters()
     }
-    given_away = Stand(model, scratch=True)
-    assert given_away.at(parts[1]) is model and bytes_of(model) != before
+    given_away = ScratchModel(model, scratch=True)
+    assert given_away.load(parts[1]) is model and bytes_of(model) != before
 
 
 def test_ties_stay_ties_and_buffers_stay():
     for kind in ("gpt2", "t5", "roberta-mlm"):
         a, b, _ = members(kind=kind)
-        stand = Stand(a, head="average")
-        model = stand.at(average([a, b]))
+        scratch = ScratchModel(a, head="average")
+        model = scratch.load(average([a, b]))
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        assert len(stand.body) == len({id(p) for p in stand.body.values()})
-    stand = Stand(members()[0])
+        assert len(scratch.body) == len({id(p) for p in scratch.body.values()})
+    scratch = ScratchModel(members()[0])
     assert torch.equal(
-        stand.at(members()[1]).embeddings.position_ids, live().roberta.embeddings.position_ids
+        scratch.load(members()[1]).embeddings.position_ids,
+        live().roberta.embeddings.position_ids,
     )
 
 
@@ -455,17 +456,18 @@ def test_pooler_in_the_body_beside_it_and_with_the_head():
     models = [live("bert", seed) for seed in (0, 1)]
     kept = [open_checkpoint(m, name=str(i), pooler="keep") for i, m in enumerate(models)]
     dropped = [open_checkpoint(m, name=str(i)) for i, m in enumerate(models)]
-    assert Stand(dropped[0]).at(dropped[1]).pooler is None
+    assert ScratchModel(dropped[0]).load(dropped[1]).pooler is None
     with torch.no_grad():
         assert torch.equal(
-            Stand(kept[0]).at(kept[1])(IDS).pooler_output, models[1].bert(IDS).pooler_output
+            ScratchModel(kept[0]).load(kept[1])(IDS).pooler_output,
+            models[1].bert(IDS).pooler_output,
         )
     with pytest.raises(ValueError, match="pooler"):
-        Stand(kept[0]).at(dropped[1])
+        ScratchModel(kept[0]).load(dropped[1])
     with pytest.raises(ValueError, match="pooler"):
         Point((kept[0], dropped[1]), (0.5, 0.5))
     assert torch.equal(
-        output(Stand(models[0], pooler="keep", head="average").at(kept[1]), "bert"),
+        output(ScratchModel(models[0], pooler="keep", head="average").load(kept[1]), "bert"),
         output(models[1], "bert"),
     )
 
@@ -482,8 +484,8 @@ def test_only_what_differs_is_written_again():
         with torch.no_grad():
             model.roberta.embeddings.word_embeddings.weight[seed:50] += 0.1 * seed + 0.1
             model.roberta.encoder.layer[0].output.dense.bias += seed
-        parts.append(hold(open_checkpoint(model, name=f"m{seed}")))
-    stand = Stand(base)
+        parts.append(load_in_memory(open_checkpoint(model, name=f"m{seed}")))
+    scratch = ScratchModel(base)
     points = [
         *hull(parts, 4),
         *line(parts[0], parts[1], [0, 0.4, 1]),
@@ -491,24 +493,24 @@ def test_only_what_differs_is_written_again():
         *hull(parts, 2),
     ]
     for _, p in points:
-        stand.at(p)
-        for name, q in stand.body.items():
+        scratch.load(p)
+        for name, q in scratch.body.items():
             assert same_bits(q, p[name]), name
-    assert sum(d is not False for d in stand._differ.values()) == 2
-    index, _ = stand._differ["embeddings.word_embeddings.weight"]
+    assert sum(d is not False for d in scratch._differ.values()) == 2
+    index, _ = scratch._differ["embeddings.word_embeddings.weight"]
     assert index.tolist() == list(range(50))
     for spoil in (
         "embeddings.word_embeddings.weight",
         "encoder.layer.1.output.dense.weight",
     ):  # somebody else wrote there
         with torch.no_grad():
-            stand.body[spoil].mul_(2)
-        stand.at(p)
-        for name, q in stand.body.items():
+            scratch.body[spoil].mul_(2)
+        scratch.load(p)
+        for name, q in scratch.body.items():
             assert same_bits(q, p[name]), name
-    stand.model.double()  # moved to other memory
-    stand.at(p)
-    for name, q in stand.body.items():
+    scratch.model.double()  # moved to other memory
+    scratch.load(p)
+    for name, q in scratch.body.items():
         torch.testing.assert_close(q.detach(), p[name].double())
 
 
@@ -542,7 +544,7 @@ def test_strangers_are_named(spoil, message):
         lambda: Point((a, odd), (0.5, 0.5)),
         lambda: line(a, odd),
         lambda: hull([a, odd], 2),
-        lambda: Stand(a).at(odd),
+        lambda: ScratchModel(a).load(odd),
         lambda: perturbations(a, odd, 1),
     ):
         with pytest.raises(ValueError, match=message):
@@ -553,12 +555,12 @@ def test_strangers_are_named(spoil, message):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_no_numbers_are_named(value):
-    a, bad = hold(members()[0]), hold(members()[1])
+    a, bad = load_in_memory(members()[0]), load_in_memory(members()[1])
     bad.name = "bad"
     bad._body["encoder.layer.1.output.dense.weight"].tensor[1, 2] = value
     for do in (
-        lambda: Stand(a).at(average([a, bad])),
-        lambda: hold(bad),
+        lambda: ScratchModel(a).load(average([a, bad])),
+        lambda: load_in_memory(bad),
         lambda: plane(a, members()[1], bad),
         lambda: perturbations(a, bad, 1),
     ):
@@ -567,17 +569,17 @@ def test_weights_that_are_no_numbers_are_named(value):
             match=r"bad.*encoder\.layer\.1\.output\.dense\.weight holds NaN or infinite",
         ):
             do()
-    stand = Stand(a)
+    scratch = ScratchModel(a)
     with pytest.raises(ValueError):
-        stand.at(bad)
+        scratch.load(bad)
     assert same_bits(
-        next(iter(stand.at(a).parameters())), a["embeddings.word_embeddings.weight"]
+        next(iter(scratch.load(a).parameters())), a["embeddings.word_embeddings.weight"]
     )  # and it goes on
 
 
 def test_an_overflow_is_a_row_with_a_note():
     a = open_checkpoint(live(), name="a")
-    b = hold(a)
+    b = load_in_memory(a)
     for held in b._body.values():
         held.tensor.mul_(1e37)
     b.name = "b"
@@ -585,7 +587,7 @@ def test_an_overflow_is_a_row_with_a_note():
     def loss(model):
         return {"loss": model(IDS).last_hidden_state.detach().mean()}
 
-    found = traverse(line(a, b, [0, 32]), loss, Stand(a), progress=False)
+    found = traverse(line(a, b, [0, 32]), loss, ScratchModel(a), progress=False)
     assert found.note.tolist()[0] == "" and found.note.tolist()[1] == "loss is nan"
 
 
@@ -601,36 +603,36 @@ def spread(model):
 
 
 def test_any_cut_of_the_file_is_resumed_to_the_same_bytes(tmp_path):
-    parts = [hold(m) for m in members()]
-    stand, path, file = Stand(parts[0]), list(hull(parts, 4)), tmp_path / "rows.jsonl"
-    table = traverse(path, spread, stand, rows=file, progress=False)
-    assert_frame_equal(table, traverse(path, spread, stand, progress=False))
+    parts = [load_in_memory(m) for m in members()]
+    scratch, path, file = ScratchModel(parts[0]), list(hull(parts, 4)), tmp_path / "rows.jsonl"
+    table = traverse(path, spread, scratch, rows=file, progress=False)
+    assert_frame_equal(table, traverse(path, spread, scratch, progress=False))
     whole, rng = file.read_bytes(), np.random.default_rng(0)
     for cut in [0, 1, len(whole) - 1, *rng.integers(0, len(whole), 12)]:
         file.write_bytes(whole[:cut])
-        assert_frame_equal(traverse(path, spread, stand, rows=file, progress=False), table)
+        assert_frame_equal(traverse(path, spread, scratch, rows=file, progress=False), table)
         assert file.read_bytes() == whole
     calls = []
     traverse(
-        path, lambda m: calls.append(1), stand, rows=tmp_path / "other.jsonl", progress=False
+        path, lambda m: calls.append(1), scratch, rows=tmp_path / "other.jsonl", progress=False
     )
     traverse(
-        path, lambda m: calls.append(1), stand, rows=tmp_path / "other.jsonl", progress=False
+        path, lambda m: calls.append(1), scratch, rows=tmp_path / "other.jsonl", progress=False
     )
     assert len(calls) == 4  # measured once
     lines = whole.splitlines(keepends=True)
     file.write_bytes(lines[0] + b"{broken\n" + b"".join(lines[2:]))
     with pytest.raises(ValueError, match="is no file of a traversal, or damaged"):
-        traverse(path, spread, stand, rows=file, progress=False)
+        traverse(path, spread, scratch, rows=file, progress=False)
     file.write_bytes(whole)
     other = [
-        hold(open_checkpoint(live(seed=9), name="m0")),
+        load_in_memory(open_checkpoint(live(seed=9), name="m0")),
         *parts[1:],
     ]  # the same names, other weights
     with pytest.raises(ValueError, match="holds 4 points that are not on this path"):
-        traverse(hull(other, 4), spread, stand, rows=file, progress=False)
+        traverse(hull(other, 4), spread, scratch, rows=file, progress=False)
     with pytest.raises(ValueError, match="not on this path"):
-        traverse(hull(parts, 4, seed=1), spread, stand, rows=file, progress=False)
+        traverse(hull(parts, 4, seed=1), spread, scratch, rows=file, progress=False)
     assert file.read_bytes() == whole
     assert_frame_equal(read_rows(file), table)
 
@@ -645,9 +647,10 @@ def test_numbers_come_back_from_the_file(tmp_path):
         "none": None,
     }
     path = list(line(a, a, [0, 0.1, 0.2, 0.3]))
-    first = traverse(path, metric, Stand(a), rows=tmp_path / "r.jsonl", progress=False)
+    first = traverse(path, metric, ScratchModel(a), rows=tmp_path / "r.jsonl", progress=False)
     assert_frame_equal(
-        first, traverse(path, metric, Stand(a), rows=tmp_path / "r.jsonl", progress=False)
+        first,
+        traverse(path, metric, ScratchModel(a), rows=tmp_path / "r.jsonl", progress=False),
     )
     assert first.note.tolist() == ["loss is inf", "loss is nan", "", ""]
 
@@ -655,11 +658,11 @@ def test_numbers_come_back_from_the_file(tmp_path):
 CHILD = """
 import sys, time, torch
 sys.path.insert(0, {tests!r})
-from test_traversal import hold, hull, members, spread, Stand, traverse
+from test_traversal import load_in_memory, hull, members, spread, ScratchModel, traverse
 def slow(model): time.sleep(0.1); return spread(model)
-parts = [hold(m) for m in members()]
+parts = [load_in_memory(m) for m in members()]
 print("ready", flush=True)
-traverse(hull(parts, 30), slow, Stand(parts[0]), rows={file!r}, progress=False)
+traverse(hull(parts, 30), slow, ScratchModel(parts[0]), rows={file!r}, progress=False)
 """
 
 
@@ -677,15 +680,17 @@ def test_killed_in_the_middle_and_resumed(tmp_path):
     child.send_signal(signal.SIGKILL), child.wait()
     left = file.read_bytes().count(b"\n")
     assert 4 <= left < 31
-    parts = [hold(m) for m in members()]
+    parts = [load_in_memory(m) for m in members()]
 
     def slow(model):
         return spread(model)
 
     table = traverse(
-        hull(parts, 30), slow_named(slow), Stand(parts[0]), rows=file, progress=False
+        hull(parts, 30), slow_named(slow), ScratchModel(parts[0]), rows=file, progress=False
     )
-    assert_frame_equal(table, traverse(hull(parts, 30), slow, Stand(parts[0]), progress=False))
+    assert_frame_equal(
+        table, traverse(hull(parts, 30), slow, ScratchModel(parts[0]), progress=False)
+    )
     assert (
         len({json.loads(line)["key"] for line in file.read_text().splitlines()[1:]})
         == 30
@@ -709,42 +714,44 @@ def test_saved_points_open_everywhere(kind, tmp_path):
         save_point(point, tmp_path / "bare"),
         save_point(point, tmp_path / "full", head="average"),
     )
-    stand = Stand(a, head="average")
+    scratch = ScratchModel(a, head="average")
     assert torch.equal(
         output(AutoModelForSequenceClassification.from_pretrained(full).eval(), kind),
-        output(stand.at(point), kind),
+        output(scratch.load(point), kind),
     )
     assert torch.equal(
-        output(AutoModel.from_pretrained(bare).eval(), kind), output(Stand(a).at(point), kind)
+        output(AutoModel.from_pretrained(bare).eval(), kind),
+        output(ScratchModel(a).load(point), kind),
     )
     for folder in (bare, full):
-        assert open_checkpoint(folder).sha256() == hold(point).sha256()
-    assert Stand(full, head="keep").at(full) is not None and torch.equal(
-        output(Stand(full, head="keep").at(full), kind), output(stand.at(point), kind)
+        assert open_checkpoint(folder).sha256() == load_in_memory(point).sha256()
+    assert ScratchModel(full, head="keep").load(full) is not None and torch.equal(
+        output(ScratchModel(full, head="keep").load(full), kind),
+        output(scratch.load(point), kind),
     )
 
 
 def test_members_from_files_are_read_and_not_held(tmp_path):
     parts = members()
     folders = [save_point(m, tmp_path / m.name, head="average") for m in parts]
-    stand = Stand(folders[0], base=folders[1])
+    scratch = ScratchModel(folders[0], base=folders[1])
     for (_, p), (_, q) in zip(hull(folders, 3), hull(parts, 3)):
-        stand.at(p)
+        scratch.load(p)
         for name in q:
-            assert same_bits(stand.body[name], q[name])
+            assert same_bits(scratch.body[name], q[name])
 
 
 @pytest.mark.cuda
 def test_the_same_points_on_a_gpu():
-    a, b, c = (hold(m) for m in members())
-    device = [hold(m, device="cuda") for m in (a, b, c)]
+    a, b, c = (load_in_memory(m) for m in members())
+    device = [load_in_memory(m, device="cuda") for m in (a, b, c)]
     for where in ([a, b, c], device):
-        there, here = Stand(a, device="cuda"), Stand(a)
+        there, here = ScratchModel(a, device="cuda"), ScratchModel(a)
         for (_, p), (_, q) in zip(
             [*hull(where, 3), *line(*where[:2]), *perturbations(where[0], where[1], 1)],
             [*hull([a, b, c], 3), *line(a, b), *perturbations(a, b, 1)],
         ):
-            there.at(p), here.at(q)
+            there.load(p), here.load(q)
             for name in a:
                 torch.testing.assert_close(
                     there.body[name].detach().cpu(),

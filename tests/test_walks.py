@@ -12,10 +12,10 @@ from weightregions.bases import tiny_base
 from weightregions.corpora import load_corpora
 from weightregions.finetuning import Recipe
 from weightregions.walks import (
-    Reach,
-    Walk,
-    along,
-    compared,
+    TraversalBudget,
+    PathSpec,
+    line_losses,
+    group_losses,
     gain_interval,
     granularities,
     inside_gain,
@@ -23,8 +23,8 @@ from weightregions.walks import (
     lines_of,
     one_each,
     pairs,
-    plan,
-    take_all,
+    plan_paths,
+    measure_paths,
 )
 from weightregions.zoo import build_zoo, open_zoo
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.xdist_group(
     "walks"
 )  # one process makes what all of these tests look at
 
-REACH = Reach(
+BUDGET = TraversalBudget(
     same=1,
     hull=2,
     targets=2,
@@ -89,8 +89,14 @@ def made(tmp_path_factory):
 def walked(made, folder, workers=1):
     models, base, corpora = made
     torch.set_num_threads(1)
-    return take_all(
-        plan(models, REACH), folder, models.path.to_dict(), base, corpora, REACH, workers
+    return measure_paths(
+        plan_paths(models, BUDGET),
+        folder,
+        models.path.to_dict(),
+        base,
+        corpora,
+        BUDGET,
+        workers,
     )
 
 
@@ -101,8 +107,8 @@ def unbroken(made, tmp_path_factory):
 
 def test_a_plan_depends_on_names_alone():
     models = table()
-    walks = plan(models, Reach())
-    assert walks == plan(models.assign(accuracy=0.5), Reach())
+    walks = plan_paths(models, TraversalBudget())
+    assert walks == plan_paths(models.assign(accuracy=0.5), TraversalBudget())
     assert len({w.name for w in walks}) == len(walks)
     assert {w.kind for w in walks} == {
         "models",
@@ -115,20 +121,24 @@ def test_a_plan_depends_on_names_alone():
 
 
 def test_in_and_ex_share_no_model_and_every_loss_is_asked_for():
-    models, reach = table(), Reach(targets=3)
-    asked = {w.targets[0]: set(w.members) for w in plan(models, reach) if w.kind == "models"}
-    for g in granularities(models, reach):
+    models, budget = table(), TraversalBudget(targets=3)
+    asked = {
+        w.targets[0]: set(w.members) for w in plan_paths(models, budget) if w.kind == "models"
+    }
+    for g in granularities(models, budget):
         assert not set(g.In) & set(g.Ex)
         for t in g.targets:
             assert {*g.In, *g.Ex} <= asked[t]
-    for ends, targets in lines_of(models, reach).values():
+    for ends, targets in lines_of(models, budget).values():
         for t in targets:
             assert {m for pair in ends for m in pair} <= asked[t]
 
 
 def test_twins_of_a_target_are_no_strangers():
     twins = pd.DataFrame([{"a": "sst2", "b": "mnli", "share": 0.5}])
-    mnli = next(g for g in granularities(table(), Reach(same=1), twins) if g.trait == "mnli")
+    mnli = next(
+        g for g in granularities(table(), TraversalBudget(same=1), twins) if g.trait == "mnli"
+    )
     assert not any(m.startswith("sst2") for m in mnli.Ex)
 
 
@@ -144,9 +154,9 @@ def test_what_was_not_learned_comes_last():
 @pytest.mark.parametrize("known", [[], ["mnli"], ["news"], ["mnli", "rte"], ["sst2", "news"]])
 def test_a_plan_can_be_made_however_little_was_learned(known):
     models = table(seeds=3).assign(learned=lambda m: m.dataset.isin(known))
-    walks = plan(models, Reach(same=1, targets=3))
+    walks = plan_paths(models, TraversalBudget(same=1, targets=3))
     assert {"dataset", "task", "general"} == {
-        g.granularity for g in granularities(models, Reach(same=1, targets=3))
+        g.granularity for g in granularities(models, TraversalBudget(same=1, targets=3))
     }
     assert {"models", "hull", "line", "edges", "perturbations"} <= {w.kind for w in walks}
 
@@ -161,12 +171,12 @@ def test_pairs_and_single_models():
 def test_all_that_was_planned_was_measured(made, unbroken):
     models, rows = made[0], unbroken[0]
     assert rows.loss.notna().all()
-    for g in granularities(models, REACH):
-        found = compared(rows, g)
+    for g in granularities(models, BUDGET):
+        found = group_losses(rows, g)
         assert set(found.group) == {"In", "In'", "Ex"}
         assert set(found.point[found.group == "In"]) == set(g.In)
-    for granularity, (ends, targets) in lines_of(models, REACH).items():
-        on = along(rows, models, REACH, granularity)
+    for granularity, (ends, targets) in lines_of(models, BUDGET).items():
+        on = line_losses(rows, models, BUDGET, granularity)
         assert set(on.target) == set(targets) and {0, 1} <= set(on.alpha)
         assert on.alpha.min() == -31 and on.alpha.max() == 32
         gains = inside_gain(on)
@@ -197,19 +207,19 @@ def test_killed_walks_go_on_to_the_same_rows(made, unbroken, tmp_path):
 
 def test_rows_of_another_reach_are_refused(made, tmp_path):
     models, base, corpora = made
-    walks = [w for w in plan(models, REACH) if w.kind == "hull"][:1]
-    take = lambda reach: take_all(
-        walks, tmp_path, models.path.to_dict(), base, corpora, reach, 1
+    walks = [w for w in plan_paths(models, BUDGET) if w.kind == "hull"][:1]
+    measure_path = lambda budget: measure_paths(
+        walks, tmp_path, models.path.to_dict(), base, corpora, budget, 1
     )
-    take(REACH)
+    measure_path(BUDGET)
     with pytest.raises(ValueError, match="probes of 20 rows"):
-        take(Reach(n_train=20, n_test=30))
+        measure_path(TraversalBudget(n_train=20, n_test=30))
 
 
 def test_of_one_family_no_line_leads_out_of_it():
     models = table(("films", "meals"), ("unknown", "unknown"), seeds=3)
-    assert set(lines_of(models, Reach())) == {"dataset", "task"}
-    assert plan(models, Reach(same=1, targets=2))
+    assert set(lines_of(models, TraversalBudget())) == {"dataset", "task"}
+    assert plan_paths(models, TraversalBudget(same=1, targets=2))
 
 
 def test_where_all_share_sentences_no_dataset_has_strangers():
@@ -221,13 +231,15 @@ def test_where_all_share_sentences_no_dataset_has_strangers():
     )
     found = {
         g.trait
-        for g in granularities(models, Reach(same=5), twins)
+        for g in granularities(models, TraversalBudget(same=5), twins)
         if g.granularity == "dataset"
     }
     assert found == {"rte", "sst2", "imdb", "news"}
     assert {
         g.granularity
-        for g in granularities(table(("mnli", "rte"), ("nli", "nli"), seeds=3), Reach(), twins)
+        for g in granularities(
+            table(("mnli", "rte"), ("nli", "nli"), seeds=3), TraversalBudget(), twins
+        )
     } == {"general"}
 
 
@@ -235,25 +247,30 @@ def test_what_was_not_learned_is_in_no_task():
     models = table(
         ("mnli", "rte", "wnli", "sst2"), ("nli", "nli", "nli", "sentiment"), seeds=3
     ).assign(learned=lambda m: m.dataset != "wnli")
-    nli = next(g for g in granularities(models, Reach()) if g.granularity == "task")
+    nli = next(g for g in granularities(models, TraversalBudget()) if g.granularity == "task")
     assert nli.targets == ["mnli", "rte"] and not any(
         m.startswith("wnli") for m in [*nli.In, *nli.Ex]
     )
 
 
 def test_walks_that_would_share_a_file_are_refused(tmp_path):
-    walks = [Walk(f"models on {name}", "models", ("m",), (name,)) for name in ("a b", "a-b")]
+    walks = [
+        PathSpec(f"models on {name}", "models", ("m",), (name,)) for name in ("a b", "a-b")
+    ]
     with pytest.raises(
         ValueError, match="'models on a b' and 'models on a-b' would share a file"
     ):
-        take_all(walks, tmp_path, {"m": "m"}, "base", {}, Reach())
+        measure_paths(walks, tmp_path, {"m": "m"}, "base", {}, TraversalBudget())
 
 
 def test_a_task_without_strangers_is_left_out():
     models = table(("mnli", "rte", "wnli"), ("nli",) * 3, seeds=3).assign(
         learned=lambda m: m.dataset != "wnli"
     )
-    assert {g.granularity for g in granularities(models, Reach())} == {"dataset", "general"}
+    assert {g.granularity for g in granularities(models, TraversalBudget())} == {
+        "dataset",
+        "general",
+    }
 
 
 def test_members_that_stay_in_their_files_give_the_same_rows(

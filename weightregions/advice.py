@@ -19,9 +19,9 @@ from transformers import AutoTokenizer
 from .centering import Centroid, centroid_of, leave_out
 from .checkpoints import open_checkpoint
 from .corpora import Corpus
-from .finetuning import one_thread, usable
+from .finetuning import one_thread, default_device
 from .probing import PENALTY, Split, encode, fit_probe, pooling_of
-from .traversal import Stand, average
+from .traversal import ScratchModel, average
 from .zoo import Zoo
 
 # %% ../nbs/36_advice.ipynb #d503c40c
@@ -29,17 +29,19 @@ def candidates(
     zoo: Zoo,  # fine-tuned models of one base
     corpus: Corpus,  # the dataset to be fine-tuned on
     base,  # the pretrained model: a checkpoint, or what `open_checkpoint` takes
-    apart: Iterable = (),  # datasets of the zoo that are not to be used for it
+    exclude: Iterable = (),  # datasets of the zoo that are not to be used for it
 ) -> dict:  # start -> Checkpoint or Centroid: "pretrained", "centroid", "FAMILY centroid" and one model of each dataset
     "The starts that a zoo offers for a dataset that it must not have seen."
-    rest, apart = leave_out(zoo, corpus), set(apart)
-    if strange := sorted(apart - set(zoo.models.dataset)):
+    rest, exclude = leave_out(zoo, corpus), set(exclude)
+    if strange := sorted(exclude - set(zoo.models.dataset)):
         raise ValueError(f"{zoo.name}: no dataset {strange[0]!r} that could stand apart")
-    if apart >= set(rest.models.dataset):
+    if exclude >= set(rest.models.dataset):
         raise ValueError(
-            f"{zoo.name}: nothing is left without {corpus.name} and {', '.join(sorted(apart))}"
+            f"{zoo.name}: nothing is left without {corpus.name} and {', '.join(sorted(exclude))}"
         )
-    rest = rest.where(dataset=[d for d in dict.fromkeys(rest.models.dataset) if d not in apart])
+    rest = rest.where(
+        dataset=[d for d in dict.fromkeys(rest.models.dataset) if d not in exclude]
+    )
     found = {"pretrained": open_checkpoint(base, name="pretrained")}
     if len(rest) > 1:
         found["centroid"] = centroid_of(rest, corpus)
@@ -136,12 +138,12 @@ def recommend(
     corpus: Corpus,  # the dataset to be fine-tuned on; only its training rows are looked at
     base,  # the pretrained model: a checkpoint, or what `open_checkpoint` takes
     n: int = 200,  # training rows that are looked at, a stratified draw; all, if there are fewer
-    apart: Iterable = (),  # datasets of the zoo that are not to be used
+    exclude: Iterable = (),  # datasets of the zoo that are not to be used
     folds: int = 5,  # parts of the sample; each is judged by probes of the others
     max_length: int = 40,  # tokens a row is cut to
     n_boot: int = 1000,  # bootstrap draws of rows
     seed: int = 0,  # of the sample, the folds and the draws
-    device: "str | None" = None,  # "cpu" or "cuda"; None: cuda where there is one
+    device: str | None = None,  # "cpu" or "cuda"; None: cuda where there is one
     progress: bool = True,  # show a progress bar, in starts
 ) -> pd.DataFrame:  # a row a start, the lowest loss first: start, kind, models, dimension, loss, gain, low, high, better, over_centroid, accuracy, points, seconds
     "Rank the starts that a zoo offers for a dataset."
@@ -149,8 +151,8 @@ def recommend(
         raise ValueError(
             f"recommend takes at least 2 rows and 1 bootstrap draw, not {n} and {n_boot}"
         )
-    device, base = usable(device), open_checkpoint(base, name="pretrained")
-    offered, source = candidates(zoo, corpus, base, apart), base.folder
+    device, base = default_device(device), open_checkpoint(base, name="pretrained")
+    offered, source = candidates(zoo, corpus, base, exclude), base.folder
     split = Split(
         _sample(corpus, n, seed),
         AutoTokenizer.from_pretrained(source),
@@ -159,7 +161,7 @@ def recommend(
     )
     found, rows = {}, []
     with one_thread(device):
-        stand, pooling = Stand(base, device=device), pooling_of(source)
+        scratch, pooling = ScratchModel(base, device=device), pooling_of(source)
         for name, start in tqdm(
             offered.items(),
             desc=f"starts for {corpus.name}",
@@ -168,7 +170,9 @@ def recommend(
         ):
             began, members = perf_counter(), getattr(start, "checkpoints", [start])
             features = encode(
-                stand.at(average(members, tuple(getattr(start, "weights", [1])), name=name)),
+                scratch.load(
+                    average(members, tuple(getattr(start, "weights", [1])), name=name)
+                ),
                 split,
                 pooling,
             )

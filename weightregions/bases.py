@@ -27,7 +27,7 @@ from transformers.utils import cached_file
 from .builtin import BUILTIN, generate
 from .checkpoints import _one_line
 from .files import file_sha256, whole_folder
-from .finetuning import Recipe, one_thread, quiet, trainer_for, usable
+from .finetuning import Recipe, one_thread, quiet, trainer_for, default_device
 
 # %% ../nbs/13_bases.ipynb #348709a5
 def plain_texts(
@@ -70,7 +70,7 @@ def pretrain(
     seed: int = 0,  # of the masks and the order of texts
 ) -> Path:  # the folder
     "Train `model` by masked-language modelling and write it: all of it or nothing."
-    device = usable()
+    device = default_device()
     with quiet(), one_thread(device), tempfile.TemporaryDirectory() as scratch:
         set_seed(seed)
         recipe = Recipe(

@@ -26,7 +26,7 @@ from matplotlib.axes import Axes
 from .files import write_whole
 
 # %% ../nbs/56_bench.ipynb #47acf5a4
-def _family(pid: int) -> "list[int]":
+def _family(pid: int) -> list[int]:
     "A process and all that it started."
     found = [pid]
     for one in found:
@@ -63,9 +63,9 @@ class Run:
 
 
 def alone(
-    command: "Sequence[str]",  # program and arguments
+    command: Sequence[str],  # program and arguments
     every: float = 0.01,  # seconds between two looks at its memory
-    env: "dict | None" = None,  # its environment; this one's if not given
+    env: dict | None = None,  # its environment; this one's if not given
 ) -> Run:
     "Run a command in a process of its own, and measure it."
     with tempfile.TemporaryFile() as said:
@@ -134,7 +134,7 @@ def device_name(
 
 def write_bench(
     rows: pd.DataFrame,  # with the columns of FIELDS
-    file: "str | Path",  # a name that ends in .csv
+    file: str | Path,  # a name that ends in .csv
 ) -> Path:
     "Keep rows, four digits of each measured number."
     measured = {
@@ -146,7 +146,7 @@ def write_bench(
 
 # %% ../nbs/56_bench.ipynb #be1d5020
 def read_bench(
-    file: "str | Path",  # what `write_bench` wrote
+    file: str | Path,  # what `write_bench` wrote
 ) -> pd.DataFrame:  # a row a measurement: see FIELDS
     "The rows that were kept."
     rows = pd.read_csv(file)
@@ -421,8 +421,8 @@ def goals(
 # %% ../nbs/56_bench.ipynb #e324f58d
 def growth_figure(
     rows: pd.DataFrame,  # with the columns of FIELDS; those of "similarity, growing" are drawn
-    axes: "Sequence[Axes] | None" = None,  # two, for time and memory
-) -> "Sequence[Axes]":  # the two
+    axes: Sequence[Axes] | None = None,  # two, for time and memory
+) -> Sequence[Axes]:  # the two
     "Seconds and peak memory of similarity against the numbers read, with the floor of each sweep."
     sweeps = {what: part for what, part in _sweeps(rows).items() if len(part)}
     if not sweeps:

@@ -37,9 +37,9 @@ class Centroid(Mapping):
     def __init__(
         self,
         name: str,  # what to call it in tables and messages
-        checkpoints: "list[Checkpoint]",  # its members, all in one space
+        checkpoints: list[Checkpoint],  # its members, all in one space
         weights: np.ndarray,  # (k,) share of each member; they sum to 1
-        members: "pd.DataFrame | None" = None,  # a row a member: model, weight and what is known of its origin
+        members: pd.DataFrame | None = None,  # a row a member: model, weight and what is known of its origin
         description: str = "",  # what it is an average of, in a sentence
     ):
         self.name, self.checkpoints, self.weights, self.description = (
@@ -91,8 +91,8 @@ def _average(
 
 
 def _rooms(
-    centroid: Centroid, block: "int | None", longest: int, n: int = 1
-) -> "tuple[int, list[Tensor]]":
+    centroid: Centroid, block: int | None, longest: int, n: int = 1
+) -> tuple[int, list[Tensor]]:
     "How many weights of each member a thread holds at a time, and n buffers for them."
     members = centroid.checkpoints
     if block is None:
@@ -109,9 +109,9 @@ def _rooms(
 def read(
     self: Centroid,
     name: str,  # canonical name of a tensor
-    start: "int | None" = None,  # first weight, counted in the flattened tensor
-    stop: "int | None" = None,  # one past the last weight, the end if not given
-    out: "Tensor | None" = None,  # 1-D tensor to fill, in its own data type; float32 if not given
+    start: int | None = None,  # first weight, counted in the flattened tensor
+    stop: int | None = None,  # one past the last weight, the end if not given
+    out: Tensor | None = None,  # 1-D tensor to fill, in its own data type; float32 if not given
 ) -> Tensor:  # in the tensor's shape if read whole, else 1-D
     "The average of one tensor, or of a stretch of it."
     if name not in self.layout:
@@ -128,7 +128,7 @@ def read(
     return flat.reshape(shape) if start is stop is out is None else flat
 
 # %% ../nbs/30_centering.ipynb #d48856b8
-def _each_stretch(centroid: Centroid, use, block: "int | None", threads: "int | None") -> None:
+def _each_stretch(centroid: Centroid, use, block: int | None, threads: int | None) -> None:
     "Call `use(name, start, stop, room)` for every stretch of every tensor, from several threads."
     block, rooms = _rooms(
         centroid, block, max(centroid.layout.sizes), threads or min(torch.get_num_threads(), 8)
@@ -143,9 +143,9 @@ def _each_stretch(centroid: Centroid, use, block: "int | None", threads: "int | 
 def state(
     self: Centroid,
     dtype: torch.dtype = torch.float32,  # data type of the result; sums are float64
-    block: "int | None" = None,  # weights of each member in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**19
-    threads: "int | None" = None,  # None: as many as torch would use, at most 8
-) -> "dict[str, Tensor]":  # canonical name -> tensor
+    block: int | None = None,  # weights of each member in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**19
+    threads: int | None = None,  # None: as many as torch would use, at most 8
+) -> dict[str, Tensor]:  # canonical name -> tensor
     "All tensors of the centroid, in memory."
     if not dtype.is_floating_point:
         raise ValueError(f"weights are floating-point numbers: got {dtype}")
@@ -167,7 +167,7 @@ def state(
     }
 
 # %% ../nbs/30_centering.ipynb #1a1bfc37
-def _opened(checkpoints: Iterable, what: str) -> "list[Checkpoint]":
+def _opened(checkpoints: Iterable, what: str) -> list[Checkpoint]:
     "Checkpoints that can be averaged: two or more, of different names, in one space and from one start."
     found = [c if hasattr(c, "layout") else open_checkpoint(c) for c in checkpoints]
     names = [c.name for c in found]
@@ -201,7 +201,7 @@ def _matrix_sample(checkpoint: Checkpoint, n: int = 2**12) -> Tensor:
     return torch.cat([torch.empty(0), *(p.reshape(-1) for p in parts)]).double()
 
 # %% ../nbs/30_centering.ipynb #00b8b011
-def _shares(weights, names: "list[str]") -> np.ndarray:
+def _shares(weights, names: list[str]) -> np.ndarray:
     "Weights as shares that sum to 1, in the order of the names; equal ones for None."
     if weights is None:
         return np.full(len(names), 1 / len(names))
@@ -223,7 +223,7 @@ def _shares(weights, names: "list[str]") -> np.ndarray:
     return shares / shares.sum()
 
 # %% ../nbs/30_centering.ipynb #5e24404e
-def _header(tensors: dict) -> "tuple[bytes, dict]":
+def _header(tensors: dict) -> tuple[bytes, dict]:
     "The header of a safetensors file, and for each tensor (name -> shape, dtype) the place of its first byte in that file."
     short, entries, at = (
         {dtype: word for word, dtype in _DTYPES.items()},
@@ -281,8 +281,8 @@ def _write(
     dtype: torch.dtype,
     overwrite: bool,
     card: str,
-    block: "int | None" = None,
-    threads: "int | None" = None,
+    block: int | None = None,
+    threads: int | None = None,
 ) -> Path:
     "Write a centroid as a checkpoint folder of the kind of `like`, all of it or nothing."
     if like.config is None:
@@ -334,15 +334,15 @@ def _write(
 
 # %% ../nbs/30_centering.ipynb #45602ed6
 def centroid(
-    checkpoints: "Iterable[Checkpoint]",  # two or more models of one start, or folders, hub ids and live modules that `open_checkpoint` takes
+    checkpoints: Iterable[Checkpoint],  # two or more models of one start, or folders, hub ids and live modules that `open_checkpoint` takes
     weights=None,  # a number from 0 up for each, or name -> number; None: all equal
-    out: "str | Path | None" = None,  # folder to write, as a checkpoint without a head; None: keep it in memory
+    out: str | Path | None = None,  # folder to write, as a checkpoint without a head; None: keep it in memory
     dtype: torch.dtype = torch.float32,  # data type of the result; sums are float64
-    like: "Checkpoint | None" = None,  # whose configuration and tokenizer to write; None: the first checkpoint's
+    like: Checkpoint | None = None,  # whose configuration and tokenizer to write; None: the first checkpoint's
     overwrite: bool = False,  # replace the folder if it exists
-    block: "int | None" = None,  # weights of each member in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**19
-    threads: "int | None" = None,  # None: as many as torch would use, at most 8
-) -> "dict[str, Tensor] | Path":  # canonical name -> tensor, or the folder
+    block: int | None = None,  # weights of each member in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**19
+    threads: int | None = None,  # None: as many as torch would use, at most 8
+) -> dict[str, Tensor] | Path:  # canonical name -> tensor, or the folder
     "The average of some checkpoints, in one pass over their weights."
     found = _opened(checkpoints, "a centroid")
     mean = Centroid("centroid", found, _shares(weights, [c.name for c in found]))
@@ -381,7 +381,7 @@ def _about(model) -> dict:
     return about
 
 
-def _holds(zoo: Zoo, target: "str | Corpus") -> "tuple[pd.Series, pd.Series]":
+def _holds(zoo: Zoo, target: str | Corpus) -> tuple[pd.Series, pd.Series]:
     "Which models of a zoo are the target's by name, and which only by their data (booleans)."
     name, hashes = (
         (target.name, {target.sha256}) if isinstance(target, Corpus) else (target, set())
@@ -397,7 +397,7 @@ def _holds(zoo: Zoo, target: "str | Corpus") -> "tuple[pd.Series, pd.Series]":
 # %% ../nbs/30_centering.ipynb #5dff412c
 def leave_out(
     zoo: Zoo,  # fine-tuned models
-    target: "str | Corpus",  # the dataset that is to count as unseen, by its name in the zoo or itself
+    target: str | Corpus,  # the dataset that is to count as unseen, by its name in the zoo or itself
 ) -> Zoo:  # the other models
     "All of a zoo but the models of one dataset, whatever name they go by."
     own, twins = _holds(zoo, target)
@@ -447,8 +447,8 @@ def _one_base(members: pd.DataFrame, what: str) -> None:
 # %% ../nbs/30_centering.ipynb #7458e4f5
 def centroid_of(
     zoo: Zoo,  # fine-tuned models
-    target: "str | Corpus | None" = None,  # the dataset that is to be fine-tuned on next; the zoo must not hold it
-    family: "str | None" = None,  # only the models of this task family
+    target: str | Corpus | None = None,  # the dataset that is to be fine-tuned on next; the zoo must not hold it
+    family: str | None = None,  # only the models of this task family
     saw_target: bool = False,  # allow models of the target
     weights=None,  # a number from 0 up for each model, in the order of the table, or model -> number; None: all equal
 ) -> Centroid:
@@ -487,7 +487,7 @@ def centroid_of(
 # %% ../nbs/30_centering.ipynb #3848562f
 def family_centroids(
     zoo: Zoo,  # fine-tuned models, at least two of each family
-) -> "dict[str, Centroid]":  # family -> its centroid
+) -> dict[str, Centroid]:  # family -> its centroid
     "The centroid of each task family."
     return {
         family: centroid_of(zoo, family=family) for family in dict.fromkeys(zoo.models.family)
@@ -495,8 +495,8 @@ def family_centroids(
 
 # %% ../nbs/30_centering.ipynb #67162c04
 def medoid(
-    models: "Gram | Iterable[Checkpoint]",  # inner products of the models, or the models themselves
-    base: "Checkpoint | None" = None,  # the pretrained model, where checkpoints are given
+    models: Gram | Iterable[Checkpoint],  # inner products of the models, or the models themselves
+    base: Checkpoint | None = None,  # the pretrained model, where checkpoints are given
 ) -> str:  # its name
     "The member with the least mean distance to the others, the first of several."
     if not isinstance(models, Gram):
@@ -513,7 +513,7 @@ def medoid(
 # %% ../nbs/30_centering.ipynb #ccfd0bf7
 def best_member(
     zoo: Zoo,  # fine-tuned models
-    by: "str | pd.Series" = "accuracy",  # column of the zoo's table, or a number for each model by name
+    by: str | pd.Series = "accuracy",  # column of the zoo's table, or a number for each model by name
     lowest: bool = False,  # the lowest is best, as of a loss
 ) -> str:  # its name
     "The member that scores best, the first of several."
@@ -639,8 +639,8 @@ def model_card(
 # %% ../nbs/30_centering.ipynb #3335ecb1
 def save_centroid(
     centroid: Centroid,  # what to write
-    folder: "str | Path",  # the folder to make
-    like: "Checkpoint | str | Path",  # the base, or another checkpoint of this kind, whose configuration and tokenizer to take
+    folder: str | Path,  # the folder to make
+    like: Checkpoint | str | Path,  # the base, or another checkpoint of this kind, whose configuration and tokenizer to take
     card: bool = True,  # write README.md, the model card
     evaluation=None,  # rows of results for the card: a DataFrame, or measure -> value
     dtype: torch.dtype = torch.float32,  # data type of the stored weights

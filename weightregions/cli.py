@@ -303,11 +303,11 @@ def similarity(
     "Cosines between all task vectors, the clusters they make, a heat map and a map."
     from weightregions.centering import _opened as of_one_start
     from weightregions.clustering import cluster_report, silhouette_clusters, spectral_clusters
-    from weightregions.finetuning import usable
+    from weightregions.finetuning import default_device
     from weightregions.similarity import gram
 
     (zoo, base), out = _opened(options), Path(options.out)
-    found = gram(of_one_start(zoo.checkpoints(), "similarity"), base, device=usable())
+    found = gram(of_one_start(zoo.checkpoints(), "similarity"), base, device=default_device())
     cosine, models = found.cosine(), zoo.models.set_index("model")
     groups, units, scores = (
         models[options.by],
@@ -419,9 +419,9 @@ def traverse(
 ):
     "The generalized loss between two checkpoints, beyond them, in the plane of three or in the hull of several."
     from weightregions.corpora import at_most
-    from weightregions.finetuning import one_thread, usable
+    from weightregions.finetuning import one_thread, default_device
     from weightregions.probing import Probing, Target, pooling_of
-    from weightregions.traversal import Stand, hold_what_fits, traverse
+    from weightregions.traversal import ScratchModel, load_what_fits, traverse
 
     (zoo, base), corpus, out = (
         _opened(options),
@@ -431,24 +431,24 @@ def traverse(
     models = zoo.checkpoints()
     for m in models:
         m.require_started_from(base)
-    device = usable()
-    kind, path, draw = _path(options, hold_what_fits(models, head="drop", device=device))
+    device = default_device()
+    kind, path, draw = _path(options, load_what_fits(models, head="drop", device=device))
     target = Target(
         at_most(corpus, options.rows, options.rows), base.folder, max_length=options.max_length
     )
-    metric, stand = (
+    metric, scratch = (
         Probing(target, pooling_of(base.folder)),
-        Stand(models[0], base, device=device),
+        ScratchModel(models[0], base, device=device),
     )
     with one_thread(device):
         rows = traverse(
             path,
             metric,
-            stand,
+            scratch,
             out / f"{kind}.jsonl",
             about=f"{corpus.source} {corpus.sha256[:12]}, length {options.max_length}",
         )
-        start = metric(stand.at(base))[0]
+        start = metric(scratch.load(base))[0]
     places = [c for c in ("alpha", "x", "y") if c in rows] or ["group", "point"]
     _write(rows, out / f"{kind}.csv", [*places, "loss", "accuracy"])
     _draw(draw(_plots(), rows), out / f"{kind}.png")
@@ -658,7 +658,7 @@ def study(
             "--measure tells the cost for this machine, --device for another: give one of them"
         )
     if options.dry_run or options.measure:
-        from weightregions.plan import SCALES, plan_of, plan_text, this_device
+        from weightregions.cost import SCALES, plan_of, plan_text, this_device
 
         device = this_device(SCALES[options.scale]) if options.measure else options.device
         plan = plan_of(options.scale, options.data, min_rows=options.min_rows, device=device)

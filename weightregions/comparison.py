@@ -280,7 +280,7 @@ def _dealt(losses, n: int, rng, units: bool) -> tuple:
     return dealt[:, strata.index.get_indexer(block)], ways
 
 
-def _permutation_p(a, b, observed: float, n: int, rng, units: bool) -> "tuple[float, float]":
+def _permutation_p(a, b, observed: float, n: int, rng, units: bool) -> tuple[float, float]:
     "Share of `n` shuffles (and the true deal) in which A does at least as well as observed; and the least that this can be."
     losses = pd.concat([a.assign(side="a"), b.assign(side="b")]).pivot(
         index=["side", "unit", "point"], columns="target", values="loss"

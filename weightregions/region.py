@@ -45,7 +45,7 @@ class Shape:
 
 def shape_of(
     products: np.ndarray,  # (k, k) inner products of the members' task vectors
-    units: "Iterable[Hashable] | None" = None,  # (k,) unit of each member; None: each is its own
+    units: Iterable[Hashable] | None = None,  # (k,) unit of each member; None: each is its own
 ) -> Shape:
     "Centre, level and spread of a group of models."
     k = len(products)
@@ -92,8 +92,8 @@ def p_value(
 
 # %% ../nbs/32_region.ipynb #4c1dc2f5
 def pooled(
-    shapes: "Mapping[Hashable, Shape]",  # region -> its shape
-) -> "dict[Hashable, Shape]":  # the same with one spread for all
+    shapes: Mapping[Hashable, Shape],  # region -> its shape
+) -> dict[Hashable, Shape]:  # the same with one spread for all
     "The shapes of several regions, with the spread that they have in common."
     own = [s for s in shapes.values() if s.n > 2]
     if not own:
@@ -105,7 +105,7 @@ def pooled(
     return {name: replace(s, spread=spread, dof=dof) for name, s in shapes.items()}
 
 # %% ../nbs/32_region.ipynb #9ed10009
-def _verdict(cosine: float, shape: Shape, alpha: float) -> "tuple[float, bool]":
+def _verdict(cosine: float, shape: Shape, alpha: float) -> tuple[float, bool]:
     "The p-value, and whether the query is inside a region that has a direction."
     p = p_value(cosine, shape)
     return p, bool(p >= alpha and _directed(shape))
@@ -173,7 +173,7 @@ class Region:
     members: (
         pd.DataFrame
     )  # a row a member: model, norm, cosine to the centre, leave-one-out cosine
-    base: "Checkpoint | None" = None  # the pretrained model itself, where it is at hand
+    base: Checkpoint | None = None  # the pretrained model itself, where it is at hand
 
     @property
     def spread(self) -> float:  # standard deviation of one more member's cosine
@@ -190,7 +190,7 @@ class Region:
 
 # %% ../nbs/32_region.ipynb #bd801781
 def _measured(
-    checkpoints: "list[Checkpoint]", base: Checkpoint, progress: bool = False
+    checkpoints: list[Checkpoint], base: Checkpoint, progress: bool = False
 ) -> Gram:
     "Inner products of models that were all fine-tuned from the base; strangers and models that did not move are refused."
     matrices = {n for n, s in zip(base.layout.names, base.layout.shapes) if len(s) > 1}
@@ -223,7 +223,7 @@ def _same_start(name: str, base: Checkpoint, cosine: float) -> None:
 # %% ../nbs/32_region.ipynb #8234a5e0
 def _region(
     name: str,
-    models: "list[Checkpoint]",
+    models: list[Checkpoint],
     base: Checkpoint,
     identity: dict,
     shape: Shape,
@@ -244,10 +244,10 @@ def _region(
 
 # %% ../nbs/32_region.ipynb #9944ea42
 def region_of(
-    checkpoints: "Iterable[Checkpoint]",  # three or more models of one base, or what `open_checkpoint` takes
+    checkpoints: Iterable[Checkpoint],  # three or more models of one base, or what `open_checkpoint` takes
     base: Checkpoint,  # the pretrained model they were fine-tuned from
     name: str = "region",  # what to call it
-    units: "Iterable[Hashable] | None" = None,  # unit of each member, such as its dataset; None: each is its own
+    units: Iterable[Hashable] | None = None,  # unit of each member, such as its dataset; None: each is its own
 ) -> Region:
     "The region of a group of models."
     models, base = [open_checkpoint(c) for c in checkpoints], open_checkpoint(base)
@@ -284,7 +284,7 @@ class Inside:
         return self.inside
 
 
-def _against(query: Checkpoint, base: Checkpoint, centres: "list[Direction]") -> np.ndarray:
+def _against(query: Checkpoint, base: Checkpoint, centres: list[Direction]) -> np.ndarray:
     "Inner products of a query's task vector with the centres, over its length: one pass over everything."
     if hasattr(query, "require_same_space"):
         query.require_same_space(base)
@@ -313,7 +313,7 @@ def _against(query: Checkpoint, base: Checkpoint, centres: "list[Direction]") ->
     return np.array(dots) / sqrt(square)
 
 # %% ../nbs/32_region.ipynb #53dc59e5
-def _base_of(regions: "list[Region]") -> Checkpoint:
+def _base_of(regions: list[Region]) -> Checkpoint:
     "The base of some regions, which must be the same."
     first = regions[0]
     for r in regions[1:]:
@@ -340,8 +340,8 @@ def contains(
 
 # %% ../nbs/32_region.ipynb #72c66d45
 def _shapes(
-    products: np.ndarray, groups: "list[Hashable]", units: "list[Hashable] | None"
-) -> "dict[Hashable, tuple]":
+    products: np.ndarray, groups: list[Hashable], units: list[Hashable] | None
+) -> dict[Hashable, tuple]:
     "For every group the places of its models and their shape, spreads pooled."
     groups, found = pd.Series(groups), {}
     for group, at in groups.groupby(groups, sort=False).groups.items():
@@ -390,7 +390,7 @@ def regions_of(
     base: Checkpoint,  # the pretrained model, or what `open_checkpoint` takes
     by: str = "dataset",  # what makes a region: "dataset" or "family" (whose units are datasets)
     progress: bool = True,  # show a progress bar, in weights
-) -> "dict[str, Region]":  # name -> region
+) -> dict[str, Region]:  # name -> region
     "The regions of a zoo, with the spread that they have in common; of one model or dataset there is no region."
     if by not in ("dataset", "family"):
         raise ValueError(f"regions are made by dataset or by family, not by {by!r}")
@@ -412,7 +412,7 @@ def regions_of(
 # %% ../nbs/32_region.ipynb #6e791a4b
 def locate(
     checkpoint: Checkpoint,  # the query, or what `open_checkpoint` takes
-    regions: "Mapping[str, Region] | Iterable[Region]",  # regions of one base
+    regions: Mapping[str, Region] | Iterable[Region],  # regions of one base
     alpha: float = 0.05,  # rate of false alarms: members that are called outsiders
 ) -> (
     pd.DataFrame
@@ -441,7 +441,7 @@ def _ranked(rows: list) -> pd.DataFrame:
 @patch
 def save(
     self: Region,
-    folder: "str | Path",  # the folder to make
+    folder: str | Path,  # the folder to make
 ) -> Path:  # the folder
     "Write the region: all of it or nothing."
     if (folder := Path(folder)).exists():
@@ -479,8 +479,8 @@ def save(
 
 # %% ../nbs/32_region.ipynb #04135f60
 def load_region(
-    folder: "str | Path",  # what `Region.save` wrote
-    base: "Checkpoint | None" = None,  # the pretrained model, or what `open_checkpoint` takes; needed for queries
+    folder: str | Path,  # what `Region.save` wrote
+    base: Checkpoint | None = None,  # the pretrained model, or what `open_checkpoint` takes; needed for queries
 ) -> Region:
     "The region that was kept."
     folder = Path(folder)
@@ -535,10 +535,10 @@ Region.load = staticmethod(load_region)
 # %% ../nbs/32_region.ipynb #789bae14
 def locate_from_gram(
     found: Gram,  # inner products of the models
-    groups: "Mapping | Iterable[Hashable]",  # region of each model, by name or in the order of the models
-    units: "Mapping | Iterable[Hashable] | None" = None,  # unit of each model, left out as a whole; None: each is its own
+    groups: Mapping | Iterable[Hashable],  # region of each model, by name or in the order of the models
+    units: Mapping | Iterable[Hashable] | None = None,  # unit of each model, left out as a whole; None: each is its own
     alpha: float = 0.05,  # rate of false alarms: members that are called outsiders
-    part: "Hashable | list" = "all",  # tensors to judge by: a label of the Gram matrix, or a list of labels
+    part: Hashable | list = "all",  # tensors to judge by: a label of the Gram matrix, or a list of labels
 ) -> pd.DataFrame:  # two rows a model: model, true group, seen (its region was there), named, cosine, p, inside, right
     "Every model of a zoo located among the others: with its own region there, and without."
     named = lambda v: (

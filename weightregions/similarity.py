@@ -86,7 +86,7 @@ def _cosines(products: np.ndarray, names: Sequence[str], what: str) -> np.ndarra
 @patch
 def cosine(
     self: Gram,
-    group: "Hashable | list" = "all",  # a label, a list of labels (their union), or "all" tensors
+    group: Hashable | list = "all",  # a label, a list of labels (their union), or "all" tensors
 ) -> pd.DataFrame:  # (N, N), between -1 and 1
     "Cosines of the task vectors."
     return self._frame(_cosines(self.products(group)[:-1, :-1], self.names, "the task vector"))
@@ -95,7 +95,7 @@ def cosine(
 @patch
 def cosine_raw(
     self: Gram,
-    group: "Hashable | list" = "all",  # a label, a list of labels (their union), or "all" tensors
+    group: Hashable | list = "all",  # a label, a list of labels (their union), or "all" tensors
 ) -> pd.DataFrame:  # (N, N), between -1 and 1
     "Cosines of the raw weights, as seen from the origin."
     g = self.products(group)
@@ -109,7 +109,7 @@ def cosine_raw(
 @patch
 def euclidean(
     self: Gram,
-    group: "Hashable | list" = "all",  # a label, a list of labels (their union), or "all" tensors
+    group: Hashable | list = "all",  # a label, a list of labels (their union), or "all" tensors
 ) -> pd.DataFrame:  # (N, N), in the unit of the weights
     "Distances of the raw weights, which are those of the task vectors."
     g = self.products(group)[:-1, :-1]
@@ -119,7 +119,7 @@ def euclidean(
 @patch
 def norms(
     self: Gram,
-    group: "Hashable | list" = "all",  # a label, a list of labels (their union), or "all" tensors
+    group: Hashable | list = "all",  # a label, a list of labels (their union), or "all" tensors
 ) -> pd.Series:  # (N,), in the unit of the weights
     "Lengths of the task vectors."
     return pd.Series(
@@ -134,7 +134,7 @@ _CHUNK = (
 )  # weights of each model that are multiplied at a time: few enough for the processor's cache, and for sums that lose no digits
 
 
-def _stretches(layout: Layout, block: int) -> "Iterator[tuple[str, int, int]]":
+def _stretches(layout: Layout, block: int) -> Iterator[tuple[str, int, int]]:
     "Every tensor of a layout in stretches of at most `block` weights: name, start, stop."
     return (
         (name, i, min(i + block, size))
@@ -171,7 +171,7 @@ class _Room:
         )
         self.stream = torch.cuda.Stream(device) if gpu else None
 
-    def views(self, n: int) -> "tuple[list, list]":
+    def views(self, n: int) -> tuple[list, list]:
         "Of n weights of each model, made once: rows to read into; and some columns at a time, as stored, as task vectors over the base, these transposed, without the base, and the base."
         if n not in self.made:
             stored, parts = self.stored[: self.n * n].view(self.n, n), []
@@ -275,7 +275,7 @@ def _in_order(work: Callable, tasks: Sequence, rooms: Sequence) -> Iterator:
         yield from pool.map(one, tasks)
 
 # %% ../nbs/04_similarity.ipynb #0dca45f8
-def _checked_models(checkpoints: Iterable, base, least: int = 2) -> "list[Checkpoint]":
+def _checked_models(checkpoints: Iterable, base, least: int = 2) -> list[Checkpoint]:
     "The checkpoints, opened, with the base behind them: enough of them, of different names, all in one space."
     opened = [c if hasattr(c, "layout") else open_checkpoint(c) for c in [*checkpoints, base]]
     names = [c.name for c in opened[:-1]]
@@ -296,10 +296,10 @@ def _checked_models(checkpoints: Iterable, base, least: int = 2) -> "list[Checkp
 def _passed(
     work: Callable,
     models: Sequence[Checkpoint],
-    block: "int | None",
+    block: int | None,
     chunk: int,
     progress: bool,
-    threads: "int | None",
+    threads: int | None,
     device,
     memory: float,
     what: str,
@@ -339,11 +339,11 @@ def _passed(
 # %% ../nbs/04_similarity.ipynb #db46452b
 def _cells(
     models: Sequence[Checkpoint],
-    by: "Callable | None",
+    by: Callable | None,
     rows: int,
-    block: "int | None" = None,
+    block: int | None = None,
     progress: bool = True,
-    threads: "int | None" = None,
+    threads: int | None = None,
     device="cpu",
     memory: float = _MEMORY,
 ) -> dict:
@@ -368,12 +368,12 @@ def _cells(
 
 # %% ../nbs/04_similarity.ipynb #fe69ccdc
 def gram(
-    checkpoints: "Iterable[Checkpoint]",  # N models, or folders, hub ids and live modules that `open_checkpoint` takes
+    checkpoints: Iterable[Checkpoint],  # N models, or folders, hub ids and live modules that `open_checkpoint` takes
     base: Checkpoint,  # the pretrained model they all started from
-    by: "Callable[[str], Hashable | list] | None" = None,  # label, or list of labels, of a tensor by its name
-    block: "int | None" = None,  # weights of each model in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**18
+    by: Callable[[str], Hashable | list] | None = None,  # label, or list of labels, of a tensor by its name
+    block: int | None = None,  # weights of each model in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**18
     progress: bool = True,  # show a progress bar, in weights
-    threads: "int | None" = None,  # None: as many as torch would use, at most 8
+    threads: int | None = None,  # None: as many as torch would use, at most 8
     device: str = "cpu",  # what multiplies: "cpu" or "cuda"
     memory: float = _MEMORY,  # bytes of all buffers together; a thread for which there is no room is not started
 ) -> Gram:
@@ -389,7 +389,7 @@ def gram(
 @patch
 def merge(
     self: Gram,
-    by: "Callable[[Hashable], Hashable | list]",  # new label, or list of labels, of an old one
+    by: Callable[[Hashable], Hashable | list],  # new label, or list of labels, of an old one
 ) -> Gram:
     "The same products under coarser labels."
     cells = {}
@@ -416,12 +416,12 @@ def select(
 
 # %% ../nbs/04_similarity.ipynb #e439efa1
 def cosine_similarity(
-    checkpoints: "Iterable[Checkpoint]",  # N models
+    checkpoints: Iterable[Checkpoint],  # N models
     base: Checkpoint,  # the pretrained model they all started from
-    by: "Callable[[str], Hashable | list] | None" = None,  # label of a tensor by its name
+    by: Callable[[str], Hashable | list] | None = None,  # label of a tensor by its name
     raw: bool = False,  # of the raw weights instead of the task vectors
     **kwargs,  # see `gram`
-) -> "pd.DataFrame | dict":  # (N, N) cosines; with `by`, one such table for each label
+) -> pd.DataFrame | dict:  # (N, N) cosines; with `by`, one such table for each label
     "Cosines of task vectors, of the whole model or of each group of tensors."
     g = gram(checkpoints, base, by, **kwargs)
     measure = g.cosine_raw if raw else g.cosine
@@ -429,11 +429,11 @@ def cosine_similarity(
 
 
 def euclidean_distance(
-    checkpoints: "Iterable[Checkpoint]",  # N models
+    checkpoints: Iterable[Checkpoint],  # N models
     base: Checkpoint,  # the pretrained model they all started from
-    by: "Callable[[str], Hashable | list] | None" = None,  # label of a tensor by its name
+    by: Callable[[str], Hashable | list] | None = None,  # label of a tensor by its name
     **kwargs,  # see `gram`
-) -> "pd.DataFrame | dict":  # (N, N) distances; with `by`, one such table for each label
+) -> pd.DataFrame | dict:  # (N, N) distances; with `by`, one such table for each label
     "Distances of raw weights, of the whole model or of each group of tensors."
     g = gram(checkpoints, base, by, **kwargs)
     return g.euclidean() if by is None else {group: g.euclidean(group) for group in g.groups}
@@ -442,10 +442,10 @@ def euclidean_distance(
 @patch
 def extended(
     self: Gram,
-    new: "Iterable[Checkpoint]",  # models to add, or what `open_checkpoint` takes
-    known: "Iterable[Checkpoint]",  # the models whose products these are, in any order
+    new: Iterable[Checkpoint],  # models to add, or what `open_checkpoint` takes
+    known: Iterable[Checkpoint],  # the models whose products these are, in any order
     base: Checkpoint,  # the pretrained model they all started from
-    by: "Callable[[str], Hashable | list] | None" = None,  # the labels that were given to `gram`
+    by: Callable[[str], Hashable | list] | None = None,  # the labels that were given to `gram`
     **kwargs,  # block, progress, threads, device and memory: see `gram`
 ) -> Gram:
     "The same products and those of some models more, which come behind the known ones."
@@ -475,7 +475,7 @@ def extended(
     )
 
 # %% ../nbs/04_similarity.ipynb #60e30913
-def _bordered(known: np.ndarray, rows: np.ndarray, names: "tuple[str, ...]") -> np.ndarray:
+def _bordered(known: np.ndarray, rows: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
     "Products of all models, from those of the known ones and the rows of the new ones, whose last one holds the squares."
     k, n = len(rows) - 1, len(known) - 1
     for name, then, now in zip((*names[:n], "the base"), np.diag(known), rows[-1, k:]):
@@ -492,12 +492,12 @@ def _bordered(known: np.ndarray, rows: np.ndarray, names: "tuple[str, ...]") -> 
 
 # %% ../nbs/04_similarity.ipynb #1555b29d
 def cross_similarity(
-    left: "Iterable[Checkpoint]",  # N models, or what `open_checkpoint` takes
-    right: "Iterable[Checkpoint]",  # M models of the same base; a name may occur on both sides
+    left: Iterable[Checkpoint],  # N models, or what `open_checkpoint` takes
+    right: Iterable[Checkpoint],  # M models of the same base; a name may occur on both sides
     base: Checkpoint,  # the pretrained model they all started from
-    block: "int | None" = None,  # weights of each model in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**18
+    block: int | None = None,  # weights of each model in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**18
     progress: bool = True,  # show a progress bar, in weights
-    threads: "int | None" = None,  # None: as many as torch would use, at most 8
+    threads: int | None = None,  # None: as many as torch would use, at most 8
     device: str = "cpu",  # what multiplies: "cpu" or "cuda"
     memory: float = _MEMORY,  # bytes of all buffers together; a thread for which there is no room is not started
 ) -> pd.DataFrame:  # (N, M) cosines; NaN for a model that did not move
@@ -519,7 +519,7 @@ def cross_similarity(
 @patch
 def save(
     self: Gram,
-    file: "str | Path",  # a name that ends in .npz
+    file: str | Path,  # a name that ends in .npz
 ) -> Path:
     "Keep the products in a file, written beside and renamed."
     with whole_file(file) as f:
@@ -532,7 +532,7 @@ def save(
     return Path(file)
 
 
-def _kept(file: "str | Path", what: str, made_of: Callable):
+def _kept(file: str | Path, what: str, made_of: Callable):
     "What is made of the arrays in a file, none of which is packed or pickled."
     try:
         with zipfile.ZipFile(file) as z:
@@ -547,7 +547,7 @@ def _kept(file: "str | Path", what: str, made_of: Callable):
         raise ValueError(f"{file}: not a file of {what} ({type(e).__name__})") from None
 
 
-def _names(kept: Mapping) -> "tuple[str, ...]":
+def _names(kept: Mapping) -> tuple[str, ...]:
     "The names of the models in a file, which all differ."
     names = json.loads(str(kept["names"]))
     if not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
@@ -556,7 +556,7 @@ def _names(kept: Mapping) -> "tuple[str, ...]":
 
 # %% ../nbs/04_similarity.ipynb #716112d7
 def load_gram(
-    file: "str | Path",  # what `Gram.save` wrote
+    file: str | Path,  # what `Gram.save` wrote
 ) -> Gram:
     "The products that were kept."
 
@@ -647,12 +647,12 @@ def _stretch_sketch(
 
 # %% ../nbs/04_similarity.ipynb #45bb1796
 def sketch(
-    checkpoints: "Iterable[Checkpoint]",  # N models, or folders, hub ids and live modules that `open_checkpoint` takes
+    checkpoints: Iterable[Checkpoint],  # N models, or folders, hub ids and live modules that `open_checkpoint` takes
     base: Checkpoint,  # the pretrained model they all started from
     k: int = 4096,  # numbers that are kept of each, a multiple of 256; the error of a cosine is 1 / sqrt(k) near 0, sqrt(2 / k) near 1
     seed: int = 0,  # of the projection
     progress: bool = True,  # show a progress bar, in weights
-    threads: "int | None" = None,  # None: as many as torch would use, at most 8
+    threads: int | None = None,  # None: as many as torch would use, at most 8
     device: str = "cpu",  # what multiplies: "cpu" or "cuda"
     memory: float = _MEMORY,  # bytes of all buffers together; a thread for which there is no room is not started
 ) -> Sketch:
@@ -705,7 +705,7 @@ def joined(
 @patch
 def save(
     self: Sketch,
-    file: "str | Path",  # a name that ends in .npz
+    file: str | Path,  # a name that ends in .npz
 ) -> Path:
     "Keep the sketch in a file, written beside and renamed."
     with whole_file(file) as f:
@@ -721,7 +721,7 @@ def save(
 
 # %% ../nbs/04_similarity.ipynb #585945e3
 def load_sketch(
-    file: "str | Path",  # what `Sketch.save` wrote
+    file: str | Path,  # what `Sketch.save` wrote
 ) -> Sketch:
     "The sketch that was kept."
 

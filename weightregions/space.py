@@ -58,7 +58,7 @@ class Layout:
     @classmethod
     def of(
         cls,
-        tensors: "Mapping[str, Tensor]",  # named tensors, or anything that has a `layout` of its own
+        tensors: Mapping[str, Tensor],  # named tensors, or anything that has a `layout` of its own
     ) -> "Layout":
         "The layout of a state dict, names sorted; a checkpoint's own layout."
         if isinstance(own := getattr(tensors, "layout", None), Layout):
@@ -114,7 +114,7 @@ def slice(
 @patch
 def select(
     self: Layout,
-    which: "Iterable[str] | Callable[[str], bool]",  # names to keep, or a predicate on names
+    which: Iterable[str] | Callable[[str], bool],  # names to keep, or a predicate on names
 ) -> Layout:
     "The layout of some of the tensors, in the same order; a selection that matches nothing is refused."
     keep = (
@@ -210,7 +210,7 @@ def table(
 
 # %% ../nbs/00_space.ipynb #a2c9de96
 def flatten(
-    tensors: "Mapping[str, Tensor]",  # named tensors: a state dict or a checkpoint, read one tensor at a time
+    tensors: Mapping[str, Tensor],  # named tensors: a state dict or a checkpoint, read one tensor at a time
     layout: Layout,  # their order in the vector
     dtype: torch.dtype = torch.float32,  # data type of the vector
     finite: bool = True,  # refuse NaN and infinity
@@ -246,8 +246,8 @@ def _checked(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 def unflatten(
     vector: Tensor,  # shape (layout.numel,)
     layout: Layout,  # the order of the tensors in the vector
-    dtype: "torch.dtype | None" = None,  # data type of the tensors, each one's own if not given
-) -> "dict[str, Tensor]":
+    dtype: torch.dtype | None = None,  # data type of the tensors, each one's own if not given
+) -> dict[str, Tensor]:
     "The named tensors of a flat vector; copies, that share no memory with it."
     if vector.ndim != 1 or len(vector) != layout.numel:
         raise ValueError(f"a vector of shape {tuple(vector.shape)} does not fit {layout}")
@@ -298,8 +298,8 @@ class TaskVector:
     @classmethod
     def between(
         cls,
-        base: "Mapping[str, Tensor]",  # the pretrained model: a state dict or a checkpoint
-        fine_tuned: "Mapping[str, Tensor]",  # the model fine-tuned from it, of the same layout
+        base: Mapping[str, Tensor],  # the pretrained model: a state dict or a checkpoint
+        fine_tuned: Mapping[str, Tensor],  # the model fine-tuned from it, of the same layout
         dtype: torch.dtype = torch.float32,  # float32 or float64: in which the difference is taken and kept
     ) -> "TaskVector":
         "The task vector from `base` to `fine_tuned`, both read one tensor at a time."
@@ -396,9 +396,9 @@ def cos(
 @patch
 def apply_to(
     self: TaskVector,
-    base: "Mapping[str, Tensor]",  # the model to start from: a state dict or a checkpoint
+    base: Mapping[str, Tensor],  # the model to start from: a state dict or a checkpoint
     partial: bool = False,  # allow tensors of `base` beyond this layout; they are left out
-) -> "dict[str, Tensor]":
+) -> dict[str, Tensor]:
     "The tensors of `base` plus this task vector, summed in its precision, in the data types of `base`."
     have = Layout.of(base)
     if partial:

@@ -43,7 +43,7 @@ from weightregions.finetuning import (
     quiet,
     set_trainable,
     trainer_for,
-    usable,
+    default_device,
     with_head,
     zero_head,
 )
@@ -55,7 +55,7 @@ def split_validation(
     share: float = 0.2,  # of each class's training rows, to be held back
     at_least: int = 1,  # rows of each class that are held back, however few there are; 0: a class with one row keeps it for training
     seed: int = 0,  # of the draw
-) -> "tuple[Corpus, pd.DataFrame]":  # the corpus without the rows held back, and those rows
+) -> tuple[Corpus, pd.DataFrame]:  # the corpus without the rows held back, and those rows
     "Hold back a stratified part of the training rows."
     if not 0 < share < 1:
         raise ValueError(f"share must lie between 0 and 1, not {share}")
@@ -93,10 +93,10 @@ RATES = {
 class Search:
     "How the learning rate and the number of steps are chosen: the same for every start."
 
-    rates: "tuple | None" = None  # learning rates tried, of the body (of the head, if nothing else trains); None: the method's in `RATES`
+    rates: tuple | None = None  # learning rates tried, of the body (of the head, if nothing else trains); None: the method's in `RATES`
     evaluations: int = 10  # looks at the validation part in a full run, evenly spaced
     patience: int = 3  # looks without a new best after which a run stops
-    epochs: "float | None" = 10  # passes over the training rows at most, as in the paper; None: the recipe's steps, however few rows there are
+    epochs: float | None = 10  # passes over the training rows at most, as in the paper; None: the recipe's steps, however few rows there are
     share: float = 0.2  # of the training rows that are held back for validation
     at_most: int = 500  # validation rows, about
     at_least: int = 1  # validation rows of each class, see `split_validation`
@@ -286,7 +286,7 @@ class Tuned:
     history: pd.DataFrame = field(
         repr=False
     )  # every look at the validation part: rate, step, accuracy, loss
-    model: "torch.nn.Module" = field(repr=False)  # the fine-tuned classifier
+    model: torch.nn.Module = field(repr=False)  # the fine-tuned classifier
     tokenizer: object = field(repr=False)  # that goes with it
 
 # %% ../nbs/34_starting.ipynb #f69db8d7
@@ -295,14 +295,14 @@ def tune(
     corpus: Corpus,  # what to fine-tune on
     recipe: Recipe,  # how; its learning rate is replaced by those of the search, and `rows` caps the training examples, drawn by the seed
     seed: int,  # of the examples, the validation part, the head, the order of rows and dropout
-    search: "Search | None" = None,  # how the learning rate and the steps are chosen; None: `Search()`
-    device: "str | None" = None,  # "cpu" or "cuda"; None: cuda where there is one
-    method: "str | None" = None,  # one of `METHODS`; None: what the recipe trains
+    search: Search | None = None,  # how the learning rate and the steps are chosen; None: `Search()`
+    device: str | None = None,  # "cpu" or "cuda"; None: cuda where there is one
+    method: str | None = None,  # one of `METHODS`; None: what the recipe trains
 ) -> Tuned:
     "Fine-tune `start` at each learning rate, keep what is best on a validation part, and look at the test split once."
     search, method = search or Search(), _known(method or recipe.trains)
     _in_steps(recipe)
-    device = usable(device)
+    device = default_device(device)
     given = corpus if recipe.rows is None else corpus.subsample(recipe.rows, seed)
     part, held = search.split(given, seed)
     with quiet(), one_thread(device):
@@ -451,8 +451,8 @@ def _tasks(starts, corpora, sizes, seeds, recipe, search, method):
 
 # %% ../nbs/34_starting.ipynb #b17f66e2
 def compare_starts(
-    starts: "Mapping | Callable",  # name -> folder or hub id, or a function that gives that for a target's name
-    corpora: "Mapping[str, Corpus]",  # the targets, by name
+    starts: Mapping | Callable,  # name -> folder or hub id, or a function that gives that for a target's name
+    corpora: Mapping[str, Corpus],  # the targets, by name
     sizes: Iterable = (
         200,
         1000,
@@ -464,10 +464,10 @@ def compare_starts(
         3,
     ),  # each draws examples, validation part, head and order anew, the same for every start
     recipe: Recipe = Recipe(trains="bitfit"),  # how to fine-tune
-    search: "Search | None" = None,  # how learning rate and steps are chosen; None: `Search()`
+    search: Search | None = None,  # how learning rate and steps are chosen; None: `Search()`
     file=None,  # CSV file to which rows are added, and from which a comparison goes on; None: in memory only
-    workers: "int | None" = None,  # fine-tunings at a time; None: see `run_jobs`
-    method: "str | None" = None,  # one of `METHODS`; None: what the recipe trains
+    workers: int | None = None,  # fine-tunings at a time; None: see `run_jobs`
+    method: str | None = None,  # one of `METHODS`; None: what the recipe trains
 ) -> pd.DataFrame:  # a row a job: target, start, size (text: "200", "all"), seed, method, accuracy, loss, rate, steps, validation, n_train, n_validation, n_test
     "Fine-tune from every start on every target, at every size and with every seed, unless it is in the file."
     search, method = search or Search(), _known(method or recipe.trains)

@@ -7,7 +7,7 @@ __all__ = ['SCALES', 'HOLDS', 'IN_PART', 'NOT_HERE', 'TOO_FEW', 'CLAIM_COLUMNS',
            'how_long', 'choose', 'check_classes', 'Study', 'square', 'verdict', 'claim_of', 'claim_of_pb',
            'claim_of_gain', 'claim_of_start', 'parts', 'pairs_of', 'write_rows', 'similarity_rows', 'location_rows',
            'shared_texts', 'start', 'other_start', 'say', 'Clock', 'fine_tune_all', 'enough_rows', 'some_of', 'measure',
-           'walk', 'try_starts', 'begin', 'natural', 'notebooks', 'applies', 'run_notebook', 'claims_table',
+           'walk', 'try_starts', 'begin', 'natural_key', 'notebooks', 'applies', 'run_notebook', 'claims_table',
            'write_page', 'title_of', 'run_study']
 
 # %% ../nbs/50_study.ipynb #70d85bca
@@ -30,15 +30,15 @@ from weightregions.bases import (
     tiny_base,
 )
 from .checkpoints import _json, open_checkpoint
-from .contest import Contest, hold_contest, targets_of
+from .contest import StartExperiment, compare_all_starts, targets_of
 from .corpora import describe, load_corpora, texts
 from .files import as_json, write_whole
-from .finetuning import Recipe, usable
+from .finetuning import Recipe, default_device
 from .region import locate_from_gram
 from .similarity import gram
 from .space import kind_of, layer_of, patch
 from .starting import Search
-from .walks import Reach, plan, take_all
+from .walks import TraversalBudget, plan_paths, measure_paths
 from .zoo import build_zoo, learned, open_zoo
 
 # %% ../nbs/50_study.ipynb #cfe5a033
@@ -59,8 +59,10 @@ class Scale:
     started: int = 3  # datasets fine-tuned from the second start (C6)
     start_seeds: int = 2  # models of each of these
     start_steps: int = 300  # of masked-language modelling that make the second start
-    reach: Reach = Reach()  # points of weight space that are visited (C7 to C11)
-    contest: Contest = Contest()  # starts that are tried (C12, C13)
+    budget: TraversalBudget = (
+        TraversalBudget()
+    )  # points of weight space that are visited (C7 to C11)
+    contest: StartExperiment = StartExperiment()  # starts that are tried (C12, C13)
 
 # %% ../nbs/50_study.ipynb #ae63a48b
 SCALES = {
@@ -78,7 +80,7 @@ SCALES = {
             sized=2,
             started=2,
             start_steps=60,
-            reach=Reach(
+            budget=TraversalBudget(
                 same=1,
                 hull=5,
                 targets=3,
@@ -90,7 +92,7 @@ SCALES = {
                 n_train=80,
                 n_test=80,
             ),
-            contest=Contest(
+            contest=StartExperiment(
                 targets=2,
                 sizes=(50, None),
                 seeds=1,
@@ -113,7 +115,7 @@ SCALES = {
             sized=2,
             started=2,
             start_steps=40,
-            reach=Reach(
+            budget=TraversalBudget(
                 same=2,
                 hull=8,
                 targets=4,
@@ -125,7 +127,7 @@ SCALES = {
                 n_train=150,
                 n_test=150,
             ),
-            contest=Contest(
+            contest=StartExperiment(
                 targets=3,
                 sizes=(100, 400),
                 seeds=1,
@@ -158,7 +160,7 @@ SCALES = {
             started=9,
             start_seeds=5,
             start_steps=2000,
-            reach=Reach(
+            budget=TraversalBudget(
                 same=5,
                 hull=100,
                 targets=36,
@@ -171,7 +173,7 @@ SCALES = {
                 n_test=2000,
                 max_length=250,
             ),
-            contest=Contest(
+            contest=StartExperiment(
                 targets=12,
                 seeds=5,
                 curve=(50, 100, 200, 400),
@@ -231,7 +233,7 @@ def check_classes(
     scale: Scale,  # of the study
 ):
     "Refuse a dataset with more classes than the rows that some probe or sub-sample has."
-    least = min(scale.reach.n_train, scale.contest.sample, *scale.sizes)
+    least = min(scale.budget.n_train, scale.contest.sample, *scale.sizes)
     for name, corpus in corpora.items():
         if len(corpus.labels) > least:
             raise ValueError(
@@ -294,9 +296,9 @@ class Study:
             learned=table.dataset.map(learned(table).set_index("dataset").learned)
         )
 
-    def reach(self) -> Reach:  # how far the walks went
+    def budget(self) -> TraversalBudget:  # how far the walks went
         "The sizes of the walks."
-        return Reach(**self.about["reach"])
+        return TraversalBudget(**self.about["reach"])
 
 # %% ../nbs/50_study.ipynb #84201c59
 @patch
@@ -442,7 +444,7 @@ CLAIM_COLUMNS = ["claim", "measure", "paper", "ours", "low", "high", "n", "verdi
 def claims(self: Study) -> pd.DataFrame:  # all claims so far, in their order
     "The claims of all notebooks."
     tables = [
-        pd.read_csv(f) for f in sorted((self.folder / "claims").glob("*.csv"), key=natural)
+        pd.read_csv(f) for f in sorted((self.folder / "claims").glob("*.csv"), key=natural_key)
     ]
     if not tables:
         raise FileNotFoundError(f"{self.folder.name}: no claim has been recorded yet")
@@ -552,7 +554,7 @@ def similarity_rows(
     write_rows(
         folder,
         f"similarity_{name}",
-        pairs_of(gram(checkpoints, base, by=parts, device=usable())),
+        pairs_of(gram(checkpoints, base, by=parts, device=default_device())),
     )
 
 # %% ../nbs/50_study.ipynb #d0a2f364
@@ -566,7 +568,7 @@ def location_rows(
     if file.exists() and list(pd.read_csv(file).model.unique()) == m.model.tolist():
         return
     say("locating each model among the others")
-    found = gram(zoo.checkpoints(), base, device=usable())
+    found = gram(zoo.checkpoints(), base, device=default_device())
     several = (
         m.family.map(m.groupby("family").dataset.nunique()) > 2
     )  # with a dataset taken away, two are left
@@ -783,8 +785,10 @@ def walk(
     study = Study(out)
     models = study.models()
     paths = open_zoo(out / "zoo").models.set_index("model").path.to_dict()
-    walks = plan(models, scale.reach, study.rows("shared_texts"))
-    points, marks = take_all(walks, out / "walks", paths, base, corpora, scale.reach, workers)
+    walks = plan_paths(models, scale.budget, study.rows("shared_texts"))
+    points, marks = measure_paths(
+        walks, out / "walks", paths, base, corpora, scale.budget, workers
+    )
     write_rows(
         out,
         "points",
@@ -828,7 +832,7 @@ def try_starts(
     targets = targets_of(study.models(), shared, scale.contest.targets)
     if not targets:
         return say("no target has a start that has not seen its sentences")
-    rows, advice = hold_contest(
+    rows, advice = compare_all_starts(
         zoo,
         {name: corpora[name] for name in targets},
         base,
@@ -871,7 +875,7 @@ def begin(
         write_whole(file, as_json(about))
 
 # %% ../nbs/50_study.ipynb #f38a2c79
-def natural(
+def natural_key(
     file: Path,  # of a notebook or page
 ) -> list:  # a key that sorts c12 after c2
     "The numbers in a name, as numbers."
@@ -886,7 +890,8 @@ def notebooks() -> list:  # paths of the study notebooks, in reading order
         )
     folder = Path(__file__).resolve().parent.parent / "nbs" / "study"
     found = sorted(
-        (f for f in folder.glob("*.ipynb") if not f.name.startswith((".", "_"))), key=natural
+        (f for f in folder.glob("*.ipynb") if not f.name.startswith((".", "_"))),
+        key=natural_key,
     )
     if not found:
         raise FileNotFoundError(
@@ -1013,7 +1018,7 @@ def write_page(
     )
     links = "".join(
         f'<li><a href="notebooks/{f.name}">{title_of(f)}</a></li>'
-        for f in sorted((out / "notebooks").glob("*.html"), key=natural)
+        for f in sorted((out / "notebooks").glob("*.html"), key=natural_key)
     )
     rows = (
         "Tables: "
@@ -1082,7 +1087,7 @@ def run_study(
             json.loads((out / "about.json").read_text())
             | {
                 "second_start": what,
-                "reach": asdict(scale.reach),
+                "reach": asdict(scale.budget),
                 "contest": asdict(scale.contest) | {"recipe": scale.contest.recipe.as_dict()},
             }
         ),

@@ -387,7 +387,7 @@ def _untold(path, root):
 # %% ../nbs/14_zoo.ipynb #5ad0f7b8
 def gather(
     paths,  # a folder of checkpoint folders, NAME/ or DATASET/NAME/ below it, or a list of checkpoints: folders and hub ids
-) -> "Zoo":  # two models or more
+) -> Zoo:  # two models or more
     "Open checkpoints that no table lists."
     one = isinstance(paths, (str, Path))
     if one and not Path(paths).is_dir():

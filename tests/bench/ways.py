@@ -347,16 +347,19 @@ def keep(model, out):
 def stand(a, b, points, out, held=True, device="cpu"):
     "The package's: one scratch model, refilled in place from two models in memory, or from their files."
     from weightregions.checkpoints import open_checkpoint
-    from weightregions.traversal import Stand, hold, line
+    from weightregions.traversal import ScratchModel, load_in_memory, line
 
     ends = [
-        hold(c, head="drop", device=device) if held else c for c in map(open_checkpoint, (a, b))
+        load_in_memory(c, head="drop", device=device) if held else c
+        for c in map(open_checkpoint, (a, b))
     ]
-    scratch = Stand(ends[0], device=device)
+    scratch = ScratchModel(ends[0], device=device)
     spent = each(
-        [p for _, p in line(*ends, [i / points for i in range(points + 1)])], scratch.at, device
+        [p for _, p in line(*ends, [i / points for i in range(points + 1)])],
+        scratch.load,
+        device,
     )
-    keep(next(scratch.at(p) for _, p in line(*ends, [0.5])), out)
+    keep(next(scratch.load(p) for _, p in line(*ends, [0.5])), out)
     return spent
 
 

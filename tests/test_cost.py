@@ -1,4 +1,4 @@
-"Attacks on weightregions.plan: against what a study really does, against torch and transformers, and by arithmetic."
+"Attacks on weightregions.cost: against what a study really does, against torch and transformers, and by arithmetic."
 
 import json
 import math
@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from weightregions.bases import tiny_base
 from weightregions.corpora import load_corpora
 from weightregions.finetuning import Recipe
-from weightregions.plan import (
+from weightregions.cost import (
     DEVICES,
     KEYS,
     SHAPES,
@@ -44,7 +44,7 @@ from weightregions.plan import (
 )
 from weightregions.registry import hub_names, hub_sizes
 from weightregions.study import SCALES, choose
-from weightregions.walks import Reach, Walk
+from weightregions.walks import TraversalBudget, PathSpec
 from weightregions.zoo import build_zoo
 
 
@@ -230,7 +230,7 @@ def test_sub_samples_larger_than_the_data_are_not_planned():
 
 
 def test_edges_and_planes_are_counted():
-    count = lambda kind, points: visits(Walk("w", kind, ("a", "b"), ("t",), points))
+    count = lambda kind, points: visits(PathSpec("w", kind, ("a", "b"), ("t",), points))
     assert [
         count("hull", 16),
         count("line", 3),
@@ -246,7 +246,11 @@ def test_recorded_walks_are_the_planned_ones(request):
     known = pd.read_csv(rows / "datasets.csv")
     about = json.loads((rows.parent / "about.json").read_text())
     scale = SimpleNamespace(
-        **{**vars(SCALES["full"]), "seeds": about["seeds"], "reach": Reach(**about["reach"])}
+        **{
+            **vars(SCALES["full"]),
+            "seeds": about["seeds"],
+            "reach": TraversalBudget(**about["reach"]),
+        }
     )
     p = Planned(
         scale,
