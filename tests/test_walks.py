@@ -277,6 +277,6 @@ def test_members_that_stay_in_their_files_give_the_same_rows(
     made, unbroken, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        "weightregions.walks.hold_what_fits", lambda members, **options: members
+        "weightregions.walks.load_what_fits", lambda members, **options: members
     )
     pd.testing.assert_frame_equal(walked(made, tmp_path)[0], unbroken[0])

@@ -39,7 +39,8 @@ class Centroid(Mapping):
         name: str,  # what to call it in tables and messages
         checkpoints: list[Checkpoint],  # its members, all in one space
         weights: np.ndarray,  # (k,) share of each member; they sum to 1
-        members: pd.DataFrame | None = None,  # a row a member: model, weight and what is known of its origin
+        members: pd.DataFrame
+        | None = None,  # a row a member: model, weight and what is known of its origin
         description: str = "",  # what it is an average of, in a sentence
     ):
         self.name, self.checkpoints, self.weights, self.description = (
@@ -143,7 +144,8 @@ def _each_stretch(centroid: Centroid, use, block: int | None, threads: int | Non
 def state(
     self: Centroid,
     dtype: torch.dtype = torch.float32,  # data type of the result; sums are float64
-    block: int | None = None,  # weights of each member in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**19
+    block: int
+    | None = None,  # weights of each member in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**19
     threads: int | None = None,  # None: as many as torch would use, at most 8
 ) -> dict[str, Tensor]:  # canonical name -> tensor
     "All tensors of the centroid, in memory."
@@ -334,13 +336,19 @@ def _write(
 
 # %% ../nbs/30_centering.ipynb #45602ed6
 def centroid(
-    checkpoints: Iterable[Checkpoint],  # two or more models of one start, or folders, hub ids and live modules that `open_checkpoint` takes
+    checkpoints: Iterable[
+        Checkpoint
+    ],  # two or more models of one start, or folders, hub ids and live modules that `open_checkpoint` takes
     weights=None,  # a number from 0 up for each, or name -> number; None: all equal
-    out: str | Path | None = None,  # folder to write, as a checkpoint without a head; None: keep it in memory
+    out: str
+    | Path
+    | None = None,  # folder to write, as a checkpoint without a head; None: keep it in memory
     dtype: torch.dtype = torch.float32,  # data type of the result; sums are float64
-    like: Checkpoint | None = None,  # whose configuration and tokenizer to write; None: the first checkpoint's
+    like: Checkpoint
+    | None = None,  # whose configuration and tokenizer to write; None: the first checkpoint's
     overwrite: bool = False,  # replace the folder if it exists
-    block: int | None = None,  # weights of each member in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**19
+    block: int
+    | None = None,  # weights of each member in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**19
     threads: int | None = None,  # None: as many as torch would use, at most 8
 ) -> dict[str, Tensor] | Path:  # canonical name -> tensor, or the folder
     "The average of some checkpoints, in one pass over their weights."
@@ -397,7 +405,8 @@ def _holds(zoo: Zoo, target: str | Corpus) -> tuple[pd.Series, pd.Series]:
 # %% ../nbs/30_centering.ipynb #5dff412c
 def leave_out(
     zoo: Zoo,  # fine-tuned models
-    target: str | Corpus,  # the dataset that is to count as unseen, by its name in the zoo or itself
+    target: str
+    | Corpus,  # the dataset that is to count as unseen, by its name in the zoo or itself
 ) -> Zoo:  # the other models
     "All of a zoo but the models of one dataset, whatever name they go by."
     own, twins = _holds(zoo, target)
@@ -447,7 +456,9 @@ def _one_base(members: pd.DataFrame, what: str) -> None:
 # %% ../nbs/30_centering.ipynb #7458e4f5
 def centroid_of(
     zoo: Zoo,  # fine-tuned models
-    target: str | Corpus | None = None,  # the dataset that is to be fine-tuned on next; the zoo must not hold it
+    target: str
+    | Corpus
+    | None = None,  # the dataset that is to be fine-tuned on next; the zoo must not hold it
     family: str | None = None,  # only the models of this task family
     saw_target: bool = False,  # allow models of the target
     weights=None,  # a number from 0 up for each model, in the order of the table, or model -> number; None: all equal
@@ -495,7 +506,8 @@ def family_centroids(
 
 # %% ../nbs/30_centering.ipynb #67162c04
 def medoid(
-    models: Gram | Iterable[Checkpoint],  # inner products of the models, or the models themselves
+    models: Gram
+    | Iterable[Checkpoint],  # inner products of the models, or the models themselves
     base: Checkpoint | None = None,  # the pretrained model, where checkpoints are given
 ) -> str:  # its name
     "The member with the least mean distance to the others, the first of several."
@@ -513,7 +525,8 @@ def medoid(
 # %% ../nbs/30_centering.ipynb #ccfd0bf7
 def best_member(
     zoo: Zoo,  # fine-tuned models
-    by: str | pd.Series = "accuracy",  # column of the zoo's table, or a number for each model by name
+    by: str
+    | pd.Series = "accuracy",  # column of the zoo's table, or a number for each model by name
     lowest: bool = False,  # the lowest is best, as of a loss
 ) -> str:  # its name
     "The member that scores best, the first of several."
@@ -640,7 +653,9 @@ def model_card(
 def save_centroid(
     centroid: Centroid,  # what to write
     folder: str | Path,  # the folder to make
-    like: Checkpoint | str | Path,  # the base, or another checkpoint of this kind, whose configuration and tokenizer to take
+    like: Checkpoint
+    | str
+    | Path,  # the base, or another checkpoint of this kind, whose configuration and tokenizer to take
     card: bool = True,  # write README.md, the model card
     evaluation=None,  # rows of results for the card: a DataFrame, or measure -> value
     dtype: torch.dtype = torch.float32,  # data type of the stored weights

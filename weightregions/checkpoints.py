@@ -501,7 +501,8 @@ class Checkpoint(Mapping):
         self,
         name: str,  # what to call it in tables and messages
         source: str,  # where it came from
-        config: transformers.PretrainedConfig | None,  # its configuration, None for a module or state dict without one
+        config: transformers.PretrainedConfig
+        | None,  # its configuration, None for a module or state dict without one
         anatomy: Anatomy,  # what its class says about its tensors
         stored: dict,  # full name -> stored tensor
         pooler: str = "drop",  # "drop" the pooler from the body, or "keep" it where there is one

@@ -189,9 +189,7 @@ class Region:
         return f"Region({self.name}: {len(self.members)} members, level {self.shape.level:.3f}, spread {self.spread:.3f}, centre of length {self.shape.length:.3g})"
 
 # %% ../nbs/32_region.ipynb #bd801781
-def _measured(
-    checkpoints: list[Checkpoint], base: Checkpoint, progress: bool = False
-) -> Gram:
+def _measured(checkpoints: list[Checkpoint], base: Checkpoint, progress: bool = False) -> Gram:
     "Inner products of models that were all fine-tuned from the base; strangers and models that did not move are refused."
     matrices = {n for n, s in zip(base.layout.names, base.layout.shapes) if len(s) > 1}
     found = gram(
@@ -244,10 +242,13 @@ def _region(
 
 # %% ../nbs/32_region.ipynb #9944ea42
 def region_of(
-    checkpoints: Iterable[Checkpoint],  # three or more models of one base, or what `open_checkpoint` takes
+    checkpoints: Iterable[
+        Checkpoint
+    ],  # three or more models of one base, or what `open_checkpoint` takes
     base: Checkpoint,  # the pretrained model they were fine-tuned from
     name: str = "region",  # what to call it
-    units: Iterable[Hashable] | None = None,  # unit of each member, such as its dataset; None: each is its own
+    units: Iterable[Hashable]
+    | None = None,  # unit of each member, such as its dataset; None: each is its own
 ) -> Region:
     "The region of a group of models."
     models, base = [open_checkpoint(c) for c in checkpoints], open_checkpoint(base)
@@ -480,7 +481,8 @@ def save(
 # %% ../nbs/32_region.ipynb #04135f60
 def load_region(
     folder: str | Path,  # what `Region.save` wrote
-    base: Checkpoint | None = None,  # the pretrained model, or what `open_checkpoint` takes; needed for queries
+    base: Checkpoint
+    | None = None,  # the pretrained model, or what `open_checkpoint` takes; needed for queries
 ) -> Region:
     "The region that was kept."
     folder = Path(folder)
@@ -535,10 +537,14 @@ Region.load = staticmethod(load_region)
 # %% ../nbs/32_region.ipynb #789bae14
 def locate_from_gram(
     found: Gram,  # inner products of the models
-    groups: Mapping | Iterable[Hashable],  # region of each model, by name or in the order of the models
-    units: Mapping | Iterable[Hashable] | None = None,  # unit of each model, left out as a whole; None: each is its own
+    groups: Mapping
+    | Iterable[Hashable],  # region of each model, by name or in the order of the models
+    units: Mapping
+    | Iterable[Hashable]
+    | None = None,  # unit of each model, left out as a whole; None: each is its own
     alpha: float = 0.05,  # rate of false alarms: members that are called outsiders
-    part: Hashable | list = "all",  # tensors to judge by: a label of the Gram matrix, or a list of labels
+    part: Hashable
+    | list = "all",  # tensors to judge by: a label of the Gram matrix, or a list of labels
 ) -> pd.DataFrame:  # two rows a model: model, true group, seen (its region was there), named, cosine, p, inside, right
     "Every model of a zoo located among the others: with its own region there, and without."
     named = lambda v: (

@@ -368,10 +368,14 @@ def _cells(
 
 # %% ../nbs/04_similarity.ipynb #fe69ccdc
 def gram(
-    checkpoints: Iterable[Checkpoint],  # N models, or folders, hub ids and live modules that `open_checkpoint` takes
+    checkpoints: Iterable[
+        Checkpoint
+    ],  # N models, or folders, hub ids and live modules that `open_checkpoint` takes
     base: Checkpoint,  # the pretrained model they all started from
-    by: Callable[[str], Hashable | list] | None = None,  # label, or list of labels, of a tensor by its name
-    block: int | None = None,  # weights of each model in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**18
+    by: Callable[[str], Hashable | list]
+    | None = None,  # label, or list of labels, of a tensor by its name
+    block: int
+    | None = None,  # weights of each model in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**18
     progress: bool = True,  # show a progress bar, in weights
     threads: int | None = None,  # None: as many as torch would use, at most 8
     device: str = "cpu",  # what multiplies: "cpu" or "cuda"
@@ -495,7 +499,8 @@ def cross_similarity(
     left: Iterable[Checkpoint],  # N models, or what `open_checkpoint` takes
     right: Iterable[Checkpoint],  # M models of the same base; a name may occur on both sides
     base: Checkpoint,  # the pretrained model they all started from
-    block: int | None = None,  # weights of each model in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**18
+    block: int
+    | None = None,  # weights of each model in memory at a time, for each thread; None: as many as 64 MB hold, at most 2**18
     progress: bool = True,  # show a progress bar, in weights
     threads: int | None = None,  # None: as many as torch would use, at most 8
     device: str = "cpu",  # what multiplies: "cpu" or "cuda"
@@ -647,7 +652,9 @@ def _stretch_sketch(
 
 # %% ../nbs/04_similarity.ipynb #45bb1796
 def sketch(
-    checkpoints: Iterable[Checkpoint],  # N models, or folders, hub ids and live modules that `open_checkpoint` takes
+    checkpoints: Iterable[
+        Checkpoint
+    ],  # N models, or folders, hub ids and live modules that `open_checkpoint` takes
     base: Checkpoint,  # the pretrained model they all started from
     k: int = 4096,  # numbers that are kept of each, a multiple of 256; the error of a cosine is 1 / sqrt(k) near 0, sqrt(2 / k) near 1
     seed: int = 0,  # of the projection

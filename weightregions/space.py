@@ -58,7 +58,9 @@ class Layout:
     @classmethod
     def of(
         cls,
-        tensors: Mapping[str, Tensor],  # named tensors, or anything that has a `layout` of its own
+        tensors: Mapping[
+            str, Tensor
+        ],  # named tensors, or anything that has a `layout` of its own
     ) -> "Layout":
         "The layout of a state dict, names sorted; a checkpoint's own layout."
         if isinstance(own := getattr(tensors, "layout", None), Layout):
@@ -210,7 +212,9 @@ def table(
 
 # %% ../nbs/00_space.ipynb #a2c9de96
 def flatten(
-    tensors: Mapping[str, Tensor],  # named tensors: a state dict or a checkpoint, read one tensor at a time
+    tensors: Mapping[
+        str, Tensor
+    ],  # named tensors: a state dict or a checkpoint, read one tensor at a time
     layout: Layout,  # their order in the vector
     dtype: torch.dtype = torch.float32,  # data type of the vector
     finite: bool = True,  # refuse NaN and infinity

@@ -93,10 +93,14 @@ RATES = {
 class Search:
     "How the learning rate and the number of steps are chosen: the same for every start."
 
-    rates: tuple | None = None  # learning rates tried, of the body (of the head, if nothing else trains); None: the method's in `RATES`
+    rates: tuple | None = (
+        None  # learning rates tried, of the body (of the head, if nothing else trains); None: the method's in `RATES`
+    )
     evaluations: int = 10  # looks at the validation part in a full run, evenly spaced
     patience: int = 3  # looks without a new best after which a run stops
-    epochs: float | None = 10  # passes over the training rows at most, as in the paper; None: the recipe's steps, however few rows there are
+    epochs: float | None = (
+        10  # passes over the training rows at most, as in the paper; None: the recipe's steps, however few rows there are
+    )
     share: float = 0.2  # of the training rows that are held back for validation
     at_most: int = 500  # validation rows, about
     at_least: int = 1  # validation rows of each class, see `split_validation`
@@ -295,7 +299,8 @@ def tune(
     corpus: Corpus,  # what to fine-tune on
     recipe: Recipe,  # how; its learning rate is replaced by those of the search, and `rows` caps the training examples, drawn by the seed
     seed: int,  # of the examples, the validation part, the head, the order of rows and dropout
-    search: Search | None = None,  # how the learning rate and the steps are chosen; None: `Search()`
+    search: Search
+    | None = None,  # how the learning rate and the steps are chosen; None: `Search()`
     device: str | None = None,  # "cpu" or "cuda"; None: cuda where there is one
     method: str | None = None,  # one of `METHODS`; None: what the recipe trains
 ) -> Tuned:
@@ -451,7 +456,8 @@ def _tasks(starts, corpora, sizes, seeds, recipe, search, method):
 
 # %% ../nbs/34_starting.ipynb #b17f66e2
 def compare_starts(
-    starts: Mapping | Callable,  # name -> folder or hub id, or a function that gives that for a target's name
+    starts: Mapping
+    | Callable,  # name -> folder or hub id, or a function that gives that for a target's name
     corpora: Mapping[str, Corpus],  # the targets, by name
     sizes: Iterable = (
         200,

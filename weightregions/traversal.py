@@ -353,7 +353,8 @@ def hull(
 
 def average(
     members: Sequence | Mapping,  # M models, or several such groups by name
-    weights: Sequence[float] | None = None,  # M numbers that sum to one, equal ones if not given
+    weights: Sequence[float]
+    | None = None,  # M numbers that sum to one, equal ones if not given
     name: str = "average",  # what to call the point
 ):  # -> Point, or a dict of them: one a group, called as the group is
     "The weighted average of models, of equal weights their centroid."
@@ -579,7 +580,8 @@ def marks(
 # %% ../nbs/22_traversal.ipynb #f177a8f3
 def load_in_memory(
     model,  # a checkpoint, a point, or what `open_checkpoint` takes
-    head: str | None = None,  # of a point: "drop" the head (if not given), take the "first" member's, or their weighted "average"; a checkpoint keeps its own unless "drop"
+    head: str
+    | None = None,  # of a point: "drop" the head (if not given), take the "first" member's, or their weighted "average"; a checkpoint keeps its own unless "drop"
     device: str = "cpu",  # where to hold it: on a GPU, points are put together there
 ) -> (
     Checkpoint
@@ -608,7 +610,8 @@ def load_in_memory(
 # %% ../nbs/22_traversal.ipynb #ceb42345
 def load_what_fits(
     models: Iterable,  # checkpoints, points, or what `open_checkpoint` takes
-    memory: float | None = None,  # bytes that those in memory may take together; None: as many as similarity takes for its buffers, on a GPU half of what is free there
+    memory: float
+    | None = None,  # bytes that those in memory may take together; None: as many as similarity takes for its buffers, on a GPU half of what is free there
     head: str | None = None,  # see `load_in_memory`
     device: str = "cpu",  # where to hold them
 ) -> list:  # the same models in the same order
@@ -714,10 +717,12 @@ class ScratchModel:
         self,
         like,  # a live model, a checkpoint, or what `open_checkpoint` takes: what the scratch model is to be
         base=None,  # a model in whose space all members must be; `like` alone if not given
-        head: str | None = None,  # "drop", "keep", "first" or "average"; if not given, "keep" of a live model, "drop" of a checkpoint
+        head: str
+        | None = None,  # "drop", "keep", "first" or "average"; if not given, "keep" of a live model, "drop" of a checkpoint
         scratch: bool = False,  # use the live model itself, and overwrite it, instead of a copy
         pooler: str = "drop",  # of a live model: "keep" it in the body, as the members do, or "drop" it from there
-        device: str | None = None,  # where to stand; where the live model is, or the CPU, if not given
+        device: str
+        | None = None,  # where to stand; where the live model is, or the CPU, if not given
     ):
         live = isinstance(like, nn.Module)
         if scratch and not live:
@@ -1022,7 +1027,9 @@ def traverse(
     path: Iterable,  # (coordinates, point) pairs, or points: a line, a hull, a plane, ...
     metric: Callable,  # called with the model at each point; returns a number, a dict, or a list of dicts
     scratch: ScratchModel,  # the scratch model
-    rows: str | Path | None = None,  # a .jsonl file that the rows are kept in, point by point, and taken from
+    rows: str
+    | Path
+    | None = None,  # a .jsonl file that the rows are kept in, point by point, and taken from
     progress: bool = True,  # show a progress bar, in points
     about: str = "",  # what else the rows of the file depend on, such as data or precision; other files are refused
 ) -> (
