@@ -15,9 +15,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-from weightregions.bench import (
+sys.path.insert(0, str(ROOT / "tests" / "bench"))
+import measure
+from measure import alone
+from report import (
     FIELDS,
-    alone,
     beside,
     goals,
     growth_figure,
@@ -574,15 +576,13 @@ def test_peak_is_that_of_the_process(tmp_path):
 
 
 def test_an_interrupted_measurement_leaves_no_process(monkeypatch):
-    import weightregions.bench as bench
-
     seen = []
 
     def interrupted(pid, every):
         seen.append(pid)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, "_watched", interrupted)
+    monkeypatch.setattr(measure, "_watched", interrupted)
     with pytest.raises(KeyboardInterrupt):
         alone([sys.executable, "-c", "import time; time.sleep(60)"])
     with pytest.raises(ProcessLookupError):

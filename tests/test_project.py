@@ -218,7 +218,7 @@ LAYERS = {
         "original",
     },
     "figures": {"plots"},
-    "top": {"walks", "contest", "study", "cost", "cli", "bench"},
+    "top": {"walks", "contest", "study", "cost", "cli"},
 }
 KNOWS = {
     "points": {"points"},

@@ -18,9 +18,9 @@ from statistics import median
 import pandas as pd
 import torch
 
-from weightregions.bench import (
+from measure import alone
+from report import (
     FIELDS,
-    alone,
     beside,
     device_name,
     goals,
