@@ -14,12 +14,12 @@ import pandas as pd
 import torch
 from scipy.special import log_softmax
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from .centering import Centroid, centroid_of, leave_out
 from .checkpoints import open_checkpoint
 from .corpora import Corpus
-from .finetuning import one_thread, default_device
+from .finetuning import default_device, one_thread
+from .loading import load_tokenizer
 from .probing import PENALTY, Split, encode, fit_probe, pooling_of
 from .traversal import ScratchModel, average
 from .zoo import Zoo
@@ -155,7 +155,7 @@ def recommend(
     offered, source = candidates(zoo, corpus, base, exclude), base.folder
     split = Split(
         _sample(corpus, n, seed),
-        AutoTokenizer.from_pretrained(source),
+        load_tokenizer(source),
         max_length,
         name=f"{corpus.name}, train",
     )

@@ -10,7 +10,6 @@ __all__ = ['POOLINGS', 'PENALTY', 'pooling_of', 'buckets', 'Split', 'Target', 'e
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from json import loads
 from math import inf, nan
 from pathlib import Path
 
@@ -19,11 +18,11 @@ import torch
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModel, AutoTokenizer
-from transformers.utils import cached_file
+from transformers import AutoModel
 
 from .corpora import check_split, draw
 from .finetuning import Tokenized, fast_bfloat16
+from .loading import load_config, load_json, load_tokenizer
 
 # %% ../nbs/20_probing.ipynb #d30adf50
 POOLINGS = ("first", "mean", "last")
@@ -37,32 +36,31 @@ def _two_sided(config) -> bool:
     )
 
 
-def _said_pooling(source) -> str | None:
-    "How a sentence-transformers checkpoint, a folder or a hub id, says that it pools; None if it is of another kind."
-    found = {
-        name: cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)
-        for name in ("1_Pooling/config.json", "sentence_bert_config.json")
-    }
-    if not found["1_Pooling/config.json"]:
-        return "mean" if found["sentence_bert_config.json"] else None
-    modes = loads(Path(found["1_Pooling/config.json"]).read_text())
-    known = {
-        "cls_token": "first",
-        "cls": "first",
-        "mean_tokens": "mean",
-        "mean": "mean",
-        "lasttoken": "last",
-    }
+_NAMES = {
+    "cls_token": "first",
+    "cls": "first",
+    "mean_tokens": "mean",
+    "mean": "mean",
+    "lasttoken": "last",
+}  # as sentence-transformers calls them
+
+
+def _stated_pooling(source) -> str | None:
+    "How a sentence-transformers checkpoint says that it pools; None if it is of another kind."
+    modes = load_json(source, "1_Pooling/config.json")
+    if modes is None:
+        return None if load_json(source, "sentence_bert_config.json") is None else "mean"
+    prefix = "pooling_mode_"
     on = [
-        k.removeprefix("pooling_mode_")
-        for k, v in modes.items()
-        if k.startswith("pooling_mode_") and v is True
-    ] or [modes.get("pooling_mode")]
-    if len(on) != 1 or on[0] not in known:
+        k.removeprefix(prefix) for k, v in modes.items() if k.startswith(prefix) and v is True
+    ]
+    on = on or [modes.get("pooling_mode")]
+    if len(on) != 1 or str(on[0]) not in _NAMES:
         raise ValueError(
-            f"{Path(source).name}: pooling by {' and '.join(map(str, on))} is none of {', '.join(POOLINGS)}"
+            f"{Path(source).name}: pooling by {' and '.join(map(str, on))}"
+            f" is none of {', '.join(POOLINGS)}"
         )
-    return known[on[0]]
+    return _NAMES[on[0]]
 
 # %% ../nbs/20_probing.ipynb #3ec2bdb1
 def pooling_of(
@@ -70,11 +68,12 @@ def pooling_of(
 ) -> str:  # "first", "mean" or "last"
     "The token that stands for a text in this family of models."
     if isinstance(model, (str, Path)):
-        return _said_pooling(model) or pooling_of(AutoConfig.from_pretrained(model))
+        return _stated_pooling(model) or pooling_of(load_config(model))
     config = getattr(model, "config", model)
     if not hasattr(config, "model_type"):
         raise ValueError(
-            f"{type(model).__name__} is no transformers model and no config: say which pooling, one of {', '.join(POOLINGS)}"
+            f"{type(model).__name__} is no transformers model and no config:"
+            f" say which pooling, one of {', '.join(POOLINGS)}"
         )
     if _two_sided(config):
         return "mean"
@@ -118,7 +117,7 @@ class Split:
             )
         if not len(rows):
             raise ValueError(f"{name}: there are no rows")
-        data = Tokenized(rows, tokenizer, max_length)
+        data = Tokenized(rows, tokenizer, max_length, name)
         if 0 in data.lengths:
             raise ValueError(
                 f"{name}, row {data.lengths.index(0)}: the tokenizer makes no token of it"
@@ -192,7 +191,7 @@ class Target:
         seed: int = 0,  # of the draws
     ):
         if isinstance(tokenizer, (str, Path)):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            tokenizer = load_tokenizer(tokenizer)
         self.name, self.labels = corpus.name, tuple(corpus.labels)
         self.train, self.test = (
             Split(

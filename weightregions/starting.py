@@ -25,7 +25,6 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     TrainerCallback,
     set_seed,
@@ -40,7 +39,6 @@ from weightregions.finetuning import (
     Tokenized,
     evaluate,
     one_thread,
-    quiet,
     set_trainable,
     trainer_for,
     default_device,
@@ -48,6 +46,7 @@ from weightregions.finetuning import (
     zero_head,
 )
 from .jobs import run_jobs
+from .loading import load_tokenizer, quiet
 
 # %% ../nbs/34_starting.ipynb #522148db
 def split_validation(
@@ -155,7 +154,7 @@ def classifier_from(
 ) -> tuple:  # a sequence classifier and the start's tokenizer
     "The body of `start` under a fresh head that depends on the seed only."
     with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(start)
+        tokenizer = load_tokenizer(start, padding=True)
         set_seed(seed)
         model = with_head(start, labels, problem_type="single_label_classification")
         set_seed(seed)
