@@ -203,7 +203,7 @@ def test_missing_documentation_is_found():
 # --- the flow --------------------------------------------------------------------------------------------------------
 
 LAYERS = {
-    "points": {"space", "files", "checkpoints"},
+    "points": {"space", "files", "checkpoints", "loading"},
     "text": {"builtin", "registry", "corpora", "jobs", "finetuning", "bases", "zoo"},
     "regions": {
         "similarity",

@@ -28,6 +28,7 @@ from weightregions.bases import (
     pinned,
     second_start,
     tiny_base,
+    same_base,
 )
 from .checkpoints import _json, open_checkpoint
 from .contest import StartExperiment, compare_all_starts, targets_of
@@ -866,6 +867,8 @@ def begin(
     file = out / "about.json"
     if file.exists():
         old = _json(file)
+        if isinstance(old.get("base"), dict) and same_base(about["base"], old["base"]):
+            old["base"] = about["base"]
         differ = [k for k in about if old.get(k) != about[k]]
         if differ:
             raise ValueError(

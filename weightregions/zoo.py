@@ -118,7 +118,9 @@ def settle(
         differ = [
             f"{k} is {theirs.get(k)!r} there and {ours[part].get(k)!r} here"
             for k in ours[part] | theirs
-            if k != "name" and theirs.get(k) != ours[part].get(k)
+            if k != "name"
+            and theirs.get(k) != ours[part].get(k)
+            and (k in theirs or k not in ("tokenizer", "config"))  # former zoos lack these
         ]
         if differ:
             raise ValueError(f"{folder} is a zoo of another {part}: {'; '.join(differ)}")
