@@ -6,7 +6,7 @@
 __all__ = ['LEAST', 'model_folder', 'tokenizer_files', 'load_config', 'load_json', 'quiet', 'load_tokenizer', 'load_classifier',
            'load_masked_lm']
 
-# %% ../nbs/03_loading.ipynb #ce156dbe
+# %% ../nbs/03_loading.ipynb #690d67bc
 import contextlib
 import stat
 from os import path
@@ -17,13 +17,14 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
+    PreTrainedTokenizerBase,
 )
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from .checkpoints import _folder, _json, _known_config, _one_line, open_checkpoint
 
-# %% ../nbs/03_loading.ipynb #9b7ff105
+# %% ../nbs/03_loading.ipynb #3e12872d
 def model_folder(
     source,  # folder or hub id of a model
 ) -> Path:  # its folder on this machine
@@ -37,7 +38,7 @@ def tokenizer_files(
     "The files of a folder that say how texts become tokens."
     return sorted({file for name in _TOKENIZER for file in Path(folder).glob(name)})
 
-# %% ../nbs/03_loading.ipynb #17f75594
+# %% ../nbs/03_loading.ipynb #c87adf2b
 def _place(source) -> tuple[Path, dict]:
     "The local folder of a model, and what to tell transformers of it."
     folder, name, _ = _folder(source, None)
@@ -51,7 +52,7 @@ def _place(source) -> tuple[Path, dict]:
         "local_files_only": True,
     }
 
-# %% ../nbs/03_loading.ipynb #2e4f51c3
+# %% ../nbs/03_loading.ipynb #5261dd25
 _TOKENIZER = (
     "tokenizer*.json",
     "special_tokens_map.json",
@@ -87,7 +88,7 @@ def _require_regular(file: Path) -> None:
     if about.st_size > _MOST:
         raise ValueError(f"{file}: has {about.st_size:,} bytes, more than {_MOST:,}")
 
-# %% ../nbs/03_loading.ipynb #3d730bf7
+# %% ../nbs/03_loading.ipynb #8f686ad1
 def load_config(
     source,  # folder or hub id of a model
 ) -> PretrainedConfig:  # of a class of transformers
@@ -112,7 +113,7 @@ def load_json(
     _require_regular(Path(file))
     return _json(Path(file))
 
-# %% ../nbs/03_loading.ipynb #cb7c837a
+# %% ../nbs/03_loading.ipynb #e58d6170
 _TEXTS = (
     "config.json",
     "tokenizer_config.json",
@@ -138,7 +139,7 @@ def _in_one_line(folder: Path, what: str):
             f"{folder}: its {what} cannot be loaded ({type(e).__name__}: {_one_line(e)})"
         ) from None
 
-# %% ../nbs/03_loading.ipynb #47bacca5
+# %% ../nbs/03_loading.ipynb #8f8000af
 @contextlib.contextmanager
 def quiet():
     "Keep transformers from warning of the fresh head and from drawing bars while weights load."
@@ -152,7 +153,7 @@ def quiet():
         if bars:
             hf_logging.enable_progress_bar()
 
-# %% ../nbs/03_loading.ipynb #b1fe9cca
+# %% ../nbs/03_loading.ipynb #0339b02b
 LEAST = 0.25  # tokens for each row of the embedding
 
 
@@ -176,20 +177,17 @@ def load_tokenizer(
         )
     return tokenizer
 
-# %% ../nbs/03_loading.ipynb #23cbfecc
+# %% ../nbs/03_loading.ipynb #9cf5c4c5
+_WHOLE = ("tokenizer.json", "tekken.json", "tokenizer.model*", "tiktoken.model")  # of any class
+
+
 def _require_files(tokenizer, folder: Path) -> None:
     "Refuse a tokenizer that was made without the files that its class reads."
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"{folder}: a {type(tokenizer).__name__} is no tokenizer of texts")
     reads = dict(type(tokenizer).vocab_files_names)
     merges = reads.pop("merges_file", None)
-    one_file = (
-        "tokenizer.json",
-        "tokenizer.*.json",
-        "tekken.json",
-        "*.model",
-        "*.model.v*",
-        "*.tiktoken",
-    )
-    if not reads or any(file for pattern in one_file for file in folder.glob(pattern)):
+    if not reads or any(file for pattern in _WHOLE for file in folder.glob(pattern)):
         return
     needed = [name for name in reads.values() if name != "tokenizer.json"]
     there = [name for name in needed if name and (folder / name).exists()]
@@ -220,7 +218,7 @@ def _require_rows(tokenizer, config: PretrainedConfig, folder: Path) -> None:
             " embeddings"
         )
 
-# %% ../nbs/03_loading.ipynb #25db4b12
+# %% ../nbs/03_loading.ipynb #dea93a28
 def load_classifier(
     source,  # folder or hub id of a model
     **settings,  # of its configuration, and of how transformers loads it
@@ -246,7 +244,7 @@ def _load(kind, source, **settings):
     with quiet(), _in_one_line(folder, "model"):
         return kind.from_pretrained(**where, trust_remote_code=False, **settings)
 
-# %% ../nbs/03_loading.ipynb #a301ffb1
+# %% ../nbs/03_loading.ipynb #4d3250bb
 def _require_own_weights(folder: Path) -> None:
     "Refuse a model whose configuration or folder sends transformers elsewhere."
     file = folder / "config.json"
