@@ -30,14 +30,15 @@ def candidates(
     corpus: Corpus,  # the dataset to be fine-tuned on
     base,  # the pretrained model: a checkpoint, or what `open_checkpoint` takes
     exclude: Iterable = (),  # datasets of the zoo that are not to be used for it
-) -> dict:  # start -> Checkpoint or Centroid: "pretrained", "centroid", "FAMILY centroid" and one model of each dataset
+) -> dict:  # "pretrained", "centroid", "FAMILY centroid", and one model of each dataset
     "The starts that a zoo offers for a dataset that it must not have seen."
     rest, exclude = leave_out(zoo, corpus), set(exclude)
     if strange := sorted(exclude - set(zoo.models.dataset)):
         raise ValueError(f"{zoo.name}: no dataset {strange[0]!r} that could stand apart")
     if exclude >= set(rest.models.dataset):
         raise ValueError(
-            f"{zoo.name}: nothing is left without {corpus.name} and {', '.join(sorted(exclude))}"
+            f"{zoo.name}: nothing is left without {corpus.name}"
+            f" and {', '.join(sorted(exclude))}"
         )
     rest = rest.where(
         dataset=[d for d in dict.fromkeys(rest.models.dataset) if d not in exclude]
@@ -58,7 +59,8 @@ def candidates(
     members = {c.name: c for c in Zoo(zoo.name, ones).checkpoints()}
     if twice := [name for name in members if name in found]:
         raise ValueError(
-            f"{zoo.name}: a model is called {twice[0]!r}, which is the name of another start; rename its folder, or leave it out if it is no fine-tuned model"
+            f"{zoo.name}: a model is called {twice[0]!r}, which is the name of another start;"
+            " rename its folder, or leave it out if it is no fine-tuned model"
         )
     return found | members
 
@@ -73,7 +75,7 @@ def _folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
         at += len(own)
     return fold
 
-
+# %% ../nbs/36_advice.ipynb #f0b1de52
 def held_out_losses(
     features,  # (n, d) of the sample, from one encoder
     labels,  # (n,) integers from 0
@@ -81,7 +83,7 @@ def held_out_losses(
     folds: int = 5,  # parts of the sample; each is judged by a probe of the others
     penalty: float = PENALTY,  # L2 on the probes' weights
     seed: int = 0,  # of the parts
-) -> tuple:  # (m,) loss in nats and (m,) whether it is right, of each row that is not the only one of its class
+) -> tuple:  # (m,) loss in nats, (m,) whether it is right, of rows not alone in their class
     "How well probes do on rows that they were not fitted on."
     labels, features = np.asarray(labels), np.asarray(features, dtype=np.float64)
     if folds < 2:
@@ -89,24 +91,16 @@ def held_out_losses(
     fold = _folds(labels, folds, seed)
     if (several := len(np.unique(labels[fold >= 0]))) < 2:
         raise ValueError(
-            f"{len(labels)} rows hold {several} class{'es' * (several != 1)} of two rows or more: too few to judge a start by"
+            f"{len(labels)} rows hold {several} class{'es' * (several != 1)} of two rows or more:"
+            " too few to judge a start by"
         )
     loss, right = np.full(len(labels), np.nan), np.zeros(len(labels), bool)
     for k in np.unique(fold[fold >= 0]):
-        held = fold == k
-        log_p = log_softmax(
-            fit_probe(
-                features[(fold != k) & (fold >= 0)],
-                labels[(fold != k) & (fold >= 0)],
-                classes,
-                penalty,
-            ).logits(features[held]),
-            axis=1,
-        )
-        loss[held], right[held] = (
-            -log_p[np.arange(held.sum()), labels[held]],
-            log_p.argmax(axis=1) == labels[held],
-        )
+        held, rest = fold == k, (fold != k) & (fold >= 0)
+        probe = fit_probe(features[rest], labels[rest], classes, penalty)
+        log_p = log_softmax(probe.logits(features[held]), axis=1)
+        loss[held] = -log_p[np.arange(held.sum()), labels[held]]
+        right[held] = log_p.argmax(axis=1) == labels[held]
     return loss[fold >= 0], right[fold >= 0]
 
 # %% ../nbs/36_advice.ipynb #4e4665e7
@@ -137,7 +131,7 @@ def recommend(
     zoo: Zoo,  # fine-tuned models of one base
     corpus: Corpus,  # the dataset to be fine-tuned on; only its training rows are looked at
     base,  # the pretrained model: a checkpoint, or what `open_checkpoint` takes
-    n: int = 200,  # training rows that are looked at, a stratified draw; all, if there are fewer
+    n: int = 200,  # training rows that are looked at, a stratified draw; all, if fewer
     exclude: Iterable = (),  # datasets of the zoo that are not to be used
     folds: int = 5,  # parts of the sample; each is judged by probes of the others
     max_length: int = 40,  # tokens a row is cut to
@@ -145,50 +139,34 @@ def recommend(
     seed: int = 0,  # of the sample, the folds and the draws
     device: str | None = None,  # "cpu" or "cuda"; None: cuda where there is one
     progress: bool = True,  # show a progress bar, in starts
-) -> pd.DataFrame:  # a row a start, the lowest loss first: start, kind, models, dimension, loss, gain, low, high, better, over_centroid, accuracy, points, seconds
+) -> pd.DataFrame:  # one row per start, the lowest loss first
     "Rank the starts that a zoo offers for a dataset."
     if n < 2 or n_boot < 1:
         raise ValueError(
             f"recommend takes at least 2 rows and 1 bootstrap draw, not {n} and {n_boot}"
         )
     device, base = default_device(device), open_checkpoint(base, name="pretrained")
-    offered, source = candidates(zoo, corpus, base, exclude), base.folder
-    split = Split(
-        _sample(corpus, n, seed),
-        load_tokenizer(source),
-        max_length,
-        name=f"{corpus.name}, train",
-    )
-    found, rows = {}, []
+    offered, sample = candidates(zoo, corpus, base, exclude), _sample(corpus, n, seed)
+    tokenizer = load_tokenizer(base.folder)
+    split = Split(sample, tokenizer, max_length, name=f"{corpus.name}, train")
+    judged, rows = {}, []
+    bar = dict(desc=f"starts for {corpus.name}", unit=" starts")
     with one_thread(device):
-        scratch, pooling = ScratchModel(base, device=device), pooling_of(source)
-        for name, start in tqdm(
-            offered.items(),
-            desc=f"starts for {corpus.name}",
-            unit=" starts",
-            **({} if progress else {"disable": True}),
-        ):
+        scratch, pooling = ScratchModel(base, device=device), pooling_of(base.folder)
+        for name, start in tqdm(offered.items(), **bar, **({} if progress else _NO_BAR)):
             began, members = perf_counter(), getattr(start, "checkpoints", [start])
-            features = encode(
-                scratch.load(
-                    average(members, tuple(getattr(start, "weights", [1])), name=name)
-                ),
-                split,
-                pooling,
-            )
-            found[name] = held_out_losses(
+            point = average(members, tuple(getattr(start, "weights", [1])), name=name)
+            features = encode(scratch.load(point), split, pooling)
+            judged[name] = held_out_losses(
                 features, split.labels, len(corpus.labels), folds, seed=seed
             )
-            rows.append(
-                {
-                    "start": name,
-                    "kind": _kind(name, start),
-                    "models": len(members),
-                    "dimension": _dimension(features),
-                    "seconds": perf_counter() - began,
-                }
-            )
-    return _ranked(pd.DataFrame(rows), found, n_boot, seed)
+            about = {"start": name, "kind": _kind(name, start), "models": len(members)}
+            about |= {"dimension": _dimension(features), "seconds": perf_counter() - began}
+            rows.append(about)
+    return _ranked(pd.DataFrame(rows), judged, n_boot, seed)
+
+
+_NO_BAR = {"disable": True}  # unset, the environment says whether there is one
 
 # %% ../nbs/36_advice.ipynb #4b5bb403
 def _ranked(rows: pd.DataFrame, found: dict, n_boot: int, seed: int) -> pd.DataFrame:

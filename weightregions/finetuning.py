@@ -25,6 +25,7 @@ from transformers import (
 from .jobs import ranks
 from .loading import load_classifier, load_tokenizer, quiet
 from .registry import dev_rows
+from .space import patch
 
 # %% ../nbs/12_finetuning.ipynb #410a505b
 @dataclass(frozen=True)
@@ -35,95 +36,88 @@ class Recipe:
     batch_size: int = 16  # rows in a step
     learning_rate: float = 2e-4  # peak of AdamW's learning rate for the body
     head_rate: float = 5e-3  # the same for the head
-    warmup: float = (
-        0.1  # share of the steps in which the rate rises; then it falls linearly to 0
-    )
+    warmup: float = 0.1  # share of the steps in which the rate rises; then it falls to 0
     weight_decay: float = 0.0  # AdamW's decoupled weight decay
     max_length: int = 40  # tokens a row is cut to
     rows: int | None = None  # training rows, a stratified sub-sample; None: all of them
     trains: str = "all"  # "all", "bitfit" (biases and head) or "head"
-    head: str = "zero"  # how the head's last layer starts: at "zero", or "random" as transformers leaves it
-    dtype: str = "auto"  # "float32", "bfloat16" (autocast) or "auto": bfloat16 where the processor is fast in it
+    head: str = "zero"  # how the head's last layer starts, at "zero" or "random"
+    dtype: str = "auto"  # "float32", "bfloat16" or "auto": bfloat16 where that is fast
     epochs: float | None = None  # passes over the training rows, in place of steps
-    patience: int | None = (
-        None  # training rows after which it stops if they brought no gain on rows held back; None: it runs to its end
-    )
+    patience: int | None = None  # training rows without a gain before it stops; None: no stop
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"recipe: {name} must be at least 1, not {getattr(self, name)}"
-                )
-        for name in ("rows", "patience"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(
-                    f"recipe: {name} must be at least 1, not {getattr(self, name)}"
-                )
-        if self.epochs is not None and not 0 < self.epochs < math.inf:
-            raise ValueError(f"recipe: epochs must be a positive number, not {self.epochs}")
-        if not self.weight_decay >= 0:
-            raise ValueError(
-                f"recipe: weight_decay must not be below 0, not {self.weight_decay}"
-            )
-        for name in ("learning_rate", "head_rate"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(
-                    f"recipe: {name} must lie between 0 and 1, not {getattr(self, name)}"
-                )
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"recipe: warmup is a share between 0 and 1, not {self.warmup}")
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"recipe: {name} must be one of {', '.join(known)}, not {getattr(self, name)!r}"
-                )
-
-    def steps_on(
-        self,
-        rows: int,  # that train
-    ) -> int:  # optimiser steps; with patience, the most
-        "How long a fine-tuning on so many rows is; the last batch of each epoch may be short."
-        return (
-            self.steps
-            if self.epochs is None
-            else math.ceil(self.epochs * math.ceil(rows / self.batch_size))
-        )
+        _require_possible(self)
 
     @property
     def looks(self) -> int:
         "Looks at the rows held back without a gain, after which a fine-tuning stops."
         return math.ceil(self.patience / (LOOK * self.batch_size))
 
-    def held(
-        self,
-        rows: int,  # of the training split
-    ) -> np.ndarray:  # positions of those that are held back
-        "The rows that tell when to stop; none where the end comes first anyway."
-        return (
-            dev_rows(rows)
-            if self.patience and self.steps_on(rows) > LOOK * (1 + self.looks)
-            else np.array([], int)
-        )
-
-    def as_dict(self) -> dict:
-        "What a file says of the recipe: of steps and epochs the one that counts, and patience if there is any."
-        unsaid = {"steps" if self.epochs else "epochs"} | (
-            {"patience"} if self.patience is None else set()
-        )
-        return {k: v for k, v in asdict(self).items() if k not in unsaid}
-
 # %% ../nbs/12_finetuning.ipynb #f2e56ae5
-LOOK, GAIN = (
-    50,
-    0.001,
-)  # steps from one look at the rows held back to the next, and the accuracy that counts as a gain
+LOOK = 50  # steps from one look at the rows held back to the next
+GAIN = 0.001  # of accuracy, which counts as a gain
 
 CHOICES = {
     "trains": ("all", "bitfit", "head"),
     "head": ("zero", "random"),
     "dtype": ("auto", "float32", "bfloat16"),
 }
+
+# %% ../nbs/12_finetuning.ipynb #cbe50297
+@patch
+def steps_on(
+    self: Recipe,
+    rows: int,  # that train
+) -> int:  # optimiser steps; with patience, the most
+    "How long a fine-tuning on so many rows is; the last batch of each epoch may be short."
+    if self.epochs is None:
+        return self.steps
+    return math.ceil(self.epochs * math.ceil(rows / self.batch_size))
+
+
+@patch
+def held(
+    self: Recipe,
+    rows: int,  # of the training split
+) -> np.ndarray:  # positions of those that are held back
+    "The rows that tell when to stop; none where the end comes first anyway."
+    if self.patience and self.steps_on(rows) > LOOK * (1 + self.looks):
+        return dev_rows(rows)
+    return np.array([], int)
+
+
+@patch
+def as_dict(self: Recipe) -> dict:
+    "What a file says of the recipe: steps or epochs, whichever counts, and patience if any."
+    unsaid = {"steps" if self.epochs else "epochs"}
+    unsaid |= {"patience"} if self.patience is None else set()
+    return {k: v for k, v in asdict(self).items() if k not in unsaid}
+
+# %% ../nbs/12_finetuning.ipynb #ab9bd9a1
+def _require_possible(recipe: Recipe) -> None:
+    "Refuse settings that mean nothing."
+    given = asdict(recipe)
+
+    def refuse(name, must):
+        raise ValueError(f"recipe: {name} {must}, not {given[name]!r}")
+
+    for name in ("steps", "batch_size", "max_length", "rows", "patience"):
+        optional = name in ("rows", "patience") and given[name] is None
+        if not optional and given[name] < 1:
+            refuse(name, "must be at least 1")
+    if recipe.epochs is not None and not 0 < recipe.epochs < math.inf:
+        refuse("epochs", "must be a positive number")
+    if not recipe.weight_decay >= 0:
+        refuse("weight_decay", "must not be below 0")
+    for name in ("learning_rate", "head_rate"):
+        if not 0 < given[name] < 1:
+            refuse(name, "must lie between 0 and 1")
+    if not 0 <= recipe.warmup <= 1:
+        refuse("warmup", "is a share between 0 and 1")
+    for name, known in CHOICES.items():
+        if given[name] not in known:
+            refuse(name, f"must be one of {', '.join(known)}")
 
 # %% ../nbs/12_finetuning.ipynb #003e1869
 def default_device(
@@ -178,17 +172,13 @@ def _folded(texts) -> str:
 
 def _alike(ids, texts) -> list:
     "The rows that have the tokens of a row with another text."
-    kinds = {}
-    for row, (key, *own) in enumerate(zip(map(tuple, ids), *texts)):
-        kinds.setdefault(key, []).append((row, own))
-    several = [rows for rows in kinds.values() if len(rows) > 1]
-    return [
-        [row for row, _ in rows]
-        for rows in several
-        if len({_folded(own) for _, own in rows}) > 1
-    ]
+    groups = {}
+    for row, key in enumerate(map(tuple, ids)):
+        groups.setdefault(key, []).append(row)
+    kinds = lambda rows: {_folded(column[row] for column in texts) for row in rows}
+    return [rows for rows in groups.values() if len(rows) > 1 and len(kinds(rows)) > 1]
 
-
+# %% ../nbs/12_finetuning.ipynb #824704a9
 def _require_told_apart(texts: list, ids: list, tokenizer, name: str) -> None:
     "Refuse a tokenizer that makes the same tokens of many different texts."
     suspects = sorted(row for rows in _alike(ids, texts) for row in rows)
@@ -196,17 +186,16 @@ def _require_told_apart(texts: list, ids: list, tokenizer, name: str) -> None:
         return
     texts = [[column[row] for row in suspects] for column in texts]
     groups = _alike(tokenizer(*texts, verbose=False)["input_ids"], texts)
-    rows = sorted(suspects[row] for group in groups for row in group)
-    if len(rows) > ALIKE * len(ids):
+    if (alike := sum(map(len, groups))) > ALIKE * len(ids):
+        first, second = (suspects[row] for row in groups[0][:2])
         raise ValueError(
-            f"{name}: the tokenizer makes the same tokens of {len(rows)} of {len(ids)} rows with"
-            f" different texts, rows {suspects[groups[0][0]]} and {suspects[groups[0][1]]} among"
-            " them: it is not one for these texts"
+            f"{name}: the tokenizer makes the same tokens of {alike} of {len(ids)} rows with"
+            f" different texts, such as rows {first} and {second}: it is not one for these texts"
         )
 
 # %% ../nbs/12_finetuning.ipynb #e4dfce70
 class BucketSampler(Sampler):
-    "Row numbers such that each batch holds rows of like length; rows and batches in random order."
+    "Row numbers, in random order, such that each batch holds rows of like length."
 
     def __init__(
         self,
@@ -263,7 +252,7 @@ def with_head(
     labels: tuple,  # names of the classes
     **config,  # further settings of its configuration
 ):  # a transformers sequence classifier in float32, on the CPU
-    "The body of a checkpoint under a head for these classes: its own where it fits, or a fresh one."
+    "The body of a checkpoint under a head for these classes, its own one where that fits."
     names = dict(enumerate(labels))
     model, loaded = load_classifier(
         start,
@@ -296,7 +285,8 @@ def zero_head(
     }
     if not last:
         raise ValueError(
-            f"{type(model).__name__}: no linear layer outside its base model gives {model.config.num_labels} classes"
+            f"{type(model).__name__}: no linear layer outside its base model gives"
+            f" {model.config.num_labels} classes"
         )
     for m in last.values():
         torch.nn.init.zeros_(m.weight)
@@ -306,25 +296,23 @@ def zero_head(
 
 # %% ../nbs/12_finetuning.ipynb #f59a098a
 class BucketTrainer(Trainer):
-    "A Trainer whose batches hold rows of like length, and whose head may learn at a rate of its own."
+    "A Trainer whose batches hold rows of like length, and whose head may learn at another rate."
 
     head_rate = None  # AdamW's peak learning rate for the head; None: the body's
 
     def create_optimizer(self, *args):
         if self.head_rate is None:
             return super().create_optimizer(*args)
-        body, rate = (
-            {id(p) for p in self.model.base_model.parameters()},
-            self.args.learning_rate,
-        )
+        body = {id(p) for p in self.model.base_model.parameters()}
+        rates = {True: self.args.learning_rate, False: self.head_rate}
         trained = [p for p in self.model.parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in trained if (id(p) in body) == inside], "lr": lr}
-            for inside, lr in ((True, rate), (False, self.head_rate))
+            {"params": [p for p in trained if (id(p) in body) == inside], "lr": rate}
+            for inside, rate in rates.items()
         ]
         self.optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]],
-            lr=rate,
+            lr=self.args.learning_rate,
             weight_decay=self.args.weight_decay,
             fused=True,
         )
@@ -343,68 +331,84 @@ def trainer_for(
     seed: int,  # of the order of rows and dropout
     scratch: str,  # folder for what the Trainer may want to write
     device: str = "cpu",  # "cpu" or "cuda"
-    held=None,  # rows held back that tell when to stop, as the recipe says; None: it runs to its end
+    held=None,  # rows that tell when to stop, as the recipe says; None: it runs to its end
     **arguments,  # further TrainingArguments
 ) -> BucketTrainer:  # to be run by `train()`
     "A trainer that follows a recipe, keeps nothing on disk and prints nothing."
-    n = ranks()[1]
-    if recipe.batch_size % n:
-        raise ValueError(
-            f"recipe: {n} processes cannot share a batch of {recipe.batch_size} rows"
-        )
-    steps, watch = recipe.steps_on(len(data)), []
-    if held is not None:
-        arguments |= {
-            "eval_strategy": "steps",
-            "eval_steps": LOOK,
-            "per_device_eval_batch_size": recipe.batch_size,
-            "metric_for_best_model": "accuracy",
-            "greater_is_better": True,
-        }
-        watch = [
-            EarlyStoppingCallback(recipe.looks, GAIN - 1e-9)
-        ]  # a gain of just so much counts, whichever way it is rounded
-    if n > 1:
-        arguments |= {
-            "accelerator_config": {"split_batches": True},
-            "average_tokens_across_devices": False,
-        }
-    bf16 = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and fast_bfloat16(device))
     args = TrainingArguments(
         output_dir=scratch,
-        max_steps=steps,
-        per_device_train_batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        warmup_steps=math.ceil(recipe.warmup * steps),
-        lr_scheduler_type="linear",
-        weight_decay=recipe.weight_decay,
         seed=seed,
-        bf16=bf16,
         use_cpu=device == "cpu",
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         **arguments,
+        **_schedule(recipe, recipe.steps_on(len(data)), device),
+        **_stopping(recipe, held),
+        **_SILENT,
     )
-    args._n_gpu = min(
-        args.n_gpu, 1
-    )  # on all GPUs that it sees, a Trainer would train with a batch on each
-    accuracy = lambda told: {
-        "accuracy": float((told.predictions.argmax(-1) == told.label_ids).mean())
-    }
+    args._n_gpu = min(args.n_gpu, 1)  # a Trainer would give each GPU it sees a batch
     trainer = BucketTrainer(
         model=model,
         train_dataset=data,
         eval_dataset=held,
         data_collator=collate,
         args=args,
-        compute_metrics=accuracy,
-        callbacks=watch,
+        compute_metrics=_accuracy,
+        # a gain of just so much counts, whichever way it is rounded
+        callbacks=[] if held is None else [EarlyStoppingCallback(recipe.looks, GAIN - 1e-9)],
     )
     trainer.head_rate = recipe.head_rate
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+# %% ../nbs/12_finetuning.ipynb #fd96dd01
+_SILENT = {
+    "logging_strategy": "no",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+def _schedule(recipe: Recipe, steps: int, device: str) -> dict:
+    "The TrainingArguments that say how fast and how long to train, on all processes together."
+    n = ranks()[1]
+    if recipe.batch_size % n:
+        raise ValueError(
+            f"recipe: {n} processes cannot share a batch of {recipe.batch_size} rows"
+        )
+    together = {
+        "accelerator_config": {"split_batches": True},
+        "average_tokens_across_devices": False,
+    }
+    fast = recipe.dtype == "auto" and fast_bfloat16(device)
+    return {
+        "max_steps": steps,
+        "per_device_train_batch_size": recipe.batch_size,
+        "learning_rate": recipe.learning_rate,
+        "warmup_steps": math.ceil(recipe.warmup * steps),
+        "lr_scheduler_type": "linear",
+        "weight_decay": recipe.weight_decay,
+        "bf16": recipe.dtype == "bfloat16" or fast,
+        **(together if n > 1 else {}),
+    }
+
+# %% ../nbs/12_finetuning.ipynb #ab489c43
+def _stopping(recipe: Recipe, held) -> dict:
+    "The TrainingArguments for looks at rows that are held back."
+    if held is None:
+        return {}
+    return {
+        "eval_strategy": "steps",
+        "eval_steps": LOOK,
+        "per_device_eval_batch_size": recipe.batch_size,
+        "metric_for_best_model": "accuracy",
+        "greater_is_better": True,
+    }
+
+
+def _accuracy(predicted) -> dict:
+    "The share of rows whose label has the highest score."
+    right = predicted.predictions.argmax(-1) == predicted.label_ids
+    return {"accuracy": float(right.mean())}
 
 # %% ../nbs/12_finetuning.ipynb #8c26b707
 def evaluate(
@@ -447,8 +451,8 @@ def train(
     recipe: Recipe,  # how to fine-tune
     seed: int,  # of the head, the order of rows and dropout
     device: str | None = None,  # "cpu" or "cuda"; None: cuda where there is one
-) -> tuple:  # the fine-tuned model, its tokenizer and its metrics on the test split; with epochs or patience also the steps taken
-    "Fine-tune `base` on `corpus`."
+) -> tuple:  # the fine-tuned model, its tokenizer and its metrics on the test split
+    "Fine-tune `base` on `corpus`; with epochs or patience the metrics hold the steps taken."
     device = default_device(device)
     rows = corpus.train if recipe.rows is None else corpus.subsample(recipe.rows, seed=0).train
     at = recipe.held(len(rows))
@@ -459,24 +463,20 @@ def train(
         if recipe.head == "zero":
             zero_head(model)
         set_trainable(model, recipe.trains)
-        data, held = (
-            Tokenized(part, tokenizer, recipe.max_length) if len(part) else None
-            for part in (rows.drop(rows.index[at]), rows.iloc[at])
+        data, held, test = (
+            Tokenized(part, tokenizer, recipe.max_length, f"dataset {corpus.name}, {split}")
+            if len(part)
+            else None
+            for part, split in (
+                (rows.drop(rows.index[at]), "train"),
+                (rows.iloc[at], "held back"),
+                (corpus.test, "test"),
+            )
         )
-        trainer = trainer_for(
-            model, data, DataCollatorWithPadding(tokenizer), recipe, seed, scratch, device, held
-        )
+        collate = DataCollatorWithPadding(tokenizer)
+        trainer = trainer_for(model, data, collate, recipe, seed, scratch, device, held)
         trainer.train()
-        metrics = evaluate(
-            model, Tokenized(corpus.test, tokenizer, recipe.max_length), tokenizer
-        )
-        return (
-            model,
-            tokenizer,
-            metrics
-            | (
-                {}
-                if recipe.epochs is None and recipe.patience is None
-                else {"steps": trainer.state.global_step}
-            ),
-        )
+        metrics = evaluate(model, test, tokenizer)
+        if recipe.epochs is not None or recipe.patience is not None:
+            metrics |= {"steps": trainer.state.global_step}
+        return model, tokenizer, metrics

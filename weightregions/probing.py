@@ -23,6 +23,7 @@ from transformers import AutoModel
 from .corpora import check_split, draw
 from .finetuning import Tokenized, fast_bfloat16
 from .loading import load_config, load_json, load_tokenizer
+from .space import patch
 
 # %% ../nbs/20_probing.ipynb #d30adf50
 POOLINGS = ("first", "mean", "last")
@@ -88,7 +89,7 @@ def pooling_of(
 # %% ../nbs/20_probing.ipynb #03c7fb73
 def buckets(
     lengths,  # tokens of each row
-    batch_tokens: int,  # tokens in a batch at most, padding counted; a longer row has a batch of its own
+    batch_tokens: int,  # tokens in a batch at most, padding counted; a longer row stands alone
 ) -> list:  # arrays of row numbers, shortest rows first
     "Batches of rows of like length."
     lengths = np.asarray(lengths)
@@ -113,20 +114,17 @@ class Split:
     ):
         if batch_tokens < 1 or max_length < 1:
             raise ValueError(
-                f"{name}: batch_tokens and max_length must be at least 1, not {batch_tokens} and {max_length}"
+                f"{name}: batch_tokens and max_length must be at least 1,"
+                f" not {batch_tokens} and {max_length}"
             )
         if not len(rows):
             raise ValueError(f"{name}: there are no rows")
         data = Tokenized(rows, tokenizer, max_length, name)
         if 0 in data.lengths:
-            raise ValueError(
-                f"{name}, row {data.lengths.index(0)}: the tokenizer makes no token of it"
-            )
-        self.name, self.labels, self.lengths = (
-            name,
-            np.asarray(data.labels, dtype=np.int64),
-            np.asarray(data.lengths),
-        )
+            row = data.lengths.index(0)
+            raise ValueError(f"{name}, row {row}: the tokenizer makes no token of it")
+        self.name, self.labels = name, np.asarray(data.labels, dtype=np.int64)
+        self.lengths = np.asarray(data.lengths)
         self.columns = {
             key: [torch.tensor(ids) for ids in values]
             for key, values in data.encoded.items()
@@ -138,32 +136,35 @@ class Split:
             (torch.from_numpy(b), self.padded(b)) for b in buckets(self.lengths, batch_tokens)
         ]
 
-    def padded(
-        self,
-        rows,  # row numbers
-    ) -> (
-        dict
-    ):  # input_ids, attention_mask and what else the tokenizer gives, (rows, longest row) each
-        "Some rows as the inputs of a model, padded on the right."
-        lengths = torch.from_numpy(self.lengths[rows])
-        pad = lambda key: pad_sequence(
-            [self.columns[key][i] for i in rows],
-            batch_first=True,
-            padding_value=self.fill if key == "input_ids" else 0,
-        )
-        return {key: pad(key) for key in self.columns} | {
-            "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-        }
-
     def __len__(self):
         return len(self.labels)
 
     def __repr__(self):
-        return f"Split({self.name}: {len(self)} rows, {self.lengths.sum()} tokens in {len(self.batches)} batches)"
+        tokens = f"{self.lengths.sum()} tokens in {len(self.batches)} batches"
+        return f"Split({self.name}: {len(self)} rows, {tokens})"
+
+# %% ../nbs/20_probing.ipynb #7f68b608
+@patch
+def padded(
+    self: Split,
+    rows,  # row numbers
+) -> dict:  # what the tokenizer gives, and attention_mask: (rows, longest row) each
+    "Some rows as the inputs of a model, padded on the right."
+    lengths = torch.from_numpy(self.lengths[rows])
+    inputs = {
+        key: pad_sequence(
+            [column[i] for i in rows],
+            batch_first=True,
+            padding_value=self.fill if key == "input_ids" else 0,
+        )
+        for key, column in self.columns.items()
+    }
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    return inputs | {"attention_mask": mask.long()}
 
 # %% ../nbs/20_probing.ipynb #881e4331
 def _rows(corpus, split: str, n: int | None, seed: int):
-    "All rows of a split, or a stratified draw of `n`; of train one in which every class occurs."
+    "All rows of a split, or a stratified draw of `n`; in train with every class."
     rows, where = getattr(corpus, split), f"target {corpus.name}, {split}"
     if n is not None:
         y = rows["label"].to_numpy()
@@ -178,7 +179,7 @@ def _rows(corpus, split: str, n: int | None, seed: int):
 
 # %% ../nbs/20_probing.ipynb #32c5bd4f
 class Target:
-    "One target dataset, drawn, tokenized and batched once for all the models that are measured on it."
+    "One target dataset, drawn, tokenized and batched once for all models."
 
     def __init__(
         self,
@@ -205,7 +206,8 @@ class Target:
         )
 
     def __repr__(self):
-        return f"Target({self.name}: {len(self.labels)} classes, {len(self.train)} train and {len(self.test)} test rows)"
+        rows = f"{len(self.train)} train and {len(self.test)} test rows"
+        return f"Target({self.name}: {len(self.labels)} classes, {rows})"
 
 # %% ../nbs/20_probing.ipynb #a433ce40
 def _encoder(model):
@@ -217,36 +219,39 @@ def _encoder(model):
         body.get_encoder() if _two_sided(body.config) and hasattr(body, "get_encoder") else body
     )
 
-
+# %% ../nbs/20_probing.ipynb #09c73492
 def _check_fits(encoder, split: Split):
     "Refuse token ids and lengths for which the model has no embedding."
-    of, known = (
-        f"{split.name}: the tokenizer is not this {type(encoder).__name__}'s",
-        encoder.get_input_embeddings(),
-    )
-    rows = getattr(known, "num_embeddings", inf)
+    name, tokens = type(encoder).__name__, encoder.get_input_embeddings()
+    rows = getattr(tokens, "num_embeddings", inf)
     if split.top >= rows:
-        raise ValueError(f"{of}: token id {split.top}, but only {rows} embeddings")
+        raise ValueError(
+            f"{split.name}: the tokenizer is not this {name}'s: token id {split.top},"
+            f" but only {rows} embeddings"
+        )
+    longest = split.lengths.max()
+    for room in _rooms(encoder, tokens):
+        if longest > room:
+            raise ValueError(
+                f"{split.name}: a row of {longest} tokens, but {name} has places for {room};"
+                " lower max_length"
+            )
+
+
+def _rooms(encoder, tokens):
+    "The lengths that the position embeddings of a model have places for."
     places = getattr(encoder.config, "max_position_embeddings", None)
     for table in encoder.modules():
-        if (
-            not isinstance(table, torch.nn.Embedding)
-            or table is known
-            or table.num_embeddings != places
-        ):
+        if not isinstance(table, torch.nn.Embedding) or table is tokens:
             continue
-        room = places - (
-            0 if table.padding_idx is None else table.padding_idx + 1
-        )  # RoBERTa counts from behind its padding token
-        if split.lengths.max() > room:
-            raise ValueError(
-                f"{split.name}: a row of {split.lengths.max()} tokens, but {type(encoder).__name__} has places for {room}; lower max_length"
-            )
+        if table.num_embeddings == places:
+            # RoBERTa counts from behind its padding token
+            yield places - (0 if table.padding_idx is None else table.padding_idx + 1)
 
 # %% ../nbs/20_probing.ipynb #f5e87fb6
 @contextmanager
 def _at_rest(model, bf16: bool | None):
-    "Evaluation without gradients, in bfloat16 where that is fast; gives the device, and puts every training flag back."
+    "Evaluation without gradients, in bfloat16 where that is fast; training flags come back."
     at, flags = next(model.parameters()), [(m, m.training) for m in model.modules()]
     if bf16 is None:
         bf16 = (
@@ -265,7 +270,7 @@ def _at_rest(model, bf16: bool | None):
         for m, flag in flags:
             m.training = flag
 
-
+# %% ../nbs/20_probing.ipynb #41c60eac
 def _vectors(encoder, inputs: dict, pooling: str) -> torch.Tensor:
     "A float32 vector for each row of a batch."
     out = encoder(**inputs)
@@ -284,8 +289,7 @@ def _vectors(encoder, inputs: dict, pooling: str) -> torch.Tensor:
 def encode(
     model,  # a transformers model, with a head or without
     split: Split,  # n rows
-    pooling: str
-    | None = None,  # "first", "mean" or "last" token; None: as the model's family does
+    pooling: str | None = None,  # "first", "mean" or "last" token; None: the family's
     device=None,  # where the batches go; None: where the model is
     bf16: bool | None = None,  # bfloat16 autocast; None: where it is fast
 ) -> torch.Tensor:  # (n, d) float32 on the CPU, in the order of the rows
@@ -306,7 +310,7 @@ def encode(
 
 # %% ../nbs/20_probing.ipynb #6e245828
 def _numbers(x, y, classes: int) -> tuple:
-    "Features as float64 and labels as integers, refused if they cannot be of `classes` classes."
+    "Features as float64 and labels as integers, refused where they are not of `classes` classes."
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y)
     if x.ndim != 2 or len(x) != len(y):
         raise ValueError(f"probe: {x.shape} features for {len(y)} labels")
@@ -314,13 +318,15 @@ def _numbers(x, y, classes: int) -> tuple:
         raise ValueError("probe: there are no rows")
     if len(bad := np.flatnonzero(~np.isfinite(x).all(axis=1))):
         raise ValueError(
-            f"probe: the features of {len(bad)} rows are not finite, the first of them row {bad[0]}"
+            f"probe: the features of {len(bad)} rows are not finite,"
+            f" the first of them row {bad[0]}"
         )
     if not np.issubdtype(y.dtype, np.integer):
         raise ValueError(f"probe: labels are {y.dtype}, not integers")
     if len(bad := np.flatnonzero((y < 0) | (y >= classes))):
         raise ValueError(
-            f"probe: label {y[bad[0]]} of row {bad[0]} is out of range: there are {classes} classes"
+            f"probe: label {y[bad[0]]} of row {bad[0]} is out of range:"
+            f" there are {classes} classes"
         )
     return x, y
 
@@ -363,7 +369,7 @@ PENALTY = 0.3  # of a probe's weights, on standardised features
 
 
 def _standard(x: np.ndarray) -> tuple:
-    "Mean and scale of each feature; a spread within the rounding errors of float32 counts as none."
+    "Mean and scale of each feature; a spread within float32's rounding counts as none."
     mean, scale = x.mean(axis=0), x.std(axis=0)
     return mean, np.where(scale > 1e-6 * np.abs(mean), scale, 1.0)
 
@@ -372,7 +378,7 @@ def fit_probe(
     x,  # (n, d) features
     y,  # (n,) labels, integers from 0
     classes: int,  # how many
-    penalty: float = PENALTY,  # L2 on the weights: mean loss + penalty / 2 * their squared length
+    penalty: float = PENALTY,  # L2 on the weights: mean loss + penalty / 2 * squared length
 ) -> Probe:
     "The regularised multinomial logistic regression, at its optimum."
     x, y = _numbers(x, y, classes)
@@ -381,34 +387,40 @@ def fit_probe(
         raise ValueError(f"probe: all {len(y)} rows are of class {seen[0]}")
     if not 0 < penalty < inf:
         raise ValueError(
-            f"probe: penalty must be positive, not {penalty}: without one, classes that can be told apart have no optimum"
+            f"probe: penalty must be positive, not {penalty}: without one,"
+            " classes that can be told apart have no optimum"
         )
     mean, scale = _standard(x)
-    z, n, k = (x - mean) / scale, len(y), len(seen)
-    own = np.eye(k)[codes]
+    w, b = _optimum((x - mean) / scale, np.eye(len(seen))[codes], penalty)
+    weight, bias = np.zeros((classes, x.shape[1])), np.full(classes, -inf)
+    weight[seen], bias[seen] = w, b
+    return Probe(weight, bias, mean, scale)
+
+# %% ../nbs/20_probing.ipynb #6682e396
+def _optimum(z: np.ndarray, labels: np.ndarray, penalty: float) -> tuple:
+    "Weights (k, d) and biases (k,) for features (n, d) and labels as (n, k) zeros and ones."
+    n, k = labels.shape
 
     def objective(p):
         w, b = p[:-k].reshape(k, -1), p[-k:]
         log_p = log_softmax(z @ w.T + b, axis=1)
-        slope = (np.exp(log_p) - own) / n
-        return -(own * log_p).sum() / n + penalty / 2 * (w * w).sum(), np.concatenate(
-            [(slope.T @ z + penalty * w).ravel(), slope.sum(axis=0)]
-        )
+        slope = (np.exp(log_p) - labels) / n
+        loss = -(labels * log_p).sum() / n + penalty / 2 * (w * w).sum()
+        return loss, np.concatenate([(slope.T @ z + penalty * w).ravel(), slope.sum(axis=0)])
 
-    found = minimize(
+    fit = minimize(
         objective,
         np.zeros(k * (z.shape[1] + 1)),
         jac=True,
         method="L-BFGS-B",
         options={"gtol": 1e-7, "ftol": 0, "maxcor": 30, "maxiter": 10_000, "maxfun": 20_000},
     )
-    if not (rest := np.linalg.norm(found.jac)) <= 1e-5:
+    if not (rest := np.linalg.norm(fit.jac)) <= 1e-5:
         raise ValueError(
-            f"probe: a gradient of {rest:.1e} is left after {found.nit} steps; raise the penalty, {penalty}"
+            f"probe: a gradient of {rest:.1e} is left after {fit.nit} steps;"
+            f" raise the penalty, {penalty}"
         )
-    weight, bias = np.zeros((classes, z.shape[1])), np.full(classes, -inf)
-    weight[seen], bias[seen] = found.x[:-k].reshape(k, -1), found.x[-k:]
-    return Probe(weight, bias, mean, scale)
+    return fit.x[:-k].reshape(k, -1), fit.x[-k:]
 
 # %% ../nbs/20_probing.ipynb #15d5adce
 def _row(target: Target, pooling: str, **figures) -> dict:
@@ -444,50 +456,43 @@ def _measured(probe: Probe, target: Target, train, test, penalty: float) -> dict
 def generalized_loss(
     model,  # a transformers model, with a head or without
     target: Target,  # the dataset to measure on
-    pooling: str
-    | None = None,  # "first", "mean" or "last" token; None: as the model's family does
+    pooling: str | None = None,  # "first", "mean" or "last" token; None: the family's
     penalty: float = PENALTY,  # L2 on the probe's weights
     bf16: bool | None = None,  # bfloat16 autocast while encoding; None: where it is fast
-) -> dict:  # target, loss (nats a row of test), accuracy, train_loss, objective, n_train, n_test, pooling, note
-    "Loss and accuracy on the test split of a probe that was fitted on the frozen encoder's train split."
+) -> dict:  # target, loss (nats a row of test), accuracy, train_loss, objective and more
+    "Loss and accuracy on test of a probe that was fitted on the frozen encoder's train split."
     pooling = pooling or pooling_of(model)
     train, test = (
         encode(model, split, pooling, bf16=bf16) for split in (target.train, target.test)
     )
-    broken = {
-        name: int((~x.isfinite()).any(dim=1).sum())
-        for name, x in (("train", train), ("test", test))
-    }
-    if any(broken.values()):
-        note = (
-            " and ".join(
-                f"{n} of {len(getattr(target, name))} {name} rows"
-                for name, n in broken.items()
-                if n
-            )
-            + " have features that are not finite"
-        )
+    if note := _unfinite(target, train=train, test=test):
         return _row(target, pooling, loss=inf, train_loss=inf, objective=inf, note=note)
     probe = fit_probe(train, target.train.labels, len(target.labels), penalty)
     return _row(target, pooling, **_measured(probe, target, train, test, penalty))
 
+# %% ../nbs/20_probing.ipynb #966616f8
+def _unfinite(target: Target, **features) -> str:
+    "What to note of features that are not finite; nothing where all are."
+    rows = {name: int((~x.isfinite()).any(dim=1).sum()) for name, x in features.items()}
+    parts = [
+        f"{n} of {len(getattr(target, name))} {name} rows" for name, n in rows.items() if n
+    ]
+    return " and ".join(parts) + " have features that are not finite" if parts else ""
+
 # %% ../nbs/20_probing.ipynb #9dd03463
 class Probing:
-    "The generalized loss on some targets, as a metric: called with a model it returns a row a target."
+    "The generalized loss on some targets, as a metric: of a model it gives one row per target."
 
     def __init__(
         self,
         targets,  # a Target, several of them, or a dict of them
-        pooling: str
-        | None = None,  # "first", "mean" or "last" token; None: as the model's family does
+        pooling: str | None = None,  # "first", "mean" or "last" token; None: the family's
         penalty: float = PENALTY,  # L2 on the probes' weights
         bf16: bool | None = None,  # bfloat16 autocast while encoding; None: where it is fast
     ):
-        self.targets = (
-            [targets]
-            if isinstance(targets, Target)
-            else list(targets.values() if isinstance(targets, Mapping) else targets)
-        )
+        if isinstance(targets, Target):
+            targets = [targets]
+        self.targets = list(targets.values() if isinstance(targets, Mapping) else targets)
         self.pooling, self.penalty, self.bf16 = pooling, penalty, bf16
         names = [t.name for t in self.targets]
         if not names:
@@ -511,7 +516,8 @@ class Probing:
         targets = ", ".join(
             f"{t.name} {len(t.train)} + {len(t.test)} rows" for t in self.targets
         )
-        return f"Probing({targets}; pooling {self.pooling or 'of the family'}, penalty {self.penalty})"
+        pooling = f"pooling {self.pooling or 'of the family'}"
+        return f"Probing({targets}; {pooling}, penalty {self.penalty})"
 
 # %% ../nbs/20_probing.ipynb #d87c8f4b
 def head_loss(
@@ -522,33 +528,37 @@ def head_loss(
     "Loss and accuracy of the model's own head on the target's test split."
     name, split = type(model).__name__, target.test
     _check_fits(_encoder(model), split)
-    said = [model.config.id2label.get(i) for i in range(model.config.num_labels)]
-    if len(said) != len(target.labels):
-        raise ValueError(
-            f"{name} has a head for {len(said)} classes, target {target.name} has {len(target.labels)}"
-        )
-    if set(said) == set(target.labels) and tuple(said) != target.labels:
-        raise ValueError(
-            f"{name} has the classes {', '.join(said)}, target {target.name} has them in the order {', '.join(target.labels)}"
-        )
+    _check_classes(model, target)
     loss, right = 0.0, 0
     with _at_rest(model, bf16) as device:
         for rows, inputs in split.batches:
             out = model(**{k: v.to(device) for k, v in inputs.items()})
-            if getattr(out, "logits", None) is None or out.logits.shape != (
-                len(rows),
-                len(said),
-            ):
-                raise ValueError(f"{name} has no head that gives {len(said)} logits a row")
-            log_p, y = (
-                out.logits.double().log_softmax(dim=-1).cpu(),
-                torch.from_numpy(split.labels)[rows],
-            )
+            shape = len(rows), (classes := len(target.labels))
+            if getattr(out, "logits", None) is None or out.logits.shape != shape:
+                raise ValueError(f"{name} has no head that gives {classes} logits a row")
+            log_p = out.logits.double().log_softmax(dim=-1).cpu()
+            y = torch.from_numpy(split.labels)[rows]
             loss -= log_p[torch.arange(len(y)), y].sum().item()
             right += (log_p.argmax(dim=-1) == y).sum().item()
     if not np.isfinite(loss):
         return _row(target, "head", n_train=0, loss=inf, note="logits are not finite")
     return _row(target, "head", n_train=0, loss=loss / len(split), accuracy=right / len(split))
+
+# %% ../nbs/20_probing.ipynb #a6422647
+def _check_classes(model, target: Target) -> None:
+    "Refuse a head of other classes, or of these in another order."
+    name = type(model).__name__
+    classes = [model.config.id2label.get(i) for i in range(model.config.num_labels)]
+    if len(classes) != len(target.labels):
+        raise ValueError(
+            f"{name} has a head for {len(classes)} classes,"
+            f" target {target.name} has {len(target.labels)}"
+        )
+    if set(classes) == set(target.labels) and tuple(classes) != target.labels:
+        raise ValueError(
+            f"{name} has the classes {', '.join(classes)},"
+            f" target {target.name} has them in the order {', '.join(target.labels)}"
+        )
 
 # %% ../nbs/20_probing.ipynb #129c8076
 def sgd_probe(
@@ -557,52 +567,47 @@ def sgd_probe(
     steps: int = 200,  # optimiser steps
     learning_rate: float = 1e-2,  # of Adam at the start; it falls linearly to 0
     batch_size: int = 32,  # rows in a step
-    pooling: str
-    | None = None,  # "first", "mean" or "last" token; None: as the model's family does
+    pooling: str | None = None,  # "first", "mean" or "last" token; None: the family's
     penalty: float = PENALTY,  # L2 on the probe's weights
     seed: int = 0,  # of the order of rows
     bf16: bool | None = None,  # bfloat16 autocast while encoding; None: where it is fast
 ) -> dict:  # the columns of `generalized_loss`
-    "The same probe, trained by stochastic gradients through the frozen encoder: slower, and never below its objective."
+    "The same probe by stochastic gradients through the frozen encoder: slower, never better."
     if steps < 1 or batch_size < 1:
         raise ValueError(
             f"sgd_probe: steps and batch_size must be at least 1, not {steps} and {batch_size}"
         )
-    encoder, pooling, split, rng = (
-        _encoder(model),
-        pooling or pooling_of(model),
-        target.train,
-        np.random.default_rng(seed),
-    )
+    encoder, pooling, split = _encoder(model), pooling or pooling_of(model), target.train
     train, test = (encode(model, s, pooling, bf16=bf16) for s in (split, target.test))
     mean, scale = _standard(_numbers(train, split.labels, len(target.labels))[0])
-    weight, bias = (
-        torch.zeros(len(target.labels), train.shape[1], requires_grad=True),
-        torch.zeros(len(target.labels), requires_grad=True),
-    )
+    rng, times = np.random.default_rng(seed), -(-steps * batch_size // len(split))
+    order = np.concatenate([rng.permutation(len(split)) for _ in range(times)])
+
+    def batches():
+        for rows in order[: steps * batch_size].reshape(steps, batch_size):
+            with _at_rest(encoder, bf16) as device:
+                inputs = {k: v.to(device) for k, v in split.padded(rows).items()}
+                vectors = _vectors(encoder, inputs, pooling).cpu().double()
+            z = (vectors - torch.from_numpy(mean)) / torch.from_numpy(scale)
+            yield z.float(), torch.from_numpy(split.labels)[rows]
+
+    shape = len(target.labels), train.shape[1]
+    probe = Probe(*_descended(batches(), shape, steps, learning_rate, penalty), mean, scale)
+    return _row(target, pooling, **_measured(probe, target, train, test, penalty))
+
+# %% ../nbs/20_probing.ipynb #dc78502a
+def _descended(
+    batches, shape: tuple, steps: int, learning_rate: float, penalty: float
+) -> tuple:
+    "Weights and biases of a linear classifier after Adam's steps on (features, labels)."
+    weight, bias = (torch.zeros(size, requires_grad=True) for size in (shape, shape[:1]))
     optimizer = torch.optim.Adam([weight, bias], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    order = np.concatenate(
-        [rng.permutation(len(split)) for _ in range(-(-steps * batch_size // len(split)))]
-    )
-    for step in range(steps):
-        rows = order[step * batch_size : (step + 1) * batch_size]
-        with _at_rest(encoder, bf16) as device:
-            vectors = _vectors(
-                encoder, {k: v.to(device) for k, v in split.padded(rows).items()}, pooling
-            )
-        z = (
-            (vectors.cpu().double() - torch.from_numpy(mean)) / torch.from_numpy(scale)
-        ).float()
-        loss = (
-            torch.nn.functional.cross_entropy(
-                z @ weight.T + bias, torch.from_numpy(split.labels)[rows]
-            )
-            + penalty / 2 * weight.square().sum()
-        )
+    for z, labels in batches:
+        loss = torch.nn.functional.cross_entropy(z @ weight.T + bias, labels)
+        loss = loss + penalty / 2 * weight.square().sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    probe = Probe(weight.detach().double().numpy(), bias.detach().double().numpy(), mean, scale)
-    return _row(target, pooling, **_measured(probe, target, train, test, penalty))
+    return weight.detach().double().numpy(), bias.detach().double().numpy()

@@ -47,12 +47,13 @@ from weightregions.finetuning import (
 )
 from .jobs import run_jobs
 from .loading import load_tokenizer, quiet
+from .space import patch
 
 # %% ../nbs/34_starting.ipynb #522148db
 def split_validation(
     corpus: Corpus,  # whose training rows are split; its test split is left alone
     share: float = 0.2,  # of each class's training rows, to be held back
-    at_least: int = 1,  # rows of each class that are held back, however few there are; 0: a class with one row keeps it for training
+    at_least: int = 1,  # rows of each class held back; 0: a class of one row trains with it
     seed: int = 0,  # of the draw
 ) -> tuple[Corpus, pd.DataFrame]:  # the corpus without the rows held back, and those rows
     "Hold back a stratified part of the training rows."
@@ -65,12 +66,14 @@ def split_validation(
         own = rng.permutation(np.flatnonzero(y == label))
         if len(own) <= at_least:
             raise ValueError(
-                f"dataset {corpus.name}: class {corpus.labels[label]!r} has {len(own)} of {len(y)} training rows, too few to hold back {at_least} for validation"
+                f"dataset {corpus.name}: class {corpus.labels[label]!r} has {len(own)} of {len(y)}"
+                f" training rows, too few to hold back {at_least} for validation"
             )
         held.append(own[: min(max(round(share * len(own)), at_least, 1), len(own) - 1)])
     if sum(map(bool, map(len, held))) < 2:
         raise ValueError(
-            f"dataset {corpus.name}: {len(y)} training rows are too few for a validation part of two classes"
+            f"dataset {corpus.name}: {len(y)} training rows are too few"
+            " for a validation part of two classes"
         )
     keep = np.isin(np.arange(len(y)), np.concatenate(held), invert=True)
     return replace(
@@ -92,14 +95,10 @@ RATES = {
 class Search:
     "How the learning rate and the number of steps are chosen: the same for every start."
 
-    rates: tuple | None = (
-        None  # learning rates tried, of the body (of the head, if nothing else trains); None: the method's in `RATES`
-    )
+    rates: tuple | None = None  # learning rates tried; None: the method's in `RATES`
     evaluations: int = 10  # looks at the validation part in a full run, evenly spaced
     patience: int = 3  # looks without a new best after which a run stops
-    epochs: float | None = (
-        10  # passes over the training rows at most, as in the paper; None: the recipe's steps, however few rows there are
-    )
+    epochs: float | None = 10  # passes over the training rows at most; None: the recipe's steps
     share: float = 0.2  # of the training rows that are held back for validation
     at_most: int = 500  # validation rows, about
     at_least: int = 1  # validation rows of each class, see `split_validation`
@@ -124,27 +123,28 @@ class Search:
         if self.at_least < 0:
             raise ValueError(f"search: at_least is a number of rows, not {self.at_least}")
 
-    def split(
-        self,
-        corpus: Corpus,  # whose training rows are split
-        seed: int,  # of the draw
-    ) -> tuple:  # the corpus without the rows held back, and those rows
-        "Hold back the validation part."
-        return split_validation(
-            corpus, min(self.share, self.at_most / len(corpus.train)), self.at_least, seed
-        )
+# %% ../nbs/34_starting.ipynb #e1b7f488
+@patch
+def split(
+    self: Search,
+    corpus: Corpus,  # whose training rows are split
+    seed: int,  # of the draw
+) -> tuple:  # the corpus without the rows held back, and those rows
+    "Hold back the validation part."
+    share = min(self.share, self.at_most / len(corpus.train))
+    return split_validation(corpus, share, self.at_least, seed)
 
-    def steps(
-        self,
-        recipe: Recipe,  # whose steps are the most
-        n: int,  # training rows
-    ) -> int:  # optimiser steps of a full run
-        "How long a run may be."
-        return (
-            recipe.steps
-            if self.epochs is None
-            else min(recipe.steps, math.ceil(self.epochs * n / recipe.batch_size))
-        )
+
+@patch
+def steps(
+    self: Search,
+    recipe: Recipe,  # whose steps are the most
+    n: int,  # training rows
+) -> int:  # optimiser steps of a full run
+    "How long a run may be."
+    if self.epochs is None:
+        return recipe.steps
+    return min(recipe.steps, math.ceil(self.epochs * n / recipe.batch_size))
 
 # %% ../nbs/34_starting.ipynb #c2e58a57
 def classifier_from(
@@ -207,41 +207,25 @@ class _Watch(TrainerCallback):
     "Looks at the validation part every few steps, and keeps the best weights."
 
     def __init__(self, data, tokenizer, rate, every, patience):
-        self.data, self.tokenizer, self.rate, self.every, self.patience = (
-            data,
-            tokenizer,
-            rate,
-            every,
-            patience,
-        )
-        self.best, self.steps, self.weights, self.waited, self.history = (
-            (-1.0, 0.0),
-            0,
-            {},
-            0,
-            [],
-        )
+        self.data, self.tokenizer = data, tokenizer
+        self.rate, self.every, self.patience = rate, every, patience
+        self.best, self.steps, self.weights = (-1.0, 0.0), 0, {}
+        self.waited, self.history = 0, []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % self.every and state.global_step < args.max_steps:
+        step = state.global_step
+        if step % self.every and step < args.max_steps:
             return
-        found = evaluate(model, self.data, self.tokenizer)
+        result = evaluate(model, self.data, self.tokenizer)
+        accuracy, loss = result["accuracy"], result["loss"]
         self.history.append(
-            {
-                "rate": self.rate,
-                "step": state.global_step,
-                "accuracy": found["accuracy"],
-                "loss": found["loss"],
-            }
+            {"rate": self.rate, "step": step, "accuracy": accuracy, "loss": loss}
         )
-        score, self.waited = (found["accuracy"], -found["loss"]), self.waited + 1
-        if math.isfinite(found["loss"]) and score > self.best:
-            self.best, self.steps, self.waited = score, state.global_step, 0
-            self.weights = {
-                name: p.detach().clone()
-                for name, p in model.named_parameters()
-                if p.requires_grad
-            }
+        score, self.waited = (accuracy, -loss), self.waited + 1
+        if math.isfinite(loss) and score > self.best:
+            self.best, self.steps, self.waited = score, step, 0
+            trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            self.weights = {name: p.detach().clone() for name, p in trained}
         if self.waited >= self.patience:
             control.should_training_stop = True
 
@@ -275,7 +259,7 @@ def _run(model, tokenizer, rows, held, recipe, method, rate, seed, search, devic
 # %% ../nbs/34_starting.ipynb #0fe534ae
 @dataclass(frozen=True, eq=False)
 class Tuned:
-    "A model fine-tuned at the learning rate that suited its validation part, and what it scored."
+    "A model fine-tuned at the learning rate that its validation part chose, and its scores."
 
     accuracy: float  # on the test split
     loss: float  # cross-entropy on the test split, nats
@@ -296,14 +280,13 @@ class Tuned:
 def tune(
     start,  # folder or hub id of the checkpoint to start from
     corpus: Corpus,  # what to fine-tune on
-    recipe: Recipe,  # how; its learning rate is replaced by those of the search, and `rows` caps the training examples, drawn by the seed
+    recipe: Recipe,  # how; the search has its own rates, and `rows` caps the training examples
     seed: int,  # of the examples, the validation part, the head, the order of rows and dropout
-    search: Search
-    | None = None,  # how the learning rate and the steps are chosen; None: `Search()`
+    search: Search | None = None,  # of the learning rate and the steps; None: `Search()`
     device: str | None = None,  # "cpu" or "cuda"; None: cuda where there is one
     method: str | None = None,  # one of `METHODS`; None: what the recipe trains
 ) -> Tuned:
-    "Fine-tune `start` at each learning rate, keep what is best on a validation part, and look at the test split once."
+    "Fine-tune at each learning rate, keep the best on a validation part, test it once."
     search, method = search or Search(), _known(method or recipe.trains)
     _in_steps(recipe)
     device = default_device(device)
@@ -312,49 +295,45 @@ def tune(
     with quiet(), one_thread(device):
         model, tokenizer = classifier_from(start, corpus.labels, seed)
         _prepare(model, recipe, method)
-        initial = {k: v.clone() for k, v in model.state_dict().items()}
-        rows, validation = (
-            Tokenized(r, tokenizer, recipe.max_length) for r in (part.train, held)
+        rows, validation, test = (
+            Tokenized(r, tokenizer, recipe.max_length, f"dataset {corpus.name}, {name}")
+            for r, name in ((part.train, "train"), (held, "validation"), (corpus.test, "test"))
         )
-        runs = []
-        for rate in search.rates or RATES[method]:
-            model.load_state_dict(initial)
-            runs.append(
-                _run(
-                    model,
-                    tokenizer,
-                    rows,
-                    validation,
-                    recipe,
-                    method,
-                    rate,
-                    seed,
-                    search,
-                    device,
-                )
-            )
-        best = max(runs, key=lambda run: run.best)
-        if not best.weights:
-            raise ValueError(
-                f"{start} on {corpus.name}: the loss is not finite at any of the learning rates {', '.join(f'{r.rate:g}' for r in runs)}"
-            )
-        model.load_state_dict(initial | best.weights)
-        test = evaluate(model, Tokenized(corpus.test, tokenizer, recipe.max_length), tokenizer)
-    history = pd.DataFrame([look for run in runs for look in run.history])
+        plan = (model, tokenizer, rows, validation, recipe, method)
+        best, history = _searched(plan, seed, search, device, f"{start} on {corpus.name}")
+        result = evaluate(model, test, tokenizer)
     return Tuned(
-        test["accuracy"],
-        test["loss"],
+        result["accuracy"],
+        result["loss"],
         best.rate,
         best.steps,
         best.best[0],
         len(given.train),
         len(held),
-        test["n_test"],
+        result["n_test"],
         method,
         history,
         model,
         tokenizer,
     )
+
+# %% ../nbs/34_starting.ipynb #70bef995
+def _searched(plan: tuple, seed: int, search: Search, device: str, name: str) -> tuple:
+    "The best of the runs at all rates, whose weights the model then has; and every look."
+    model, *_, method = plan
+    initial = {k: v.clone() for k, v in model.state_dict().items()}
+    runs = []
+    for rate in search.rates or RATES[method]:
+        model.load_state_dict(initial)
+        runs.append(_run(*plan, rate, seed, search, device))
+    best = max(runs, key=lambda run: run.best)
+    if not best.weights:
+        raise ValueError(
+            f"{name}: the loss is not finite at any of the learning rates"
+            f" {', '.join(f'{run.rate:g}' for run in runs)}"
+        )
+    model.load_state_dict(initial | best.weights)
+    return best, pd.DataFrame([look for run in runs for look in run.history])
 
 # %% ../nbs/34_starting.ipynb #b83fd6ea
 COLUMNS = [
@@ -419,7 +398,7 @@ def _opened_starts(found):
 
 # %% ../nbs/34_starting.ipynb #c136b17f
 def _tasks(starts, corpora, sizes, seeds, recipe, search, method):
-    "Key -> what a job takes, for every job; what cannot work is refused before any of them starts."
+    "Key -> what a job takes, for every job; what cannot work is refused before the first."
     if not corpora:
         raise ValueError("there are no targets")
     if odd := [n for n in sizes if n is not None and not isinstance(n, (int, np.integer))]:
@@ -455,73 +434,64 @@ def _tasks(starts, corpora, sizes, seeds, recipe, search, method):
 
 # %% ../nbs/34_starting.ipynb #b17f66e2
 def compare_starts(
-    starts: Mapping
-    | Callable,  # name -> folder or hub id, or a function that gives that for a target's name
+    starts: Mapping | Callable,  # name -> folder or hub id, or what gives that for a target
     corpora: Mapping[str, Corpus],  # the targets, by name
-    sizes: Iterable = (
-        200,
-        1000,
-        None,
-    ),  # training examples, those for validation among them; None: all
-    seeds: Iterable = (
-        1,
-        2,
-        3,
-    ),  # each draws examples, validation part, head and order anew, the same for every start
+    sizes: Iterable = (200, 1000, None),  # training and validation examples; None: all
+    seeds: Iterable = (1, 2, 3),  # of examples, validation part, head and order, for all starts
     recipe: Recipe = Recipe(trains="bitfit"),  # how to fine-tune
-    search: Search | None = None,  # how learning rate and steps are chosen; None: `Search()`
-    file=None,  # CSV file to which rows are added, and from which a comparison goes on; None: in memory only
+    search: Search | None = None,  # of learning rate and steps; None: `Search()`
+    file=None,  # CSV file that rows are added to, and a comparison goes on from; None: no file
     workers: int | None = None,  # fine-tunings at a time; None: see `run_jobs`
     method: str | None = None,  # one of `METHODS`; None: what the recipe trains
-) -> pd.DataFrame:  # a row a job: target, start, size (text: "200", "all"), seed, method, accuracy, loss, rate, steps, validation, n_train, n_validation, n_test
-    "Fine-tune from every start on every target, at every size and with every seed, unless it is in the file."
+) -> pd.DataFrame:  # one row per job, with the columns of `COLUMNS`; size is text, or "all"
+    "Fine-tune from every start on every target, at every size, with every seed, once."
     search, method = search or Search(), _known(method or recipe.trains)
     tasks = _tasks(starts, corpora, list(sizes), list(seeds), recipe, search, method)
-    identity = {
-        "recipe": {
-            k: v
-            for k, v in recipe.as_dict().items()
-            if k not in ("trains", "rows", "learning_rate")
-        },
-        "search": asdict(search),
-    }
     if file is not None:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-    with (
-        FileLock(Path(file).parent / f".{Path(file).name}.lock")
-        if file is not None
-        else nullcontext()
-    ):
-        store = Measurements(file, identity)
+    with _alone(file):
+        store = Measurements(file, _settings_of(recipe, search))
         known = _rows(store, tasks)
-        in_size, in_seed = (list(dict.fromkeys(key[i] for key in tasks)) for i in (2, 3))
-        left = sorted(
-            (key for key in tasks if key not in known),
-            key=lambda key: (in_size.index(key[2]), in_seed.index(key[3])),
-        )  # what is cut short can be compared
+        left = _in_order(tasks, known)
         done = run_jobs(_job, {key: (key, *tasks[key]) for key in left}, workers)
-        for _, row in tqdm(
-            done,
-            desc="fine-tuning",
-            unit="model",
-            total=len(tasks),
-            initial=len(tasks) - len(left),
-        ):
+        bar = dict(desc="fine-tuning", unit="model", total=len(tasks))
+        for _, row in tqdm(done, initial=len(tasks) - len(left), **bar):
             store.append(row)
         rows = _rows(store, tasks)
     frame = store.frame().iloc[[rows[key] for key in tasks]].reset_index(drop=True)
-    return frame.assign(**{c: [key[i] for key in tasks] for i, c in enumerate(COLUMNS[:3])})[
-        COLUMNS
-    ]
+    keys = {c: [key[i] for key in tasks] for i, c in enumerate(COLUMNS[:3])}
+    return frame.assign(**keys)[COLUMNS]
+
+# %% ../nbs/34_starting.ipynb #3b0e778b
+def _alone(file):
+    "A lock beside the file; nothing where there is none."
+    if file is None:
+        return nullcontext()
+    return FileLock(Path(file).parent / f".{Path(file).name}.lock")
+
+
+def _settings_of(recipe: Recipe, search: Search) -> dict:
+    "What all rows of a file have in common."
+    varies = ("trains", "rows", "learning_rate")
+    kept = {k: v for k, v in recipe.as_dict().items() if k not in varies}
+    return {"recipe": kept, "search": asdict(search)}
+
+
+def _in_order(tasks: dict, known: dict) -> list:
+    "The jobs that are left, by size and seed, so that what is cut short can be compared."
+    sizes, seeds = (list(dict.fromkeys(key[i] for key in tasks)) for i in (2, 3))
+    left = [key for key in tasks if key not in known]
+    return sorted(left, key=lambda key: (sizes.index(key[2]), seeds.index(key[3])))
 
 # %% ../nbs/34_starting.ipynb #87fc0224
 def _rows(store, tasks):
-    "Key -> number of its row in the file; refuses a row that was measured from other weights or data."
+    "Key -> number of its row in the file; rows of other weights or data are refused."
     if store.header is None:
         return {}
     if missing := [c for c in [*COLUMNS, "recipe"] if c not in store.header]:
         raise ValueError(
-            f"{store.file} is no file of a comparison of starts: it has no column {missing[0]!r}"
+            f"{store.file} is no file of a comparison of starts:"
+            f" it has no column {missing[0]!r}"
         )
     at = [store.header.index(c) for c in [*COLUMNS[:5], "recipe"]]
     found = {}
@@ -529,14 +499,15 @@ def _rows(store, tasks):
         *key, made_of = (record[j] for j in at)
         if (key := tuple(key)) in tasks and tasks[key][-1] != made_of:
             raise ValueError(
-                f"{store.file}: {key[0]} from {key[1]!r} was measured with other weights or data; use another file"
+                f"{store.file}: {key[0]} from {key[1]!r} was measured with other weights or data;"
+                " use another file"
             )
         found[key] = i
     return found
 
 # %% ../nbs/34_starting.ipynb #a8d6ebdc
 def _checked(rows, base):
-    "Rows that can be paired: with a method, sizes as text, a finite accuracy, none of them twice."
+    "Rows that can be paired: sizes as text, a finite accuracy, none of them twice."
     if missing := [c for c in ("target", "start", "size", "seed", "accuracy") if c not in rows]:
         raise ValueError(f"the rows have no column {missing[0]!r}")
     rows = rows.assign(
@@ -560,9 +531,9 @@ PAIRED = ["target", "size", "method", "seed"]  # what two starts must have in co
 
 # %% ../nbs/34_starting.ipynb #530fa4e6
 def gains(
-    rows: pd.DataFrame,  # of `compare_starts`: target, start, size, seed, accuracy, and method if there are several
+    rows: pd.DataFrame,  # of `compare_starts`
     base: str = "pretrained",  # the start that the others are held against
-) -> pd.DataFrame:  # a row a target, size, method and other start: seeds, mean accuracies of base and start, gain and its standard deviation over seeds (points)
+) -> pd.DataFrame:  # one row per target, size, method and other start; gain and sd in points
     "What each start gains over `base` on each target, paired by seed."
     rows = _checked(rows, base)
     pairs = rows[rows.start != base].merge(
@@ -574,7 +545,8 @@ def gains(
     if (alone := pairs.accuracy_base.isna()).any():
         r = pairs[alone].iloc[0]
         raise ValueError(
-            f"{r.target} from {r.start}, size {r['size']}, seed {r.seed}: not measured from {base}"
+            f"{r.target} from {r.start}, size {r['size']}, seed {r.seed}:"
+            f" not measured from {base}"
         )
     pairs["gain"] = 100 * (pairs.accuracy - pairs.accuracy_base)
     return (
@@ -590,10 +562,8 @@ def gains(
     )
 
 # %% ../nbs/34_starting.ipynb #90989eff
-PAPER_GAINS = {
-    "all": 4.03,
-    "1000": 10.66,
-}  # mean gain of the centroid in the paper's tables 2 and 3, points; 9 wins, 2 ties and 1 loss in the first
+# mean gain of the centroid in the paper's tables 2 and 3, points; 9 wins, 2 ties, 1 loss at first
+PAPER_GAINS = {"all": 4.03, "1000": 10.66}
 
 
 def sign_flips(
@@ -646,7 +616,7 @@ def start_table(
     n_boot: int = 10_000,  # bootstrap draws of targets
     seed: int = 0,  # of these draws
     level: float = 0.95,  # probability that the interval is to cover
-) -> pd.DataFrame:  # a row a method, size and start: targets, mean gain (points) and its interval low to high, wins, ties, losses, two-sided p of two paired tests
+) -> pd.DataFrame:  # one row per method, size and start: gain, its interval, wins, two p
     "What each start gains over all targets."
     if not tie >= 0:
         raise ValueError(f"tie is a number of points from 0 up, not {tie}")
