@@ -537,3 +537,42 @@ def test_a_decoder_without_padding_is_refused_where_it_would_train(copy):
 
 
 transformers.logging.set_verbosity_error()
+
+
+HUB = """
+import json, sys
+from weightregions.bases import base_identity
+from weightregions.loading import load_classifier, load_json, load_tokenizer
+from weightregions.probing import pooling_of
+name = "somebody/tiny"
+print(json.dumps([
+    load_tokenizer(name)("a quiet film").input_ids,
+    float(sum(p.sum() for p in load_classifier(name)[0].base_model.parameters())),
+    base_identity(name),
+    load_json(name, "1_Pooling/config.json"),
+    pooling_of(name),
+]))
+"""
+
+
+def test_a_model_of_the_hub_is_read_at_one_commit(base, tmp_path):
+    "Offline, from the cache: weights, tokenizer, configuration and pooling of one snapshot."
+    repo, commit = tmp_path / "hub" / "models--somebody--tiny", "0123456789" * 4
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    folder = shutil.copytree(base, repo / "snapshots" / commit)
+    done = subprocess.run(
+        [sys.executable, "-c", HUB],
+        env=os.environ | {"HF_HUB_CACHE": str(repo.parent), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    ids, total, identity, pooling, kind = json.loads(done.stdout)
+    assert ids == load_tokenizer(folder)("a quiet film").input_ids
+    model = load_classifier(folder)[0].base_model
+    want = {n: p for n, p in model.named_parameters()}
+    assert abs(total - float(sum(p.sum() for p in want.values()))) < 1e-3
+    assert identity == base_identity(folder) | {"name": "somebody/tiny"}
+    assert pooling is None and kind == "first"

@@ -147,6 +147,8 @@ def recommend(
         )
     device, base = default_device(device), open_checkpoint(base, name="pretrained")
     offered, sample = candidates(zoo, corpus, base, exclude), _sample(corpus, n, seed)
+    if base.folder is None:
+        raise ValueError("recommend: the base is no folder, in which its tokenizer could lie")
     tokenizer = load_tokenizer(base.folder)
     split = Split(sample, tokenizer, max_length, name=f"{corpus.name}, train")
     judged, rows = {}, []

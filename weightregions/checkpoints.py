@@ -639,7 +639,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
 
     try:
         for weights in ("model*.safetensors", "pytorch_model*.bin"):
-            patterns = ["*.json", "*.txt", "*.model", weights]
+            patterns = ["*.json", "*.txt", "*.model*", "*.codes", weights]
             found = snapshot_download(
                 repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
             )

@@ -199,7 +199,7 @@ def _require_files(tokenizer, folder: Path) -> None:
             f" {type(tokenizer).__name__} reads: {', '.join(filter(None, [*needed, merges]))})"
         )
 
-
+# %% ../nbs/03_loading.ipynb #3c287c06
 def _require_rows(tokenizer, config: PretrainedConfig, folder: Path) -> None:
     "Refuse a tokenizer whose tokens are not those of the embedding."
     with contextlib.suppress(ValueError):  # several texts, several vocabularies
@@ -235,7 +235,7 @@ def load_masked_lm(
     "The body of a model under a head that predicts masked tokens."
     return _load(AutoModelForMaskedLM, source)
 
-
+# %% ../nbs/03_loading.ipynb #71b8eaec
 def _load(kind, source, **settings):
     "A model of a class of transformers, with the weights that `open_checkpoint` reads."
     folder, where = _place(source)
