@@ -91,8 +91,8 @@ def held_out_losses(
     fold = _folds(labels, folds, seed)
     if (several := len(np.unique(labels[fold >= 0]))) < 2:
         raise ValueError(
-            f"{len(labels)} rows hold {several} class{'es' * (several != 1)} of two rows or more:"
-            " too few to judge a start by"
+            f"{len(labels)} rows hold {several} class{'es' * (several != 1)} of two rows"
+            " or more: too few to judge a start by"
         )
     loss, right = np.full(len(labels), np.nan), np.zeros(len(labels), bool)
     for k in np.unique(fold[fold >= 0]):

@@ -190,7 +190,7 @@ def _require_told_apart(texts: list, ids: list, tokenizer, name: str) -> None:
         first, second = (suspects[row] for row in groups[0][:2])
         raise ValueError(
             f"{name}: the tokenizer makes the same tokens of {alike} of {len(ids)} rows with"
-            f" different texts, such as rows {first} and {second}: it is not one for these texts"
+            f" different texts, such as rows {first} and {second}; it does not fit these texts"
         )
 
 # %% ../nbs/12_finetuning.ipynb #e4dfce70
@@ -296,7 +296,7 @@ def zero_head(
 
 # %% ../nbs/12_finetuning.ipynb #f59a098a
 class BucketTrainer(Trainer):
-    "A Trainer whose batches hold rows of like length, and whose head may learn at another rate."
+    "A Trainer with batches of rows of like length, and a learning rate for the head."
 
     head_rate = None  # AdamW's peak learning rate for the head; None: the body's
 

@@ -310,7 +310,7 @@ def encode(
 
 # %% ../nbs/20_probing.ipynb #6e245828
 def _numbers(x, y, classes: int) -> tuple:
-    "Features as float64 and labels as integers, refused where they are not of `classes` classes."
+    "Features as float64 and labels as integers, refused if they cannot be of these classes."
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y)
     if x.ndim != 2 or len(x) != len(y):
         raise ValueError(f"probe: {x.shape} features for {len(y)} labels")
