@@ -31,12 +31,8 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from weightregions.checkpoints import (
-    anatomy,
-    body_parameters,
-    open_checkpoint,
-    write_checkpoint,
-)
+from weightregions.anatomy import anatomy, body_parameters
+from weightregions.checkpoints import open_checkpoint, write_checkpoint
 from weightregions.space import TaskVector, flatten, unflatten
 
 same = partial(torch.testing.assert_close, rtol=0, atol=0)
@@ -1069,40 +1065,40 @@ def descriptors(folder):
 def test_a_pass_keeps_files_open_no_more_than_there_may_be_and_closes_them(
     saved, tmp_path, monkeypatch, most
 ):
-    from weightregions import checkpoints
+    from weightregions import stored
 
-    monkeypatch.setattr(checkpoints._reading, "most", most)
+    monkeypatch.setattr(stored.reading, "most", most)
     models = [open_checkpoint(shutil.copytree(saved, tmp_path / f"m{i}")) for i in range(3)]
     name = models[0].layout.names[0]
     assert descriptors(tmp_path) == []
-    with checkpoints._reading.stay_open():
+    with stored.reading.stay_open():
         for m in models:
             same(m.read(name, 1, 5), m[name].reshape(-1)[1:5])
         assert len(descriptors(tmp_path)) == min(most, 3)
-        with checkpoints._reading.stay_open():
+        with stored.reading.stay_open():
             pass
         assert len(descriptors(tmp_path)) == min(most, 3)
     assert descriptors(tmp_path) == []
-    with pytest.raises(RuntimeError), checkpoints._reading.stay_open():
+    with pytest.raises(RuntimeError), stored.reading.stay_open():
         models[0].read(name)
         raise RuntimeError
     assert descriptors(tmp_path) == []
 
 
 def test_a_file_that_changes_during_a_pass_fails_it(saved, tmp_path):
-    from weightregions import checkpoints
+    from weightregions import stored
 
     opened = open_checkpoint(shutil.copytree(saved, tmp_path / "m"))
     with (
         pytest.raises(ValueError, match="model.safetensors: changed since it was opened"),
-        checkpoints._reading.stay_open(),
+        stored.reading.stay_open(),
     ):
         opened.read(opened.layout.names[0])
         os.utime(tmp_path / "m/model.safetensors", (1, 1))
         opened.read(opened.layout.names[1])
     with (
         pytest.raises(ValueError, match="model.safetensors: ends early"),
-        checkpoints._reading.stay_open(),
+        stored.reading.stay_open(),
     ):
         again = open_checkpoint(tmp_path / "m")
         again.read(again.layout.names[0])
@@ -1115,7 +1111,7 @@ def test_passes_and_single_reads_of_many_threads_do_not_close_each_others_files(
     saved, tmp_path
 ):
     from concurrent.futures import ThreadPoolExecutor
-    from weightregions import checkpoints
+    from weightregions import stored
 
     opened = [open_checkpoint(shutil.copytree(saved, tmp_path / f"m{i}")) for i in range(2)]
     expected = [c.state() for c in opened]
@@ -1126,10 +1122,10 @@ def test_passes_and_single_reads_of_many_threads_do_not_close_each_others_files(
             for n in c.layout.names:
                 same(c.read(n), want[n])
         else:
-            with checkpoints._reading.stay_open():
+            with stored.reading.stay_open():
                 for n in c.layout.names:
                     same(c.read(n), want[n])
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(one, range(60)))
-    assert checkpoints._reading.users == 0 and descriptors(tmp_path) == []
+    assert stored.reading.users == 0 and descriptors(tmp_path) == []

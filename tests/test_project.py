@@ -203,7 +203,7 @@ def test_missing_documentation_is_found():
 # --- the flow --------------------------------------------------------------------------------------------------------
 
 LAYERS = {
-    "points": {"space", "files", "checkpoints", "loading"},
+    "points": {"space", "files", "stored", "anatomy", "checkpoints", "loading"},
     "text": {"builtin", "registry", "corpora", "jobs", "finetuning", "bases", "zoo"},
     "regions": {
         "similarity",
@@ -221,7 +221,7 @@ LAYERS = {
     "top": {"walks", "contest", "study", "cost", "cli"},
 }
 KNOWS = {
-    "points": {"points"},
+    "points": {"space", "files", "stored", "anatomy", "checkpoints", "loading"},
     "text": {"points", "text"},
     "regions": {"points", "text", "regions"},
     "figures": {"figures", "regions"},

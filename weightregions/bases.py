@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from .builtin import BUILTIN, generate
-from .checkpoints import _json, _one_line
+from .stored import one_line, read_object
 from .files import file_sha256, whole_folder
 from .finetuning import Recipe, default_device, one_thread, trainer_for
 from weightregions.loading import (
@@ -224,7 +224,7 @@ def base_identity(
     try:
         folder = model_folder(base)
     except FileNotFoundError as e:
-        raise FileNotFoundError(f"base {_one_line(e)}") from None
+        raise FileNotFoundError(f"base {one_line(e)}") from None
     sha256 = _weights_sha256(folder)
     names = {revision: name for name, revision in REVISIONS.items()}
     known = MINILM if sha256 == MINILM_SHA256 else names.get(folder.name)
@@ -257,7 +257,7 @@ def _weights_sha256(folder: Path) -> str:
         if (folder / name).is_file():
             return file_sha256(folder / name)
         if (index := folder / f"{name}.index.json").is_file():
-            shards = set(map(str, _json(index).get("weight_map", {}).values()))
+            shards = set(map(str, read_object(index).get("weight_map", {}).values()))
             return _digest([folder / shard for shard in shards])
     raise FileNotFoundError(
         f"base {folder}: no model.safetensors and no pytorch_model.bin there, whole or sharded"
@@ -266,7 +266,7 @@ def _weights_sha256(folder: Path) -> str:
 
 def _config_sha256(folder: Path) -> str:
     "The SHA-256 of what a configuration says, apart from who wrote it."
-    config = _json(folder / "config.json")
+    config = read_object(folder / "config.json")
     for key in ("transformers_version", "_name_or_path"):
         config.pop(key, None)
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()

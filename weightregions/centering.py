@@ -23,7 +23,8 @@ import torch
 from huggingface_hub import ModelCardData
 from torch import Tensor
 
-from .checkpoints import _DTYPES, Checkpoint, _tokenizer_files, open_checkpoint
+from .checkpoints import Checkpoint, open_checkpoint, tokenizer_files
+from .stored import DTYPES
 from .corpora import Corpus, letters
 from .files import file_sha256, whole_folder, write_whole
 from .similarity import Gram, _block, _in_order, _stored_dtype, _stretches, gram
@@ -228,7 +229,7 @@ def _shares(weights, names: list[str]) -> np.ndarray:
 def _header(tensors: dict) -> tuple[bytes, dict]:
     "The header of a safetensors file, and for each tensor (name -> shape, dtype) the place of its first byte in that file."
     short, entries, at = (
-        {dtype: word for word, dtype in _DTYPES.items()},
+        {dtype: word for word, dtype in DTYPES.items()},
         {"__metadata__": {"format": "pt"}},
         0,
     )
@@ -321,7 +322,7 @@ def _write(
             for name, t in like._along.items():
                 _put(f.fileno(), t.read(), places[name])
         _bare_config(like, dtype).to_json_file(part / "config.json", use_diff=False)
-        for file in _tokenizer_files(like.folder):
+        for file in tokenizer_files(like.folder):
             (part / file.name).write_bytes(file.read_bytes())
         if card:
             write_whole(part / "README.md", card)

@@ -22,7 +22,8 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
-from .checkpoints import _folder, _json, _known_config, _one_line, open_checkpoint
+from .checkpoints import _folder, _known_config, open_checkpoint
+from .stored import one_line, read_object
 
 # %% ../nbs/03_loading.ipynb #3e12872d
 def model_folder(
@@ -82,7 +83,7 @@ def _require_regular(file: Path) -> None:
     try:
         about = file.stat()
     except OSError as e:
-        raise ValueError(f"{file}: cannot be read ({_one_line(e)})") from None
+        raise ValueError(f"{file}: cannot be read ({one_line(e)})") from None
     if not stat.S_ISREG(about.st_mode):
         raise ValueError(f"{file}: is no regular file")
     if about.st_size > _MOST:
@@ -94,7 +95,7 @@ def load_config(
 ) -> PretrainedConfig:  # of a class of transformers
     "The configuration of a model."
     folder, _ = _place(source)
-    return _known_config(_json(folder / "config.json"), str(folder / "config.json"))
+    return _known_config(read_object(folder / "config.json"), str(folder / "config.json"))
 
 
 def load_json(
@@ -111,7 +112,7 @@ def load_json(
     if file is None or not path.lexists(file):
         return None
     _require_regular(Path(file))
-    return _json(Path(file))
+    return read_object(Path(file))
 
 # %% ../nbs/03_loading.ipynb #e58d6170
 _TEXTS = (
@@ -133,10 +134,10 @@ def _in_one_line(folder: Path, what: str):
         if not isinstance(e, Exception) and not panic:
             raise
         for file in (folder / name for name in _TEXTS):
-            if file.exists() and "auto_map" in _json(file) and "custom code" in str(e):
+            if file.exists() and "auto_map" in read_object(file) and "custom code" in str(e):
                 raise ValueError(f"{file}: names code (auto_map), which is never run") from None
         raise ValueError(
-            f"{folder}: its {what} cannot be loaded ({type(e).__name__}: {_one_line(e)})"
+            f"{folder}: its {what} cannot be loaded ({type(e).__name__}: {one_line(e)})"
         ) from None
 
 # %% ../nbs/03_loading.ipynb #8f8000af
@@ -248,7 +249,7 @@ def _load(kind, source, **settings):
 def _require_own_weights(folder: Path) -> None:
     "Refuse a model whose configuration or folder sends transformers elsewhere."
     file = folder / "config.json"
-    config = _json(file)
+    config = read_object(file)
     if (folder / "adapter_config.json").exists():
         raise ValueError(
             f"{folder}: an adapter lies beside the weights; merge it, or remove it"

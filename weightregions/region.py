@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from .centering import Centroid, _header, _one_base, _members, _put, _shares
-from .checkpoints import Checkpoint, _safetensors, open_checkpoint
+from .checkpoints import Checkpoint, open_checkpoint
+from .stored import safetensors_header
 from .files import as_json, file_sha256, whole_folder, write_whole
 from .similarity import Gram, _in_order, _stretches, gram
 from .space import Layout, patch
@@ -508,7 +509,7 @@ def load_region(
         RecursionError,
     ) as e:
         raise ValueError(f"{folder}/region.json: not a region ({type(e).__name__})") from None
-    stored = _safetensors(folder / "centre.safetensors")
+    stored = safetensors_header(folder / "centre.safetensors")
     if file_sha256(folder / "centre.safetensors") != digest:
         raise ValueError(
             f"{folder}/centre.safetensors: not the centre that region.json speaks of"

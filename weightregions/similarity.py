@@ -24,7 +24,8 @@ import torch
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from .checkpoints import Checkpoint, _reading, open_checkpoint
+from .checkpoints import Checkpoint, open_checkpoint
+from .stored import reading
 from .files import whole_file
 from .space import Layout, patch
 
@@ -271,7 +272,7 @@ def _in_order(work: Callable, tasks: Sequence, rooms: Sequence) -> Iterator:
         finally:
             free.put(room)
 
-    with _single_threaded(), _reading.stay_open(), ThreadPoolExecutor(len(rooms)) as pool:
+    with _single_threaded(), reading.stay_open(), ThreadPoolExecutor(len(rooms)) as pool:
         yield from pool.map(one, tasks)
 
 # %% ../nbs/04_similarity.ipynb #0dca45f8

@@ -30,7 +30,8 @@ from weightregions.bases import (
     tiny_base,
     same_base,
 )
-from .checkpoints import _json, open_checkpoint
+from .checkpoints import open_checkpoint
+from .stored import read_object
 from .contest import StartExperiment, compare_all_starts, targets_of
 from .corpora import describe, load_corpora, texts
 from .files import as_json, write_whole
@@ -252,7 +253,7 @@ class Study:
         self.folder = Path(folder)
         if not (self.folder / "about.json").exists():
             raise FileNotFoundError(f"{self.folder}: no study is there (about.json is missing)")
-        self.about = _json(self.folder / "about.json")
+        self.about = read_object(self.folder / "about.json")
         kinds = {
             "scale": str,
             "data": str,
@@ -866,7 +867,7 @@ def begin(
     }
     file = out / "about.json"
     if file.exists():
-        old = _json(file)
+        old = read_object(file)
         if isinstance(old.get("base"), dict) and same_base(about["base"], old["base"]):
             old["base"] = about["base"]
         differ = [k for k in about if old.get(k) != about[k]]

@@ -28,15 +28,9 @@ from filelock import FileLock
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from weightregions.checkpoints import (
-    Checkpoint,
-    InMemoryTensor,
-    _layout,
-    _reading,
-    body_parameters,
-    open_checkpoint,
-    write_checkpoint,
-)
+from .anatomy import body_parameters
+from .checkpoints import Checkpoint, _layout, open_checkpoint, write_checkpoint
+from .stored import InMemoryTensor, reading
 from .files import append_line
 from .similarity import _MEMORY, gram
 from .space import BLOCK, Layout, dot, patch
@@ -235,7 +229,7 @@ def read(
     if out is not None and len(out) != len(span):
         raise ValueError(f"{len(span)} weights do not fit a buffer of {len(out)}")
     flat = torch.empty(len(span), dtype=self.layout.dtypes[i])
-    with _reading.stay_open():
+    with reading.stay_open():
         if all(_alike(parts) for _, parts in _pieces(members, name, span)):
             members, weights = members[:1], weights[:1]
         for at, parts in _pieces(members, name, span):
@@ -856,7 +850,7 @@ def load(
     if not isinstance(point, Point):
         point = Point((point,), (1.0,), "one model")
     members, ages = point.members, tuple(map(_age, point.members))
-    with torch.no_grad(), _reading.stay_open():
+    with torch.no_grad(), reading.stay_open():
         if (
             self._path is None
             or ages != self._path[1]

@@ -18,7 +18,8 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from .bases import base_identity
-from .checkpoints import _json, open_checkpoint
+from .checkpoints import open_checkpoint
+from .stored import read_object
 from .files import append_line, as_json, file_sha256, whole_folder, write_whole
 from .finetuning import Recipe, quiet, train
 from .jobs import agreed, ranks, run_jobs
@@ -112,7 +113,7 @@ def settle(
     ours, file = {"base": identity, "recipe": recipe.as_dict()}, Path(folder) / "zoo.json"
     if not file.exists():
         return write_whole(file, as_json(ours))
-    found = _json(file)
+    found = read_object(file)
     for part in ours:
         theirs = found[part] if isinstance(found.get(part), dict) else {}
         differ = [
@@ -130,7 +131,7 @@ def _there(out, corpus):
     "Whether a model is there; refuses one of other data of that name."
     if not (out / "manifest.json").exists():
         return False
-    data = _json(out / "manifest.json").get("data")
+    data = read_object(out / "manifest.json").get("data")
     if not isinstance(data, dict) or data.get("sha256") != corpus.sha256:
         raise ValueError(
             f"{out} was fine-tuned on other data called {corpus.name}: name another folder"
@@ -244,7 +245,7 @@ class Zoo:
             file, weights = Path(m.path) / "manifest.json", Path(m.path) / "model.safetensors"
             if not (file.is_file() and weights.is_file()):
                 continue  # of others' models nothing is known
-            told, found = _json(file).get("weights"), file_sha256(weights)
+            told, found = read_object(file).get("weights"), file_sha256(weights)
             if isinstance(told, dict) and told.get("sha256") != found:
                 raise ValueError(
                     f"{m.model}: {weights} is damaged, its SHA-256 is not what manifest.json says; remove the folder and build the zoo again"
