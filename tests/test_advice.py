@@ -28,7 +28,8 @@ from weightregions.corpora import load_corpora
 from weightregions.finetuning import Recipe
 from weightregions.probing import PENALTY
 from weightregions.starting import Search
-from weightregions.zoo import Zoo, build_zoo, open_zoo
+from weightregions.building import build_zoo
+from weightregions.zoo import Zoo, open_zoo
 
 pytestmark = pytest.mark.xdist_group(
     "advice"

@@ -203,8 +203,8 @@ def test_missing_documentation_is_found():
 # --- the flow --------------------------------------------------------------------------------------------------------
 
 LAYERS = {
-    "points": {"space", "files", "checkpoints"},
-    "text": {"builtin", "registry", "corpora", "jobs", "finetuning", "bases", "zoo"},
+    "points": {"space", "files", "checkpoints", "zoo"},
+    "text": {"builtin", "registry", "corpora", "jobs", "finetuning", "bases", "building"},
     "regions": {
         "similarity",
         "clustering",

@@ -15,7 +15,8 @@ from weightregions.bases import tiny_base
 from weightregions.corpora import load_corpora
 from weightregions.files import file_sha256
 from weightregions.finetuning import Recipe, train
-from weightregions.zoo import build_zoo, gather, learned, open_zoo
+from weightregions.building import build_zoo, learned
+from weightregions.zoo import gather, open_zoo
 
 pytestmark = pytest.mark.xdist_group("zoo")  # one process makes what all of these tests look at
 

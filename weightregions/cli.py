@@ -238,7 +238,8 @@ def zoo(
     from weightregions.checkpoints import open_checkpoint
     from weightregions.finetuning import Recipe
     from weightregions.jobs import ranks
-    from weightregions.zoo import build_zoo, learned, open_zoo
+    from weightregions.building import build_zoo, learned
+    from weightregions.zoo import open_zoo
 
     recipe = Recipe(
         **{

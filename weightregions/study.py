@@ -39,7 +39,8 @@ from .similarity import gram
 from .space import kind_of, layer_of, patch
 from .starting import Search
 from .walks import TraversalBudget, plan_paths, measure_paths
-from .zoo import build_zoo, learned, open_zoo
+from .building import build_zoo, learned
+from .zoo import open_zoo
 
 # %% ../nbs/50_study.ipynb #cfe5a033
 @dataclass(frozen=True)
