@@ -203,7 +203,7 @@ def test_missing_documentation_is_found():
 # --- the flow --------------------------------------------------------------------------------------------------------
 
 LAYERS = {
-    "points": {"space", "files", "checkpoints", "zoo"},
+    "points": {"space", "files", "checkpoints", "identity", "zoo"},
     "text": {"builtin", "registry", "corpora", "jobs", "finetuning", "bases", "building"},
     "regions": {
         "similarity",

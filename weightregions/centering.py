@@ -7,7 +7,6 @@ __all__ = ['Centroid', 'centroid', 'leave_out', 'centroid_of', 'family_centroids
            'save_centroid']
 
 # %% ../nbs/30_centering.ipynb #8c516771
-import copy
 import json
 import os
 import re
@@ -23,7 +22,13 @@ import torch
 from huggingface_hub import ModelCardData
 from torch import Tensor
 
-from .checkpoints import _DTYPES, Checkpoint, _tokenizer_files, open_checkpoint
+from weightregions.checkpoints import (
+    _DTYPES,
+    Checkpoint,
+    copy_tokenizer,
+    open_checkpoint,
+    plain_config,
+)
 from .corpora import Corpus, letters
 from .files import file_sha256, whole_folder, write_whole
 from .similarity import Gram, _block, _in_order, _stored_dtype, _stretches, gram
@@ -260,7 +265,7 @@ def _put(file: int, tensor: Tensor, place: int) -> None:
 # %% ../nbs/30_centering.ipynb #3b828bcc
 def _bare_config(like: Checkpoint, dtype: torch.dtype):
     "The configuration of an encoder without head, labels or the place it came from."
-    config = copy.deepcopy(like.config)
+    config = plain_config(like.config)
     config.architectures, config.dtype, config.problem_type, config._name_or_path = (
         [like.anatomy.base],
         dtype,
@@ -321,8 +326,7 @@ def _write(
             for name, t in like._along.items():
                 _put(f.fileno(), t.read(), places[name])
         _bare_config(like, dtype).to_json_file(part / "config.json", use_diff=False)
-        for file in _tokenizer_files(like.folder):
-            (part / file.name).write_bytes(file.read_bytes())
+        copy_tokenizer(like.folder, part)
         if card:
             write_whole(part / "README.md", card)
         old = (
