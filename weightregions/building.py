@@ -7,6 +7,7 @@ __all__ = ['ROBERTA', 'manifest', 'fine_tune', 'settle', 'build_zoo', 'learned']
 
 # %% ../nbs/15_building.ipynb #c523bc72
 import json
+import os
 import shutil
 import time
 from contextlib import nullcontext
@@ -20,8 +21,14 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from .bases import base_identity
-from .checkpoints import _json
-from .files import append_line, as_json, file_sha256, whole_folder, write_whole
+from weightregions.files import (
+    append_line,
+    as_json,
+    file_sha256,
+    read_json,
+    whole_folder,
+    write_whole,
+)
 from .finetuning import Recipe, quiet, train
 from .jobs import agreed, ranks, run_jobs
 from .registry import published_of
@@ -112,25 +119,27 @@ def settle(
 ):
     "Write zoo.json into a new zoo; refuse a zoo whose base or recipe differs."
     ours, file = {"base": identity, "recipe": recipe.as_dict()}, Path(folder) / "zoo.json"
-    if not file.exists():
+    if not os.path.lexists(file):
         return write_whole(file, as_json(ours))
-    found = _json(file)
+    about = read_json(file)
     for part in ours:
-        theirs = found[part] if isinstance(found.get(part), dict) else {}
+        theirs = about[part] if isinstance(about.get(part), dict) else {}
         differ = [
             f"{k} is {theirs.get(k)!r} there and {ours[part].get(k)!r} here"
             for k in ours[part] | theirs
-            if k != "name" and theirs.get(k) != ours[part].get(k)
+            if k != "name"
+            and theirs.get(k) != ours[part].get(k)
+            and (k in theirs or k not in ("tokenizer", "config"))  # zoos of former versions
         ]
         if differ:
             raise ValueError(f"{folder} is a zoo of another {part}: {'; '.join(differ)}")
 
 # %% ../nbs/15_building.ipynb #57928040
-def _there(out, corpus):
+def _there(out: Path, corpus) -> bool:
     "Whether a model is there; refuses one of other data of that name."
-    if not (out / "manifest.json").exists():
+    if not os.path.lexists(out / "manifest.json"):
         return False
-    data = _json(out / "manifest.json").get("data")
+    data = read_json(out / "manifest.json").get("data")
     if not isinstance(data, dict) or data.get("sha256") != corpus.sha256:
         raise ValueError(
             f"{out} was fine-tuned on other data called {corpus.name}: name another folder"
@@ -185,7 +194,8 @@ def build_zoo(
             bar.update()
             if line:
                 bar.set_postfix_str(
-                    f"{line['dataset']} seed {line['seed']}: {line['accuracy']:.0%} in {line['seconds']:.0f} s"
+                    f"{line['dataset']} seed {line['seed']}: {line['accuracy']:.0%}"
+                    f" in {line['seconds']:.0f} s"
                 )
     agreed("done")  # rank 0 has written the last
     return folder
@@ -194,7 +204,9 @@ def build_zoo(
 def learned(
     models: pd.DataFrame,  # a zoo's table
     base: str = "",  # name of the pretrained model, where it is known
-) -> pd.DataFrame:  # a row a dataset: its seeds, mean accuracy, its interval, the majority's share, and whether it was learned; of RoBERTa-base also the accuracy published
+) -> (
+    pd.DataFrame
+):  # one row per dataset: seeds, accuracy, its interval, majority, learned, published
     "Which datasets the models of a zoo learned."
     rows = []
     for (dataset, family), m in models.groupby(["dataset", "family"], sort=False):

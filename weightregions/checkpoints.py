@@ -370,11 +370,16 @@ def _files(folder: Path) -> dict:
             return reader(folder / name)
         if (folder / f"{name}.index.json").is_file():
             return _sharded(folder / f"{name}.index.json", reader)
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder}: holds an adapter, merge it into its base model first")
+    _refuse_adapter(folder)
     raise FileNotFoundError(
         f"{folder}: no weights (model.safetensors or pytorch_model.bin, whole or sharded)"
     )
+
+
+def _refuse_adapter(folder: Path) -> None:
+    "Refuse a folder of PEFT, which has no weights of a whole model."
+    if any(folder.glob("adapter_config.json")) or any(folder.glob("adapter_model.*")):
+        raise ValueError(f"{folder}: holds an adapter, merge it into its base model first")
 
 
 def _sizes(value: dict) -> Iterator[tuple[str, int]]:
@@ -558,6 +563,8 @@ def open_checkpoint(
     if not isinstance(source, (str, Path)):
         return _in_memory(source, name, pooler)
     folder, said, where = _folder(source, revision)
+    if not (folder / "config.json").exists():
+        _refuse_adapter(folder)
     raw, stored, file = (
         _json(folder / "config.json"),
         _files(folder),
