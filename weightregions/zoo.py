@@ -661,8 +661,8 @@ def require_base(
     for where, there in recorded.items():
         if parts := other_parts(identity, there):
             raise ValueError(
-                f"{base.folder}: is not the base of {self.name}: {where} tells of another"
-                f" {' and another '.join(parts)}; give the base that the models started from"
+                f"{base.folder}: is not the base of {self.name}: the SHA-256 of its"
+                f" {' and its '.join(parts)} is not what {where} records; give the base that the models started from"
             )
 
 
