@@ -217,7 +217,7 @@ def test_a_base_of_random_weights_is_probed(ways, tmp_path, device):
 def test_ways_to_a_zoo_differ_in_what_they_name(ways, tmp_path, monkeypatch):
     from transformers import Trainer
 
-    from weightregions import finetuning, zoo
+    from weightregions import building, finetuning
 
     seen = []
 
@@ -233,7 +233,7 @@ def test_ways_to_a_zoo_differ_in_what_they_name(ways, tmp_path, monkeypatch):
             )
         Path(folder).mkdir()
 
-    monkeypatch.setattr(zoo, "build_zoo", built)
+    monkeypatch.setattr(building, "build_zoo", built)
     torch.set_num_threads(2)
     for how in (
         {},

@@ -113,7 +113,7 @@ def zoo(tmp_path):
                 "weights": {"sha256": file_sha256(folder / "model.safetensors")},
             }
             (folder / "manifest.json").write_text(json.dumps(about))
-    (tmp_path / "zoo" / "zoo.json").write_text("{}")
+    (tmp_path / "zoo" / "zoo.json").write_text(json.dumps({"base": identity}))
     return open_zoo(tmp_path / "zoo")
 
 
@@ -429,7 +429,7 @@ def test_a_damaged_manifest_is_named(zoo):
     with open(os.path.join(zoo.models.path[0], "manifest.json"), "w") as f:
         f.write("{")
     for bad in (lambda: centroid_of(zoo), lambda: leave_out(zoo, "sst2")):
-        with pytest.raises(ValueError, match="mpqa/seed-1: its manifest.json is not JSON"):
+        with pytest.raises(ValueError, match="mpqa/seed-1/manifest.json: not JSON"):
             bad()
 
 

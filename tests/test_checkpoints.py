@@ -625,7 +625,7 @@ def test_configurations(text, says, copied):
 
 def test_binary_configuration(copied):
     (copied / "config.json").write_bytes(b"\xff\xfe\x00")
-    refused(copied, "config.json: not JSON")
+    refused(copied, "config.json: is not UTF-8")
 
 
 def test_architectures_of_another_kind_or_unknown_are_not_trusted(copied):

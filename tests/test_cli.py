@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from weightregions.advice import advised
 from weightregions.bases import tiny_base
@@ -300,6 +301,123 @@ def test_a_dry_run_tells_the_plan_and_makes_nothing(here):
     assert "give one of them" in cli("study --measure --device H100", here)[2]
 
 
+COMMANDS = {  # each command that takes a zoo: its line, and the tables that it writes
+    "similarity": ("similarity {zoo} --base {base} --out o", "o/left_out.csv"),
+    "traverse": (
+        "traverse {zoo} --base {base} --data texts --target meals --rows 40 --hull 1 --out o",
+        "o/left_out.csv",
+    ),
+    "center": ("center {zoo} --base {base} --out o", "o/left_out.csv"),
+    "locate": ("locate heap/run-0 --zoo {zoo} --base {base} --out l.csv", "l-left_out.csv"),
+    "recommend": (
+        "recommend {zoo} --base {base} --data texts --target meals --rows 40 --out r.csv",
+        "r-left_out.csv",
+    ),
+}
+
+
+@pytest.fixture
+def mixed(here):
+    "The models of the zoo beside their base, an adapter, and an early step of a run."
+    folder = shutil.copytree(
+        here / "zoo", here / "mixed", ignore=shutil.ignore_patterns("*.json", "*.csv")
+    )
+    for file in (here / "zoo").glob("*/*/*.json"):
+        shutil.copy(file, folder / file.relative_to(here / "zoo"))
+    shutil.copytree(here / "base", folder / "pretrained-copy")
+    (folder / "lora").mkdir()
+    (folder / "lora" / "adapter_config.json").write_text("{}")
+    for n in (20, 100):
+        shutil.copytree(here / "heap" / "run-1", folder / "headlines" / f"checkpoint-{n}")
+    yield folder
+    shutil.rmtree(folder), forget(here)
+
+
+def forget(here):
+    for name in ("o", "l.csv", "r.csv", "l-left_out.csv", "r-left_out.csv"):
+        shutil.rmtree(here / name) if (here / name).is_dir() else (here / name).unlink(True)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_left_out_is_said_and_written(here, mixed, command):
+    line, table = COMMANDS[command]
+    code, out, err = cli(line.format(zoo="mixed", base="base"), here)
+    assert code == 0, err
+    for name, reason in [
+        ("lora", "an adapter"),
+        ("pretrained-copy", "the base"),
+        ("headlines/checkpoint-20", "--all-checkpoints"),
+    ]:
+        said = [text for text in err.splitlines() if f"left out: {name}: " in text]
+        assert len(said) == 1 and reason in said[0], err
+    rows = pd.read_csv(here / table).set_index("folder")
+    assert set(rows.index) == {"lora", "pretrained-copy", "headlines/checkpoint-20"}
+    assert "pretrained-copy" not in out
+    if command == "center":
+        members = pd.read_csv(here / "o" / "members.csv").model.tolist()
+        assert len(members) == 7 and "pretrained-copy" not in members
+        assert "| pretrained-copy |" not in (here / "o" / "README.md").read_text()
+    forget(here)
+    if command == "similarity":
+        well(line.format(zoo="mixed", base="base") + " --all-checkpoints", here)
+        assert len(pd.read_csv(here / "o" / "groups.csv")) == 8
+        well(line.format(zoo="zoo", base="base"), here)
+        assert not (here / table).exists()  # of the run before
+        forget(here)
+
+
+def test_a_zoo_is_held_against_its_base_and_its_manifests(here, tried):
+    noisy = shutil.copytree(here / "base", here / "noisy")
+    state = load_file(noisy / "model.safetensors")
+    for name, t in state.items():
+        state[name] = t + 0.3 * torch.nan_to_num(t.std(), 0) * torch.randn_like(t)
+    save_file(state, noisy / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(here / "zoo", here / "torn-zoo")
+    weights = here / "torn-zoo" / "headlines" / "seed-2" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    for zoo, base, problem in [
+        ("zoo", "noisy", "noisy: is not the base of zoo: the SHA-256 of its weights is not"),
+        ("torn-zoo", "base", "headlines/seed-2: the weights in"),
+    ]:
+        for line, _ in COMMANDS.values():
+            code, out, err = cli(line.format(zoo=zoo, base=base), here)
+            assert (code, out) == (2, "") and problem in err.splitlines()[-1], err
+    assert not any((here / name).exists() for name in ("o", "l.csv", "r.csv"))
+    shutil.rmtree(noisy), shutil.rmtree(here / "torn-zoo")
+    tried("another base, a model that was replaced", "commands", 2 * len(COMMANDS), "refused")
+
+
+@pytest.mark.parametrize(
+    "line, problem",
+    [
+        ("similarity no/such/folder --base base", "no/such/folder: there is no such folder"),
+        ("similarity nowhere --base base", "nowhere: there is no such folder"),
+        ("center base ./nowhere --base base --out o", "./nowhere: there is no such folder"),
+        ("center base nowhere --base base --out o", "nowhere: no such folder, and not in the"),
+        ("locate ./nowhere --zoo zoo --base base", "./nowhere: there is no such folder"),
+        ("locate base --zoo zoo --base no/where/there", "no/where/there: there is no such"),
+        ("traverse base base --base base --data gone --target x", "source 'gone' is neither"),
+        ("recommend zoo --base base --data gone --target x", "source 'gone' is neither"),
+        ("center zoo --base base --for gone:x --out o", "source 'gone' is neither"),
+        ("center zoo --base base --out texts", "texts: exists already"),
+        ("zoo /no/base --data builtin", "/no/base: there is no such folder"),
+        ("study --data gone", "source 'gone' is neither"),
+    ],
+)
+def test_a_mistyped_folder_is_noticed_before_torch_is_imported(here, line, problem):
+    code = (
+        "import sys; from weightregions.cli import main; code = main(sys.argv[1:]);"
+        "heavy = {'torch', 'pandas', 'numpy', 'transformers'} & sys.modules.keys();"
+        "sys.exit(code if not heavy else 99)"
+    )
+    words = [sys.executable, "-c", code, *line.split()]
+    done = subprocess.run(words, cwd=here, capture_output=True, text=True)
+    assert done.returncode == 2 and problem in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     "line, problem",
     [
@@ -344,7 +462,10 @@ def test_a_dry_run_tells_the_plan_and_makes_nothing(here):
             "similarity heap/run-0 heap/run-1 --base other --out bad",
             "run-0 was not fine-tuned from other",
         ),
-        ("similarity heap/run-0 heap/run-1 base --base base --out bad", "row of 'base'"),
+        (
+            "similarity heap/run-0 base --base base --out bad",
+            "takes at least two checkpoints, not 1",
+        ),
         (
             "similarity heap --base base --clusters 9 --out bad",
             "k must lie between 1 and the number of models, 6",

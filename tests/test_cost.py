@@ -45,7 +45,7 @@ from weightregions.cost import (
 from weightregions.registry import hub_names, hub_sizes
 from weightregions.study import SCALES, choose
 from weightregions.walks import TraversalBudget, PathSpec
-from weightregions.zoo import build_zoo
+from weightregions.building import build_zoo
 
 
 def outline(name="lamps", family="topic", train=1000, test=200, tokens=20.0):

@@ -25,7 +25,7 @@ import torch
 from tqdm.auto import tqdm
 
 from weightregions import contest, starting
-from weightregions import zoo as zoos
+from weightregions import building
 from weightregions.advice import recommend
 from weightregions.bases import base_identity, minilm, tiny_base
 from weightregions.centering import centroid_of, save_centroid
@@ -41,7 +41,8 @@ from weightregions.similarity import gram, load_gram
 from weightregions.starting import Search, Tuned
 from weightregions.study import SCALES, Study, begin, similarity_rows, write_rows
 from weightregions.traversal import ScratchModel, load_in_memory, hull, read_rows, traverse
-from weightregions.zoo import build_zoo, open_zoo
+from weightregions.building import build_zoo
+from weightregions.zoo import open_zoo
 
 pytestmark = pytest.mark.xdist_group(
     "faults"
@@ -91,7 +92,7 @@ def world(tmp_path_factory):
         )
         return Tuned(a, 1 - a, 0.01, 4, a, 24, 6, 20, method, None, None, None)
 
-    patch.setattr(zoos, "train", remembered), patch.setattr(starting, "tune", guessed)
+    patch.setattr(building, "train", remembered), patch.setattr(starting, "tune", guessed)
     build_zoo(root / "zoo", base, corpora, RECIPE, [1], workers=1)
     advice = recommend(open_zoo(root / "zoo"), corpora["headlines"], base, BRIEF.sample).assign(
         seconds=1.0
@@ -407,7 +408,7 @@ def killed_in(owner, name, n):
 
 def a_fine_tuning(world, folder):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zoos, "train", train)
+        patch.setattr(building, "train", train)
         build_zoo(
             folder / "zoo", world.base, {"films": world.corpora["films"]}, LONG, [1], workers=1
         )

@@ -13,7 +13,8 @@ from weightregions.bases import tiny_base
 from weightregions.corpora import Corpus
 from weightregions.finetuning import Recipe, train
 from weightregions.registry import dev_rows
-from weightregions.zoo import build_zoo, open_zoo, settle
+from weightregions.building import build_zoo, settle
+from weightregions.zoo import open_zoo
 
 EASY = Recipe(steps=400, batch_size=4, learning_rate=2e-3)
 

@@ -38,7 +38,8 @@ from weightregions.region import Region
 from weightregions.similarity import gram, load_gram, load_sketch, sketch
 from weightregions.study import Study
 from weightregions.traversal import ScratchModel, hull, read_rows, traverse
-from weightregions.zoo import gather, open_zoo, settle
+from weightregions.building import settle
+from weightregions.zoo import gather, open_zoo
 
 pytestmark = pytest.mark.xdist_group(
     "fuzz"

@@ -20,7 +20,7 @@ from conftest import ROOT
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from weightregions import jobs
-from weightregions import zoo as zoos
+from weightregions import building
 from weightregions.bases import tiny_base
 from weightregions.contest import StartExperiment, compare_all_starts
 from weightregions.corpora import load_corpora
@@ -28,7 +28,8 @@ from weightregions.finetuning import Recipe
 from weightregions.jobs import agreed, places, ranks, run_jobs
 from weightregions.starting import Search
 from weightregions.walks import TraversalBudget, PathSpec, measure_paths
-from weightregions.zoo import build_zoo, open_zoo
+from weightregions.building import build_zoo
+from weightregions.zoo import open_zoo
 
 pytestmark = pytest.mark.xdist_group(
     "jobs"
@@ -202,7 +203,7 @@ def killed_in_a_step(*job):
 
     if not died.exists():
         register_optimizer_step_pre_hook(count)
-    return zoos._job(*job)
+    return building._job(*job)
 
 
 @every_backend
@@ -212,7 +213,7 @@ def test_workers_killed_while_they_fine_tune_leave_the_same_bytes(
     if backend == "ray":
         request.getfixturevalue("cluster")
     monkeypatch.setenv("WEIGHTREGIONS_BACKEND", backend)
-    monkeypatch.setattr(zoos, "_job", killed_in_a_step)
+    monkeypatch.setattr(building, "_job", killed_in_a_step)
     with pytest.warns(RuntimeWarning, match="the worker of the job .* died") as told:
         build_zoo(tmp_path / "here" / "zoo", base, corpora, RECIPE, [1, 2], workers=2)
     assert (
@@ -405,7 +406,7 @@ def test_alone_there_is_nothing_to_agree_on(monkeypatch):
 TOGETHER = """
 from weightregions.corpora import load_corpora
 from weightregions.finetuning import Recipe
-from weightregions.zoo import build_zoo
+from weightregions.building import build_zoo
 corpora = load_corpora("builtin", names=["films", "headlines"], n_train=40, n_test=20)
 build_zoo({zoo!r}, {base!r}, corpora, Recipe(steps=3, batch_size=8, dtype="float32"), [1])
 """

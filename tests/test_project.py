@@ -203,8 +203,17 @@ def test_missing_documentation_is_found():
 # --- the flow --------------------------------------------------------------------------------------------------------
 
 LAYERS = {
-    "points": {"space", "files", "stored", "anatomy", "checkpoints", "loading"},
-    "text": {"builtin", "registry", "corpora", "jobs", "finetuning", "bases", "zoo"},
+    "points": {
+        "space",
+        "files",
+        "stored",
+        "anatomy",
+        "checkpoints",
+        "loading",
+        "identity",
+        "zoo",
+    },
+    "text": {"builtin", "registry", "corpora", "jobs", "finetuning", "bases", "building"},
     "regions": {
         "similarity",
         "clustering",

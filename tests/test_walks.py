@@ -26,7 +26,8 @@ from weightregions.walks import (
     plan_paths,
     measure_paths,
 )
-from weightregions.zoo import build_zoo, open_zoo
+from weightregions.building import build_zoo
+from weightregions.zoo import open_zoo
 
 pytestmark = pytest.mark.xdist_group(
     "walks"

@@ -32,7 +32,7 @@ def candidates(
     exclude: Iterable = (),  # datasets of the zoo that are not to be used for it
 ) -> dict:  # "pretrained", "centroid", "FAMILY centroid", and one model of each dataset
     "The starts that a zoo offers for a dataset that it must not have seen."
-    rest, exclude = leave_out(zoo, corpus), set(exclude)
+    rest, exclude = leave_out(zoo.checked(base), corpus), set(exclude)
     if strange := sorted(exclude - set(zoo.models.dataset)):
         raise ValueError(f"{zoo.name}: no dataset {strange[0]!r} that could stand apart")
     if exclude >= set(rest.models.dataset):

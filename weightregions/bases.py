@@ -4,11 +4,9 @@
 
 # %% auto #0
 __all__ = ['MINILM', 'REVISIONS', 'MINILM_FILES', 'MINILM_SHA256', 'plain_texts', 'Lines', 'pretrain', 'tiny_tokenizer',
-           'tiny_base', 'minilm', 'pinned', 'checked', 'base_identity', 'same_base', 'second_start']
+           'tiny_base', 'minilm', 'pinned', 'checked', 'base_identity', 'second_start']
 
 # %% ../nbs/13_bases.ipynb #2415270e
-import hashlib
-import json
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +22,7 @@ from transformers import (
 )
 
 from .builtin import BUILTIN, generate
-from .stored import one_line, read_object
+from .stored import one_line
 from .files import file_sha256, whole_folder
 from .finetuning import Recipe, default_device, one_thread, trainer_for
 from weightregions.loading import (
@@ -32,8 +30,9 @@ from weightregions.loading import (
     load_tokenizer,
     model_folder,
     quiet,
-    tokenizer_files,
 )
+from .checkpoints import tokenizer_files
+from .identity import model_identity
 
 # %% ../nbs/13_bases.ipynb #348709a5
 def plain_texts(
@@ -225,51 +224,13 @@ def base_identity(
         folder = model_folder(base)
     except FileNotFoundError as e:
         raise FileNotFoundError(f"base {one_line(e)}") from None
-    sha256 = _weights_sha256(folder)
+    try:
+        parts = model_identity(folder)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"base {one_line(e)}") from None
     names = {revision: name for name, revision in REVISIONS.items()}
-    known = MINILM if sha256 == MINILM_SHA256 else names.get(folder.name)
-    return {
-        "name": known or (folder.name if Path(base).is_dir() else str(base)),
-        "sha256": sha256,
-        "tokenizer": _digest(tokenizer_files(folder)),
-        "config": _config_sha256(folder),
-    }
-
-
-def same_base(
-    here: dict,  # an identity
-    there: dict,  # another; its parts may be fewer, as zoos of former versions have them
-) -> bool:  # whether all that both say agrees
-    "Whether two identities are of one base, whatever its name."
-    shared = (here.keys() & there.keys() | {"sha256"}) - {"name"}
-    return all(here.get(key) == there.get(key) for key in shared)
-
-# %% ../nbs/13_bases.ipynb #984c639e
-def _digest(files) -> str:
-    "One SHA-256 for several files, by their names."
-    lines = [f"{file_sha256(file)}  {file.name}\n" for file in sorted(files)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _weights_sha256(folder: Path) -> str:
-    "The SHA-256 of the weights file; of shards, that of their list."
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return file_sha256(folder / name)
-        if (index := folder / f"{name}.index.json").is_file():
-            shards = set(map(str, read_object(index).get("weight_map", {}).values()))
-            return _digest([folder / shard for shard in shards])
-    raise FileNotFoundError(
-        f"base {folder}: no model.safetensors and no pytorch_model.bin there, whole or sharded"
-    )
-
-
-def _config_sha256(folder: Path) -> str:
-    "The SHA-256 of what a configuration says, apart from who wrote it."
-    config = read_object(folder / "config.json")
-    for key in ("transformers_version", "_name_or_path"):
-        config.pop(key, None)
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    known = MINILM if parts["sha256"] == MINILM_SHA256 else names.get(folder.name)
+    return {"name": known or (folder.name if Path(base).is_dir() else str(base)), **parts}
 
 # %% ../nbs/13_bases.ipynb #91ea647c
 def second_start(

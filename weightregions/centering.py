@@ -7,7 +7,6 @@ __all__ = ['Centroid', 'centroid', 'leave_out', 'centroid_of', 'family_centroids
            'save_centroid']
 
 # %% ../nbs/30_centering.ipynb #8c516771
-import copy
 import json
 import os
 import re
@@ -23,13 +22,19 @@ import torch
 from huggingface_hub import ModelCardData
 from torch import Tensor
 
-from .checkpoints import Checkpoint, open_checkpoint, tokenizer_files
-from .stored import DTYPES
+from weightregions.checkpoints import (
+    Checkpoint,
+    copy_tokenizer,
+    open_checkpoint,
+    plain_config,
+)
 from .corpora import Corpus, letters
-from .files import file_sha256, whole_folder, write_whole
+from .files import whole_folder, write_whole
+from .identity import weights_sha256
 from .similarity import Gram, _block, _in_order, _stored_dtype, _stretches, gram
 from .space import Layout, patch
-from .zoo import Zoo
+from .stored import DTYPES
+from .zoo import Zoo, read_manifest
 
 # %% ../nbs/30_centering.ipynb #6ea1f3fc
 class Centroid(Mapping):
@@ -261,7 +266,7 @@ def _put(file: int, tensor: Tensor, place: int) -> None:
 # %% ../nbs/30_centering.ipynb #3b828bcc
 def _bare_config(like: Checkpoint, dtype: torch.dtype):
     "The configuration of an encoder without head, labels or the place it came from."
-    config = copy.deepcopy(like.config)
+    config = plain_config(like.config)
     config.architectures, config.dtype, config.problem_type, config._name_or_path = (
         [like.anatomy.base],
         dtype,
@@ -322,8 +327,7 @@ def _write(
             for name, t in like._along.items():
                 _put(f.fileno(), t.read(), places[name])
         _bare_config(like, dtype).to_json_file(part / "config.json", use_diff=False)
-        for file in tokenizer_files(like.folder):
-            (part / file.name).write_bytes(file.read_bytes())
+        copy_tokenizer(like.folder, part)
         if card:
             write_whole(part / "README.md", card)
         old = (
@@ -369,27 +373,6 @@ def centroid(
     )
 
 # %% ../nbs/30_centering.ipynb #aee1ba9e
-def _about(model) -> dict:
-    "What the manifest beside a zoo's model says; nothing for models that others trained."
-    file = Path(model.path) / "manifest.json"
-    if not file.is_file():
-        return {}
-    try:
-        about = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise ValueError(f"{model.model}: its manifest.json is not JSON") from None
-    told = lambda key: about.get(key, {}) if isinstance(about, dict) else None
-    if not all(
-        isinstance(told(key), dict)
-        and all(isinstance(told(key).get(f, ""), str) for f in ("name", "source", "sha256"))
-        for key in ("data", "weights", "base")
-    ):
-        raise ValueError(
-            f"{model.model}: its manifest.json does not tell its data, weights and base"
-        )
-    return about
-
-
 def _holds(zoo: Zoo, target: str | Corpus) -> tuple[pd.Series, pd.Series]:
     "Which models of a zoo are the target's by name, and which only by their data (booleans)."
     name, hashes = (
@@ -397,7 +380,7 @@ def _holds(zoo: Zoo, target: str | Corpus) -> tuple[pd.Series, pd.Series]:
     )
     own = zoo.models.dataset.map(letters) == letters(str(name))
     data = pd.Series(
-        [_about(m).get("data", {}).get("sha256") for m in zoo.models.itertuples()],
+        [read_manifest(m.path).get("data", {}).get("sha256") for m in zoo.models.itertuples()],
         zoo.models.index,
         dtype=object,
     )
@@ -425,12 +408,12 @@ def leave_out(
         raise ValueError(
             f"{zoo.name}: nothing is left without {target if isinstance(target, str) else target.name}"
         )
-    return Zoo(zoo.name, zoo.models[~(own | twins)])
+    return zoo.keep(~(own | twins))
 
 # %% ../nbs/30_centering.ipynb #1df3d48c
 def _members(zoo: Zoo, weights: np.ndarray) -> pd.DataFrame:
     "A row a member: what it is, what it scored, and the hashes of its weights and data where its manifest has them."
-    told = [_about(m) for m in zoo.models.itertuples()]
+    told = [read_manifest(m.path) for m in zoo.models.itertuples()]
     part = lambda key, field: [about.get(key, {}).get(field, "") for about in told]
     return (
         zoo.models[["model", "dataset", "family", "seed", "accuracy"]]
@@ -576,19 +559,23 @@ _CITATION = """```bibtex
 
 
 def _member_hashes(centroid: Centroid) -> pd.DataFrame:
-    "The members with the hash of each one's weights, computed where no manifest had it."
+    "The members with the hash of each one's weights, as they are read."
     members = centroid.members.copy()
-    known = members.get("weights_sha256", pd.Series("", members.index))
-
-    def digest(c):
-        return (
-            file_sha256(c.folder / "model.safetensors")
-            if c.folder and (c.folder / "model.safetensors").is_file()
-            else c.sha256()
+    recorded = members.get("weights_sha256", pd.Series("", members.index))
+    members["weights_sha256"] = [_hash_of_read(c) for c in centroid.checkpoints]
+    other = members[(recorded != "") & (recorded != members.weights_sha256)]
+    if len(other):
+        raise ValueError(
+            f"{other.model.iloc[0]}: its weights are not those of its manifest.json:"
+            " they are damaged or were replaced"
         )
-
-    members["weights_sha256"] = [k or digest(c) for k, c in zip(known, centroid.checkpoints)]
     return members
+
+
+def _hash_of_read(checkpoint: Checkpoint) -> str:
+    "The hash of the weights that a checkpoint reads."
+    folder = checkpoint.folder
+    return weights_sha256(folder) if folder else checkpoint.sha256()
 
 # %% ../nbs/30_centering.ipynb #c7348a77
 def model_card(

@@ -6,7 +6,11 @@
 __all__ = ['parser', 'main', 'zoo', 'similarity', 'traverse', 'center', 'locate', 'recommend', 'study']
 
 # %% ../nbs/52_cli.ipynb #04288ec8
-import argparse, os, sys, warnings
+import argparse
+import os
+import re
+import sys
+import warnings
 from pathlib import Path
 
 from . import __version__
@@ -15,18 +19,76 @@ from . import __version__
 _COMMANDS = {}  # name -> function, its arguments
 
 
-def _arg(*names, **how):
-    return names, how
-
-
 def _command(*arguments):
     "Make a function a command of the same name."
 
     def register(f):
-        _COMMANDS[f.__name__] = f, arguments
+        def run(options):
+            _require_paths(options)
+            return f(options)
+
+        run.__doc__ = f.__doc__
+        _COMMANDS[f.__name__] = run, arguments
         return f
 
     return register
+
+
+def _arg(*names, **how):
+    return names, how
+
+
+def _count(name, help, default=None, metavar="N"):
+    return _arg(name, type=int, default=default, metavar=metavar, help=help)
+
+
+def _real(name, help, default=None):
+    return _arg(name, type=float, default=default, metavar="X", help=help)
+
+
+def _flag(name, help):
+    return _arg(name, action="store_true", help=help)
+
+# %% ../nbs/52_cli.ipynb #077202b3
+def _require_paths(options):
+    "Refuse a folder that is not there, before anything slow is imported."
+    words = vars(options)
+    folders = words.get("folder") or []
+    if len(folders) == 1 and not os.path.exists(folders[0]):
+        raise FileNotFoundError(f"{folders[0]}: there is no such folder")
+    for word in (
+        *(folders if len(folders) > 1 else ()),
+        *map(words.get, ("base", "checkpoint")),
+    ):
+        if word:
+            _require_model(word)
+    for data in (words.get("data"), (words.get("target") or "").rpartition(":")[0]):
+        if data and data not in ("builtin", "hub") and not os.path.isdir(data):
+            raise ValueError(f"source {data!r} is neither 'builtin' nor 'hub' nor a folder")
+
+
+def _require_model(word):
+    "Refuse a word that is neither a folder nor the name of a model on the hub."
+    if word == "minilm" or os.path.exists(os.path.expanduser(word)):
+        return
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", word):
+        raise FileNotFoundError(f"{word}: there is no such folder")
+    if _is_offline() and not (_hub_cache() / f"models--{word.replace('/', '--')}").is_dir():
+        raise FileNotFoundError(f"{word}: no such folder, and not in the hub's cache (offline)")
+
+# %% ../nbs/52_cli.ipynb #e60c4d8f
+def _is_offline():
+    "Whether the environment says that the hub is not to be asked."
+    words = (os.environ.get(name, "") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    return any(word.upper() in ("1", "ON", "YES", "TRUE") for word in words)
+
+
+def _hub_cache():
+    "Where models of the hub are kept, without a question to its library."
+    at = os.environ.get
+    home = at("HF_HOME") or os.path.join(at("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    place = at("HF_HUB_CACHE") or at("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
+    return Path(os.path.expandvars(os.path.expanduser(place)))
 
 # %% ../nbs/52_cli.ipynb #8190cfe4
 def parser() -> argparse.ArgumentParser:
@@ -60,6 +122,7 @@ def main(
     options = parser().parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)  # said, whatever the environment asks
         warnings.showwarning = lambda message, *_, **__: _say(message)
         try:
             _COMMANDS[options.command][0](options)
@@ -72,38 +135,45 @@ def main(
     return 0
 
 # %% ../nbs/52_cli.ipynb #b71d05e3
-_FOLDER = _arg(
-    "folder",
-    nargs="+",
-    metavar="FOLDER",
-    help="a zoo, a folder with models.csv or that table, a folder of checkpoint folders (NAME or DATASET/NAME), or several checkpoints and hub ids",
+_FOLDERS = (
+    "a zoo, a folder with models.csv or that table, a folder of checkpoint folders"
+    " (NAME or DATASET/NAME), or several checkpoints and hub ids"
 )
-_BASE = _arg(
-    "--base",
-    required=True,
-    metavar="MODEL",
-    help="the pretrained model: a folder, a hub id or 'minilm'",
-)
+_PRETRAINED = "the pretrained model: a folder, a hub id or 'minilm'"
+_FOLDER = _arg("folder", nargs="+", metavar="FOLDER", help=_FOLDERS)
+_STEPS = _flag("--all-checkpoints", "take every checkpoint-N of a run, not only its last")
+_BASE = _arg("--base", required=True, metavar="MODEL", help=_PRETRAINED)
 _DATA = _arg("--data", required=True, help="'builtin', 'hub', or a folder of datasets")
 _TARGET = _arg("--target", required=True, metavar="NAME", help="the dataset to measure on")
 _BY = _arg("--by", default="dataset", choices=("dataset", "family"), help="what makes a group")
+_WORKERS = _count(
+    "--workers",
+    "jobs at a time (default: one a core, one a GPU, or all that a Ray cluster has room for)",
+)
+_MAX_LENGTH = _count("--max-length", "tokens a row is cut to", 40)
 
 # %% ../nbs/52_cli.ipynb #40fa6b29
+_MINILM = "minilm", "sentence-transformers/all-MiniLM-L6-v2"
+
+
 def _pretrained(word):
     "The folder or hub id that stands for a pretrained model."
-    from weightregions.bases import MINILM, minilm
+    if word not in _MINILM or Path(word).is_dir():
+        return word
+    from weightregions.bases import minilm
 
-    return minilm() if word in ("minilm", MINILM) and not Path(word).is_dir() else word
+    return minilm()
 
 
 def _opened(options):
-    "The zoo and the base that a command names; of the zoo the first model is held against the base."
+    "The zoo that a command names, held against its base, and the base."
     from weightregions.checkpoints import open_checkpoint
     from weightregions.zoo import open_zoo
 
-    zoo, base = open_zoo(options.folder), open_checkpoint(_pretrained(options.base))
+    zoo = open_zoo(options.folder, options.all_checkpoints)
+    base = open_checkpoint(_pretrained(options.base))
     zoo.checkpoints()[0].require_started_from(base)
-    return zoo, base
+    return zoo.checked(base), base
 
 
 def _corpus(data, name):
@@ -112,22 +182,36 @@ def _corpus(data, name):
 
     return load_corpora(data, [name])[name]
 
+
+def _device():
+    "Where to compute."
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
 # %% ../nbs/52_cli.ipynb #d3c91f74
-def _write(rows, file, shown=None, **how):
-    "Show rows as a table (or some columns, or none), and write them with all their digits."
+def _write(rows, file, **how):
+    "Write rows with all their digits."
     from weightregions.files import write_whole
 
-    if shown != []:
-        print(
-            rows[shown or rows.columns].to_string(
-                index=False, float_format="{:.4g}".format, na_rep="-"
-            ),
-            end="\n\n",
-        )
     write_whole(file, rows.to_csv(**{"index": False} | how))
     print(f"written: {file}", file=sys.stderr)
 
 
+def _write_left_out(zoo, file):
+    "Write what a zoo leaves out; where it is nothing, no table of a former run remains."
+    if len(zoo.left_out):
+        _write(zoo.left_out, file)
+    elif file.exists():
+        file.unlink()
+
+
+def _show(rows):
+    "Rows as a table on the screen."
+    text = rows.to_string(index=False, float_format="{:.4g}".format, na_rep="-")
+    print(text, end="\n\n")
+
+# %% ../nbs/52_cli.ipynb #eca354b7
 def _plots():
     "The chapter on figures, set to draw without a screen."
     import matplotlib
@@ -144,18 +228,39 @@ def _draw(drawn, file):
     "Write a figure and forget it."
     from matplotlib import pyplot as plt
 
-    drawn.figure.savefig(
-        beside := file.with_name(f".{file.name}"),
-        bbox_inches="tight",
-        metadata={"Software": None},
-    )
+    beside = file.with_name(f".{file.name}")
+    drawn.figure.savefig(beside, bbox_inches="tight", metadata={"Software": None})
     os.replace(beside, file)
     plt.close(drawn.figure)
     print(f"written: {file}", file=sys.stderr)
 
+# %% ../nbs/52_cli.ipynb #63ffefd8
+_RECIPE = (
+    _count("--steps", "optimiser steps, if no epochs are given", 200),
+    _real("--epochs", "passes over the training rows, in place of steps"),
+    _count(
+        "--patience",
+        "stop when so many training rows bring less than 0.1 points of accuracy on rows held"
+        " back (default: go on to the end)",
+    ),
+    _count("--batch-size", "rows in a step", 16),
+    _real("--learning-rate", "peak learning rate of the body", 2e-4),
+    _real("--head-rate", "the same for the head", 5e-3),
+    _real("--weight-decay", "AdamW's decoupled weight decay", 0.0),
+    _real("--warmup", "share of the steps in which the learning rates rise", 0.1),
+    _arg(
+        "--head",
+        default="zero",
+        choices=("zero", "random"),
+        help="how the head's last layer starts",
+    ),
+    _MAX_LENGTH,
+    _count("--rows", "training rows, a stratified draw (default: all)"),
+)
+
 # %% ../nbs/52_cli.ipynb #51b7d8ce
 @_command(
-    _arg("base", metavar="MODEL", help="the pretrained model: a folder, a hub id or 'minilm'"),
+    _arg("base", metavar="MODEL", help=_PRETRAINED),
     _DATA,
     _arg(
         "--out",
@@ -164,69 +269,13 @@ def _draw(drawn, file):
         help="the zoo's folder; it is made, or added to",
     ),
     _arg("--datasets", metavar="A,B", help="some of the datasets (default: all)"),
-    _arg("--seeds", type=int, default=3, metavar="N", help="models of each dataset"),
-    _arg(
-        "--steps",
-        type=int,
-        default=200,
-        metavar="N",
-        help="optimiser steps, if no epochs are given",
-    ),
-    _arg(
-        "--epochs",
-        type=float,
-        metavar="X",
-        help="passes over the training rows, in place of steps",
-    ),
-    _arg(
-        "--patience",
-        type=int,
-        metavar="N",
-        help="stop when so many training rows bring less than 0.1 points of accuracy on rows held back (default: go on to the end)",
-    ),
-    _arg("--batch-size", type=int, default=16, metavar="N", help="rows in a step"),
-    _arg(
-        "--learning-rate",
-        type=float,
-        default=2e-4,
-        metavar="X",
-        help="peak learning rate of the body",
-    ),
-    _arg("--head-rate", type=float, default=5e-3, metavar="X", help="the same for the head"),
-    _arg(
-        "--weight-decay",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="AdamW's decoupled weight decay",
-    ),
-    _arg(
-        "--warmup",
-        type=float,
-        default=0.1,
-        metavar="X",
-        help="share of the steps in which the learning rates rise",
-    ),
-    _arg(
-        "--head",
-        default="zero",
-        choices=("zero", "random"),
-        help="how the head's last layer starts",
-    ),
-    _arg("--max-length", type=int, default=40, metavar="N", help="tokens a row is cut to"),
-    _arg(
-        "--rows", type=int, metavar="N", help="training rows, a stratified draw (default: all)"
-    ),
-    _arg(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="jobs at a time (default: one a core, one a GPU, or all that a Ray cluster has room for)",
-    ),
-    _arg("--list", action="store_true", help="only list the datasets"),
+    _count("--seeds", "models of each dataset", 3),
+    *_RECIPE,
+    _WORKERS,
+    _flag("--list", "only list the datasets"),
 )
 def zoo(
-    options: argparse.Namespace,  # base, data, out, datasets, seeds, workers, list, and fields of a Recipe
+    options: argparse.Namespace,  # base, data, out, datasets, seeds, workers, list, recipe
 ):
     "Fine-tune a model on every dataset with several seeds, or add to what is there."
     from weightregions.corpora import describe, load_corpora
@@ -234,19 +283,20 @@ def zoo(
     corpora = load_corpora(options.data, options.datasets and options.datasets.split(","))
     if options.list:
         return print(describe(corpora).to_string(index=False))
+    _build(options, corpora)
+
+# %% ../nbs/52_cli.ipynb #d255eef4
+def _build(options, corpora):
+    "Fine-tune what is missing of a zoo, and write its tables."
     from weightregions.bases import base_identity
+    from weightregions.building import build_zoo, learned
     from weightregions.checkpoints import open_checkpoint
     from weightregions.finetuning import Recipe
     from weightregions.jobs import ranks
-    from weightregions.zoo import build_zoo, learned, open_zoo
+    from weightregions.zoo import open_zoo
 
-    recipe = Recipe(
-        **{
-            name: value
-            for name, value in vars(options).items()
-            if name in Recipe.__dataclass_fields__
-        }
-    )
+    fields = Recipe.__dataclass_fields__
+    recipe = Recipe(**{k: v for k, v in vars(options).items() if k in fields})
     for corpus in corpora.values() if options.rows is not None else ():
         corpus.subsample(options.rows)  # refused now, not after an hour
     base, out = _pretrained(options.base), Path(options.out)
@@ -255,110 +305,89 @@ def zoo(
     if ranks()[0]:
         return  # torchrun: the first process tells
     models = open_zoo(out).models.drop(columns=["path", "revision"])
+    results = learned(models, base_identity(base)["name"])
     _write(models, out / "models.csv")
-    _write(learned(models, base_identity(base)["name"]), out / "learned.csv")
+    _write(results, out / "learned.csv")
+    _show(models)
+    _show(results)
 
 # %% ../nbs/52_cli.ipynb #92e07bd4
 def _draw_similarity(cosine, models, groups, out):
     "Heat map and map of all models, coloured by group where there are groups."
     from weightregions.clustering import embed_map
 
-    plots = _plots()
-    families = (
-        dict(zip(models.dataset, models.family))
-        if groups is not None and groups.name == "dataset" and set(models.family) != {"unknown"}
-        else None
-    )
-    _draw(
-        plots.similarity_heatmap(
-            cosine, groups, families, "cluster" if groups is None else "group"
-        ),
-        out / "similarity.png",
-    )
+    plots, families = _plots(), None
+    if groups is not None and groups.name == "dataset" and set(models.family) != {"unknown"}:
+        families = dict(zip(models.dataset, models.family))
+    what = "cluster" if groups is None else "group"
+    _draw(plots.similarity_heatmap(cosine, groups, families, what), out / "similarity.png")
     if len(cosine) < 4:
         return _say("a map takes at least four models")
-    _draw(
-        plots.region_map(
-            embed_map(cosine), cosine.index.to_series() if groups is None else groups, families
-        ),
-        out / "map.png",
-    )
+    colours = cosine.index.to_series() if groups is None else groups
+    _draw(plots.region_map(embed_map(cosine), colours, families), out / "map.png")
+
+# %% ../nbs/52_cli.ipynb #8c523422
+def _clusters(options, cosine, models):
+    "The cluster of each model, and how these fit the groups; no scores where there are none."
+    from weightregions.clustering import cluster_report, silhouette_clusters, spectral_clusters
+
+    groups = models[options.by]
+    if 1 < groups.nunique() < len(groups):
+        units = models.dataset if options.by == "family" else None
+        scores = cluster_report(cosine, groups, options.clusters, by=units)
+        return scores.clusters, scores
+    if options.clusters is not None:
+        return spectral_clusters(cosine, options.clusters), None
+    return silhouette_clusters(cosine), None
 
 # %% ../nbs/52_cli.ipynb #18c5ea9d
 @_command(
     _FOLDER,
+    _STEPS,
     _BASE,
     _BY,
     _arg("--out", default="similarity", metavar="DIR", help="folder for tables and figures"),
-    _arg(
-        "--clusters",
-        type=int,
-        metavar="K",
-        help="number of clusters (default: that of the groups, or by silhouette)",
-    ),
+    _count("--clusters", "number of clusters (default: that of the groups, or by silhouette)"),
 )
 def similarity(
-    options: argparse.Namespace,  # folder, base, by, out, clusters
+    options: argparse.Namespace,  # folder, all_checkpoints, base, by, out, clusters
 ):
     "Cosines between all task vectors, the clusters they make, a heat map and a map."
     from weightregions.centering import _opened as of_one_start
-    from weightregions.clustering import cluster_report, silhouette_clusters, spectral_clusters
-    from weightregions.finetuning import default_device
     from weightregions.similarity import gram
 
     (zoo, base), out = _opened(options), Path(options.out)
-    found = gram(of_one_start(zoo.checkpoints(), "similarity"), base, device=default_device())
-    cosine, models = found.cosine(), zoo.models.set_index("model")
-    groups, units, scores = (
-        models[options.by],
-        models.dataset if options.by == "family" else None,
-        None,
-    )
-    if 1 < groups.nunique() < len(groups):
-        scores = cluster_report(cosine, groups, options.clusters, by=units)
-    if scores:
-        clusters = scores.clusters
-    else:
-        clusters = (
-            spectral_clusters(cosine, options.clusters)
-            if options.clusters is not None
-            else silhouette_clusters(cosine)
-        )
-    rows = models[["dataset", "family"]].assign(norm=found.norms(), cluster=clusters)
+    products = gram(of_one_start(zoo.checkpoints(), "similarity"), base, device=_device())
+    cosine, models = products.cosine(), zoo.models.set_index("model")
+    clusters, scores = _clusters(options, cosine, models)
+    rows = models[["dataset", "family"]].assign(norm=products.norms(), cluster=clusters)
     if scores:
         rows["found"] = rows.cluster.map(scores.matching)
-    _write(cosine, out / "similarity.csv", [], index=True, index_label="model")
+    _write(cosine, out / "similarity.csv", index=True, index_label="model")
     _write(rows.reset_index(), out / "groups.csv")
+    _write_left_out(zoo, out / "left_out.csv")
     if scores:
         _write(scores.table.reset_index(), out / "scores.csv")
+    _draw_similarity(cosine, models, models[options.by] if scores else None, out)
+    _show(rows.reset_index())
     if scores:
+        _show(scores.table.reset_index())
         print(scores)
-    _draw_similarity(cosine, models, groups if scores else None, out)
 
 # %% ../nbs/52_cli.ipynb #f7b0926d
 def _path(options, models):
     "What kind of path the options ask for, its points, and how to draw it."
-    from weightregions.traversal import Point, extrapolation, hull, line, plane
+    from weightregions.traversal import extrapolation, line, plane
 
     n, ends = options.points, [m.name for m in models]
     if n < 2:
         raise ValueError(f"--points must be at least 2, not {n}")
-    if options.hull is not None and options.beyond is not None:
-        raise ValueError("--hull and --beyond are two kinds of path: give one of them")
     if options.hull is not None:
-        if options.hull < 1:
-            raise ValueError(
-                f"--hull takes the number of points, at least 1, not {options.hull}"
-            )
-        alone = [({"group": "In"}, Point((m,), (1.0,), m.name)) for m in models]
-        return (
-            "hull",
-            [*alone, *(({"group": "In'"} | at, p) for at, p in hull(models, options.hull))],
-            lambda plots, rows: plots.group_strip(rows),
-        )
+        return "hull", _hull(options, models), lambda plots, rows: plots.group_strip(rows)
     if len(models) > 3:
         raise ValueError(
-            f"a line takes two checkpoints and a plane three, not {len(models)}; --hull N takes any number"
+            f"a line takes two checkpoints and a plane three, not {len(models)};"
+            " --hull N takes any number"
         )
     if len(models) == 3 and options.beyond is not None:
         raise ValueError("--beyond goes along a line, which takes two checkpoints, not three")
@@ -366,16 +395,22 @@ def _path(options, models):
         whole = plane(*models, n)
         return "plane", whole, lambda plots, rows: plots.plane_map(rows, whole.marks())
     if options.beyond is not None:
-        return (
-            "beyond",
-            extrapolation(*models, n, options.beyond),
-            lambda plots, rows: plots.edges(rows),
-        )
-    return (
-        "line",
-        line(*models, [i / (n - 1) for i in range(n)]),
-        lambda plots, rows: plots.loss_line(rows, ends=ends),
-    )
+        points = extrapolation(*models, n, options.beyond)
+        return "beyond", points, lambda plots, rows: plots.edges(rows)
+    points = line(*models, [i / (n - 1) for i in range(n)])
+    return "line", points, lambda plots, rows: plots.loss_line(rows, ends=ends)
+
+
+def _hull(options, models):
+    "The models themselves, and random points between them."
+    from weightregions.traversal import Point, hull
+
+    if options.beyond is not None:
+        raise ValueError("--hull and --beyond are two kinds of path: give one of them")
+    if options.hull < 1:
+        raise ValueError(f"--hull takes the number of points, at least 1, not {options.hull}")
+    alone = [({"group": "In"}, Point((m,), (1.0,), m.name)) for m in models]
+    return [*alone, *(({"group": "In'"} | at, p) for at, p in hull(models, options.hull))]
 
 # %% ../nbs/52_cli.ipynb #15e4c8fb
 @_command(
@@ -383,18 +418,13 @@ def _path(options, models):
         "folder",
         nargs="+",
         metavar="CHECKPOINT",
-        help="two or three checkpoints, folders or hub ids; with --hull any number, or a folder of them",
+        help="two or three checkpoints, folders or hub ids; with --hull any number, or a folder",
     ),
+    _STEPS,
     _BASE,
     _DATA,
     _TARGET,
-    _arg(
-        "--points",
-        type=int,
-        default=9,
-        metavar="N",
-        help="points on the line, on each side beyond it, or along each axis of the plane",
-    ),
+    _count("--points", "points on the line, on each side beyond it, or on each axis", 9),
     _arg(
         "--beyond",
         type=float,
@@ -403,58 +433,49 @@ def _path(options, models):
         metavar="ALPHA",
         help="beyond the ends of the line too, as far as alpha = 8 or this",
     ),
-    _arg("--hull", type=int, metavar="N", help="instead, N random points of the hull"),
-    _arg(
-        "--rows",
-        type=int,
-        default=400,
-        metavar="N",
-        help="training rows and test rows of the probe at most",
-    ),
-    _arg("--max-length", type=int, default=40, metavar="N", help="tokens a row is cut to"),
+    _count("--hull", "instead, N random points of the hull"),
+    _count("--rows", "training rows and test rows of the probe at most", 400),
+    _MAX_LENGTH,
     _arg("--out", default="traverse", metavar="DIR", help="folder for rows and figure"),
 )
 def traverse(
-    options: argparse.Namespace,  # folder, base, data, target, points, beyond, hull, rows, max_length, out
+    options: argparse.Namespace,  # folder, base, data, target, kind of path, rows, max_length, out
 ):
-    "The generalized loss between two checkpoints, beyond them, in the plane of three or in the hull of several."
+    "The generalized loss on a line, beyond its ends, in a plane or in the hull of several."
+    (zoo, base), corpus = _opened(options), _corpus(options.data, options.target)
+    models, out = zoo.checkpoints(), Path(options.out)
+    for m in models:
+        m.require_started_from(base)
+    kind, rows, start, draw = _measured(options, models, base, corpus)
+    _write(rows, out / f"{kind}.csv")
+    _write_left_out(zoo, out / "left_out.csv")
+    _draw(draw(_plots(), rows), out / f"{kind}.png")
+    places = [c for c in ("alpha", "x", "y") if c in rows] or ["group", "point"]
+    _show(rows[[*places, "loss", "accuracy"]])
+    print(
+        f"pretrained model on {corpus.name} ({corpus.source}):"
+        f" loss {start['loss']:.4g}, accuracy {start['accuracy']:.4g}"
+    )
+
+# %% ../nbs/52_cli.ipynb #f25e5c2a
+def _measured(options, models, base, corpus):
+    "The kind of path, the loss at its points and at the base, and how to draw them."
     from weightregions.corpora import at_most
-    from weightregions.finetuning import one_thread, default_device
+    from weightregions.finetuning import one_thread
     from weightregions.probing import Probing, Target, pooling_of
     from weightregions.traversal import ScratchModel, load_what_fits, traverse
 
-    (zoo, base), corpus, out = (
-        _opened(options),
-        _corpus(options.data, options.target),
-        Path(options.out),
-    )
-    models = zoo.checkpoints()
-    for m in models:
-        m.require_started_from(base)
-    device = default_device()
+    device = _device()
     kind, path, draw = _path(options, load_what_fits(models, head="drop", device=device))
-    target = Target(
-        at_most(corpus, options.rows, options.rows), base.folder, max_length=options.max_length
+    sample = at_most(corpus, options.rows, options.rows)
+    metric = Probing(
+        Target(sample, base.folder, max_length=options.max_length), pooling_of(base.folder)
     )
-    metric, scratch = (
-        Probing(target, pooling_of(base.folder)),
-        ScratchModel(models[0], base, device=device),
-    )
+    scratch = ScratchModel(models[0], base, device=device)
+    about = f"{corpus.source} {corpus.sha256[:12]}, length {options.max_length}"
     with one_thread(device):
-        rows = traverse(
-            path,
-            metric,
-            scratch,
-            out / f"{kind}.jsonl",
-            about=f"{corpus.source} {corpus.sha256[:12]}, length {options.max_length}",
-        )
-        start = metric(scratch.load(base))[0]
-    places = [c for c in ("alpha", "x", "y") if c in rows] or ["group", "point"]
-    _write(rows, out / f"{kind}.csv", [*places, "loss", "accuracy"])
-    _draw(draw(_plots(), rows), out / f"{kind}.png")
-    print(
-        f"pretrained model on {corpus.name} ({corpus.source}): loss {start['loss']:.4g}, accuracy {start['accuracy']:.4g}"
-    )
+        rows = traverse(path, metric, scratch, Path(options.out) / f"{kind}.jsonl", about=about)
+        return kind, rows, metric(scratch.load(base))[0], draw
 
 # %% ../nbs/52_cli.ipynb #7bd5f1e8
 def _unseen(zoo, options):
@@ -477,6 +498,7 @@ def _unseen(zoo, options):
 # %% ../nbs/52_cli.ipynb #4c28a69f
 @_command(
     _FOLDER,
+    _STEPS,
     _BASE,
     _arg("--out", required=True, metavar="FOLDER", help="the checkpoint folder to make"),
     _arg("--without", metavar="DATASET", help="leave out the models of this dataset"),
@@ -484,11 +506,10 @@ def _unseen(zoo, options):
         "--for",
         dest="target",
         metavar="DATA:NAME",
-        help="the dataset to be fine-tuned on next, such as builtin:films; models that saw it are refused",
+        help="the dataset to be fine-tuned on next, such as builtin:films;"
+        " models that saw it are refused",
     ),
-    _arg(
-        "--saw-target", action="store_true", help="allow models that saw the dataset of --for"
-    ),
+    _flag("--saw-target", "allow models that saw the dataset of --for"),
     _arg("--family", metavar="F", help="only models of this task family"),
     _arg(
         "--weights",
@@ -503,111 +524,109 @@ def _unseen(zoo, options):
     ),
 )
 def center(
-    options: argparse.Namespace,  # folder, base, out, without, target, saw_target, family, weights, dtype
+    options: argparse.Namespace,  # folder, base, out, which models, weights, dtype
 ):
     "Average the models into one checkpoint, the centroid, to start the next fine-tuning from."
-    import torch
-    from weightregions.centering import centroid_of, save_centroid
-
-    out = Path(options.out)
-    if out.exists():
-        raise FileExistsError(f"{out}: exists already")
+    if os.path.exists(options.out):
+        raise FileExistsError(f"{options.out}: exists already")
     if options.without and options.target:
         raise ValueError(
             "--without and --for say the same of different datasets: give one of them"
         )
-    zoo, base = _opened(options)
-    zoo, target = _unseen(zoo, options)
-    weights = zoo.models.set_index("model")[options.weights] if options.weights else None
+    _center(options)
+
+# %% ../nbs/52_cli.ipynb #6a3d122a
+def _center(options):
+    "Write the centroid and the table of its members."
+    import torch
+
+    from weightregions.centering import centroid_of, save_centroid
+
+    (zoo, base), out = _opened(options), Path(options.out)
+    some, target = _unseen(zoo, options)
+    weights = some.models.set_index("model")[options.weights] if options.weights else None
     try:
-        centroid = centroid_of(zoo, target, saw_target=options.saw_target, weights=weights)
+        centroid = centroid_of(some, target, saw_target=options.saw_target, weights=weights)
     except ValueError as e:
-        raise ValueError(
-            str(e).replace(
-                "take leave_out(zoo, target), or say saw_target=True",
-                "--without leaves it out, --saw-target allows it",
-            )
-        ) from None
+        instead = "--without leaves it out, --saw-target allows it"
+        python = "take leave_out(zoo, target), or say saw_target=True"
+        raise ValueError(str(e).replace(python, instead)) from None
     save_centroid(centroid, out, base, dtype=getattr(torch, options.dtype))
+    members = centroid.members[["model", "dataset", "family", "accuracy", "weight"]]
+    _write(members, out / "members.csv")
+    _write_left_out(zoo, out / "left_out.csv")
     print(centroid.description)
-    _write(
-        centroid.members[["model", "dataset", "family", "accuracy", "weight"]],
-        out / "members.csv",
-    )
+    _show(members)
 
 # %% ../nbs/52_cli.ipynb #0e7f4d36
 @_command(
     _arg("checkpoint", metavar="CHECKPOINT", help="a folder or hub id"),
-    _arg(
-        "--zoo",
-        dest="folder",
-        nargs="+",
-        required=True,
-        metavar="FOLDER",
-        help=_FOLDER[1]["help"],
-    ),
+    _arg("--zoo", dest="folder", nargs="+", required=True, metavar="FOLDER", help=_FOLDERS),
+    _STEPS,
     _BASE,
     _BY,
-    _arg(
-        "--alpha",
-        type=float,
-        default=0.05,
-        metavar="X",
-        help="rate of false alarms: members that are called outsiders",
-    ),
+    _real("--alpha", "rate of false alarms: members that are called outsiders", 0.05),
     _arg("--out", default="locate.csv", metavar="FILE", help="the table"),
 )
 def locate(
-    options: argparse.Namespace,  # checkpoint, folder, base, by, alpha, out
+    options: argparse.Namespace,  # checkpoint, folder, all_checkpoints, base, by, alpha, out
 ):
     "The regions that a checkpoint lies in, the nearest first."
     from weightregions.checkpoints import open_checkpoint
     from weightregions.region import locate, regions_of
-    from weightregions.zoo import Zoo
 
     query, (zoo, base) = open_checkpoint(options.checkpoint), _opened(options)
-    own = zoo.models.path.map(lambda p: Path(p).is_dir() and Path(p).samefile(query.folder)) | (
-        zoo.models.path == options.checkpoint
-    )
-    if own.any():
+    same = zoo.models.path.map(lambda path: _is_same(path, options.checkpoint, query.folder))
+    if same.any():
         _say(f"{options.checkpoint} is a model of {zoo.name}, and left out of its region")
-    _write(
-        locate(
-            query, regions_of(Zoo(zoo.name, zoo.models[~own]), base, options.by), options.alpha
-        ),
-        Path(options.out),
-    )
+    regions = regions_of(zoo.keep(~same), base, options.by)
+    rows, out = locate(query, regions, options.alpha), Path(options.out)
+    _write(rows, out)
+    _write_left_out(zoo, out.with_name(f"{out.stem}-left_out.csv"))
+    _show(rows)
+
+
+def _is_same(path, word, folder):
+    "Whether a model's path is the checkpoint that was named."
+    return path == word or Path(path).is_dir() and Path(path).samefile(folder)
 
 # %% ../nbs/52_cli.ipynb #ae2710d5
 @_command(
     _FOLDER,
+    _STEPS,
     _BASE,
     _DATA,
     _TARGET,
-    _arg("--rows", type=int, default=200, metavar="N", help="training rows that are looked at"),
+    _count("--rows", "training rows that are looked at", 200),
     _arg("--out", default="recommend.csv", metavar="FILE", help="the table"),
     _arg("--write", metavar="FOLDER", help="write the start that is advised as a checkpoint"),
 )
 def recommend(
-    options: argparse.Namespace,  # folder, base, data, target, rows, out, write
+    options: argparse.Namespace,  # folder, all_checkpoints, base, data, target, rows, out, write
 ):
     "Rank the starts that a zoo offers for a dataset, and say which one to take."
+    if options.write and os.path.exists(options.write):
+        raise FileExistsError(f"{options.write}: exists already")
     from weightregions.advice import advised, candidates, recommend
+
+    (zoo, base), corpus = _opened(options), _corpus(options.data, options.target)
+    rows, out = recommend(zoo, corpus, base, options.rows), Path(options.out)
+    _write(rows, out)
+    _write_left_out(zoo, out.with_name(f"{out.stem}-left_out.csv"))
+    name = advised(rows)
+    where = _written(candidates(zoo, corpus, base)[name], options.write, base)
+    _show(rows)
+    kind = f"the {name}" + " model" * (name == "pretrained")
+    print(f"advice: start from {name if name in set(zoo.models.model) else kind} ({where})")
+
+# %% ../nbs/52_cli.ipynb #38a007a5
+def _written(start, folder, base):
+    "Where the start that is advised lies; a centroid is written if a folder is named."
     from weightregions.centering import Centroid, save_centroid
 
-    if options.write and Path(options.write).exists():
-        raise FileExistsError(f"{options.write}: exists already")
-    (zoo, base), corpus = _opened(options), _corpus(options.data, options.target)
-    rows = recommend(zoo, corpus, base, options.rows)
-    _write(rows, Path(options.out))
-    start = candidates(zoo, corpus, base)[name := advised(rows)]
-    if options.write and isinstance(start, Centroid):
-        where = save_centroid(start, options.write, base)
-    else:
-        where = "--write FOLDER makes it" if isinstance(start, Centroid) else start.folder
-    print(
-        f"advice: start from {name if name in zoo.models.model.values else f'the {name}' + ' model' * (name == 'pretrained')} ({where})"
-    )
+    if not isinstance(start, Centroid):
+        return start.folder
+    return save_centroid(start, folder, base) if folder else "--write FOLDER makes it"
 
 # %% ../nbs/52_cli.ipynb #1eda0e1a
 @_command(
@@ -619,55 +638,44 @@ def recommend(
     ),
     _arg(
         "--data",
-        help="'builtin', 'hub', or a folder of datasets (default: the scale's, which is hub for paper and else builtin)",
+        help="'builtin', 'hub', or a folder of datasets"
+        " (default: the scale's, which is hub for paper and else builtin)",
     ),
     _arg("--out", default="out", help="folder for models, rows and pages"),
-    _arg(
-        "--min-rows",
-        type=int,
-        default=0,
-        metavar="N",
-        help="leave out datasets with fewer training rows",
-    ),
-    _arg(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="jobs at a time (default: one a core, one a GPU, or all that a Ray cluster has room for)",
-    ),
-    _arg(
-        "--dry-run", action="store_true", help="only say what would be done, and what it costs"
-    ),
+    _count("--min-rows", "leave out datasets with fewer training rows", 0),
+    _WORKERS,
+    _flag("--dry-run", "only say what would be done, and what it costs"),
     _arg(
         "--device",
         metavar="NAME",
-        help="device that the cost is told for: 'core' or a GPU by its data sheet (default: a core, for the paper's scale an H100)",
+        help="device that the cost is told for: 'core' or a GPU by its data sheet"
+        " (default: a core, for the paper's scale an H100)",
     ),
-    _arg(
+    _flag(
         "--measure",
-        action="store_true",
-        help="a dry run for this machine, on which a few steps of the scale's base are timed first",
+        "a dry run for this machine, on which a few steps of the scale's base are timed first",
     ),
 )
 def study(
     options: argparse.Namespace,  # scale, data, out, min_rows, workers, dry_run, device, measure
 ):
-    "Put the paper's claims to the test, and write one page with the verdicts; a stopped run goes on."
+    "Put the paper's claims to the test, and write one page with the verdicts."
     if options.measure and options.device:
         raise ValueError(
             "--measure tells the cost for this machine, --device for another: give one of them"
         )
     if options.dry_run or options.measure:
-        from weightregions.cost import SCALES, plan_of, plan_text, this_device
-
-        device = this_device(SCALES[options.scale]) if options.measure else options.device
-        plan = plan_of(options.scale, options.data, min_rows=options.min_rows, device=device)
-        return print(
-            plan_text(
-                plan,
-                options.workers or (os.cpu_count() if plan.attrs["device"] == "core" else 1),
-            )
-        )
+        return _plan(options)
     from weightregions.study import run_study
 
     run_study(options.out, options.scale, options.data, options.min_rows, options.workers)
+
+# %% ../nbs/52_cli.ipynb #148a8833
+def _plan(options):
+    "Show what a study would do, and what it costs."
+    from weightregions.cost import SCALES, plan_of, plan_text, this_device
+
+    device = this_device(SCALES[options.scale]) if options.measure else options.device
+    plan = plan_of(options.scale, options.data, min_rows=options.min_rows, device=device)
+    cores = os.cpu_count() if plan.attrs["device"] == "core" else 1
+    print(plan_text(plan, options.workers or cores))

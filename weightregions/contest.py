@@ -155,7 +155,7 @@ def compare_all_starts(
     tuple
 ):  # the rows of `compare_starts`, and those of `recommend` with columns target and role
     "Try all starts on all targets."
-    folder = Path(folder)
+    folder, zoo = Path(folder), zoo.checked(base)
     jobs = {
         name: (
             zoo,

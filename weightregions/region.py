@@ -384,7 +384,7 @@ def _with_region(zoo: Zoo, by: str) -> Zoo:
             f"{', '.join(map(str, alone[:3]))}{' and more' * (len(alone) > 3)}: only one {what}, and no region",
             stacklevel=3,
         )
-    return Zoo(zoo.name, zoo.models[units > 1])
+    return zoo.keep(units > 1)
 
 # %% ../nbs/32_region.ipynb #045abbd0
 def regions_of(
@@ -396,8 +396,9 @@ def regions_of(
     "The regions of a zoo, with the spread that they have in common; of one model or dataset there is no region."
     if by not in ("dataset", "family"):
         raise ValueError(f"regions are made by dataset or by family, not by {by!r}")
-    zoo = _with_region(zoo, by)
-    base, models = open_checkpoint(base), zoo.checkpoints()
+    base = open_checkpoint(base)
+    zoo = _with_region(zoo.checked(base), by)
+    models = zoo.checkpoints()
     _one_base(_members(zoo, np.ones(len(zoo))), zoo.name)
     found = _measured(models, base, progress)
     shapes = _shapes(

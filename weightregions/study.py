@@ -28,20 +28,20 @@ from weightregions.bases import (
     pinned,
     second_start,
     tiny_base,
-    same_base,
 )
 from .checkpoints import open_checkpoint
-from .stored import read_object
+from .identity import other_parts
 from .contest import StartExperiment, compare_all_starts, targets_of
 from .corpora import describe, load_corpora, texts
-from .files import as_json, write_whole
+from .files import as_json, read_json, write_whole
 from .finetuning import Recipe, default_device
 from .region import locate_from_gram
 from .similarity import gram
 from .space import kind_of, layer_of, patch
 from .starting import Search
 from .walks import TraversalBudget, plan_paths, measure_paths
-from .zoo import build_zoo, learned, open_zoo
+from .building import build_zoo, learned
+from .zoo import open_zoo
 
 # %% ../nbs/50_study.ipynb #cfe5a033
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ class Study:
         self.folder = Path(folder)
         if not (self.folder / "about.json").exists():
             raise FileNotFoundError(f"{self.folder}: no study is there (about.json is missing)")
-        self.about = read_object(self.folder / "about.json")
+        self.about = read_json(self.folder / "about.json")
         kinds = {
             "scale": str,
             "data": str,
@@ -867,8 +867,8 @@ def begin(
     }
     file = out / "about.json"
     if file.exists():
-        old = read_object(file)
-        if isinstance(old.get("base"), dict) and same_base(about["base"], old["base"]):
+        old = read_json(file)
+        if isinstance(old.get("base"), dict) and not other_parts(about["base"], old["base"]):
             old["base"] = about["base"]
         differ = [k for k in about if old.get(k) != about[k]]
         if differ:

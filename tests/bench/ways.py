@@ -543,7 +543,7 @@ def zoo(
     from shutil import rmtree
     from transformers import Trainer
     from weightregions import finetuning
-    from weightregions.zoo import build_zoo
+    from weightregions.building import build_zoo
 
     corpora = corpora_of(size)
     threads = (
