@@ -218,7 +218,7 @@ LAYERS = {
         "original",
     },
     "figures": {"plots"},
-    "top": {"walks", "contest", "study", "cost", "cli"},
+    "top": {"walks", "contest", "scales", "results", "report", "study", "cost", "cli"},
 }
 KNOWS = {
     "points": {"space", "files", "stored", "anatomy", "checkpoints", "loading"},
