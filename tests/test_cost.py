@@ -43,7 +43,7 @@ from weightregions.cost import (
     visits,
 )
 from weightregions.registry import hub_names, hub_sizes
-from weightregions.study import SCALES, choose
+from weightregions.scales import SCALES, choose
 from weightregions.walks import TraversalBudget, PathSpec
 from weightregions.building import build_zoo
 

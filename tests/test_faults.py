@@ -39,7 +39,9 @@ from weightregions.probing import Probing, Target, pooling_of
 from weightregions.region import Region
 from weightregions.similarity import gram, load_gram
 from weightregions.starting import Search, Tuned
-from weightregions.study import SCALES, Study, begin, similarity_rows, write_rows
+from weightregions.results import Study, write_rows
+from weightregions.scales import SCALES
+from weightregions.study import begin, similarity_rows
 from weightregions.traversal import ScratchModel, load_in_memory, hull, read_rows, traverse
 from weightregions.building import build_zoo
 from weightregions.zoo import open_zoo

@@ -36,7 +36,7 @@ from weightregions.files import as_json, file_sha256
 from weightregions.finetuning import Recipe
 from weightregions.region import Region
 from weightregions.similarity import gram, load_gram, load_sketch, sketch
-from weightregions.study import Study
+from weightregions.results import Study
 from weightregions.traversal import ScratchModel, hull, read_rows, traverse
 from weightregions.building import settle
 from weightregions.zoo import gather, open_zoo

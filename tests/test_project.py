@@ -227,10 +227,10 @@ LAYERS = {
         "original",
     },
     "figures": {"plots"},
-    "top": {"walks", "contest", "study", "cost", "cli"},
+    "top": {"walks", "contest", "scales", "results", "report", "study", "cost", "cli"},
 }
 KNOWS = {
-    "points": {"space", "files", "stored", "anatomy", "checkpoints", "loading"},
+    "points": {"points"},
     "text": {"points", "text"},
     "regions": {"points", "text", "regions"},
     "figures": {"figures", "regions"},

@@ -13,20 +13,19 @@ import pandas as pd
 import pytest
 
 from weightregions.corpora import load_corpora
-from weightregions.study import (
-    CAPTIONS,
+from weightregions.report import CAPTIONS
+from weightregions.results import (
     CLAIM_COLUMNS,
     HOLDS,
     IN_PART,
     NOT_HERE,
-    SCALES,
     TOO_FEW,
     Study,
-    check_classes,
-    run_study,
     square,
     verdict,
 )
+from weightregions.scales import SCALES, check_classes
+from weightregions.study import run_study
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -197,12 +196,12 @@ def test_data_of_ones_own(tmp_path):
 
 
 def test_a_notebook_that_fails_is_named_and_the_page_is_there(out, tmp_path, monkeypatch):
-    from weightregions import study
+    from weightregions import report
 
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
     nbformat.write(nb, tmp_path / "broken.ipynb")
     monkeypatch.setenv("WEIGHTREGIONS_OUT", str(out))
-    assert study.run_notebook(tmp_path / "broken.ipynb", tmp_path) is False
+    assert report.run_notebook(tmp_path / "broken.ipynb", tmp_path) is False
     assert "ZeroDivisionError" in (tmp_path / "notebooks" / "broken.ipynb").read_text()
 
 

@@ -83,7 +83,9 @@ def anatomy(
     return Anatomy(*classes, prefix, body, head, ties, buffers, _ignored(model, base))
 
 # %% ../nbs/02_anatomy.ipynb #7d5df6a3
-def is_pooler(name: str) -> bool:
+def is_pooler(
+    name: str,  # canonical name of a tensor
+) -> bool:
     "Whether a body tensor belongs to the pooler."
     return name.split(".")[0] == "pooler"
 

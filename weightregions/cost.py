@@ -24,7 +24,8 @@ from .corpora import Corpus, load_corpora
 from .finetuning import LOOK, Recipe, train, default_device
 from .registry import hub_entries, hub_names, hub_sizes
 from .starting import RATES
-from .study import SCALES, Scale, choose, enough_rows, how_long, some_of, start
+from .scales import SCALES, Scale, choose, enough_rows, how_long, some_of
+from .study import start
 from .walks import PathSpec, leading, plan_paths
 
 # %% ../nbs/51_cost.ipynb #729ae4b6

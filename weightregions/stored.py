@@ -179,12 +179,16 @@ DTYPES = {
 }
 
 
-def one_line(error: Exception) -> str:
+def one_line(
+    error: Exception,  # what went wrong
+) -> str:
     "The first line of an error's message."
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def safetensors_header(file: Path) -> dict[str, Stored]:
+def safetensors_header(
+    file: Path,  # a safetensors file
+) -> dict[str, Stored]:  # name -> tensor
     "The tensors of a safetensors file, from its header."
     try:
         with safe_open(file, framework="pt"):
