@@ -89,12 +89,22 @@ def _average(
         checkpoint.read(name, start, stop, out=row)
     out.copy_(torch.from_numpy(np.einsum("k,kn->n", centroid.weights, stored.numpy())))
     if not torch.isfinite(out.sum()) and not torch.isfinite(out).all():
-        bad = [
-            c.name
-            for c in centroid.checkpoints
-            if not torch.isfinite(c.read(name, start, stop)).all()
-        ]
-        raise ValueError(f"{(bad or [centroid.name])[0]}: {name} holds NaN or infinite values")
+        _refuse_member(centroid, name, start, stop, out.dtype)
+
+
+def _refuse_member(
+    centroid: Centroid, name: str, start: int, stop: int, dtype: torch.dtype
+) -> None:
+    "Name the member that makes an average infinite or NaN."
+    stretches = [(c.name, c.read(name, start, stop)) for c in centroid.checkpoints]
+    for member, weights in stretches:
+        if not torch.isfinite(weights).all():
+            raise ValueError(f"{member}: {name} holds NaN or infinite values")
+    for member, weights in stretches:
+        if not torch.isfinite(weights.to(dtype)).all():
+            kind = str(dtype).removeprefix("torch.")
+            raise ValueError(f"{member}: {name} holds values that overflow as {kind}")
+    raise ValueError(f"{centroid.name}: the average of {name} overflows")
 
 
 def _rooms(
@@ -190,6 +200,8 @@ def _opened(checkpoints: Iterable, what: str) -> list[Checkpoint]:
             c, "require_same_space"
         ) else first.layout.require_same(c.layout, c.name)
         other = _matrix_sample(c)
+        if not torch.isfinite(sample.square().sum() + other.square().sum()):
+            _refuse_sample(first, c)
         cosine = float(sample @ other / (sample.norm() * other.norm()))
         if cosine < 0.5:
             raise ValueError(
@@ -207,6 +219,20 @@ def _matrix_sample(checkpoint: Checkpoint, n: int = 2**12) -> Tensor:
         if len(shape) > 1
     ]
     return torch.cat([torch.empty(0), *(p.reshape(-1) for p in parts)]).double()
+
+
+def _refuse_sample(*checkpoints: Checkpoint) -> None:
+    "Name the tensor that makes a sample of weights infinite, or its length."
+    for c in checkpoints:
+        for name, shape, size in zip(c.layout.names, c.layout.shapes, c.layout.sizes):
+            if len(shape) < 2:
+                continue
+            weights = c.read(name, 0, min(2**12, size)).double()
+            if not torch.isfinite(weights).all():
+                raise ValueError(f"{c.name}: {name} holds NaN or infinite values")
+            if not torch.isfinite(weights.square().sum()):
+                raise ValueError(f"{c.name}: {name} holds values whose squares overflow")
+    raise ValueError(f"{checkpoints[-1].name}: its weight matrices are all zero")
 
 # %% ../nbs/30_centering.ipynb #00b8b011
 def _shares(weights, names: list[str]) -> np.ndarray:
@@ -228,6 +254,8 @@ def _shares(weights, names: list[str]) -> np.ndarray:
         raise ValueError(f"the weight of {bad[0]!r} is no number from 0 up")
     if not shares.sum() > 0:
         raise ValueError("all weights are 0")
+    if not np.isfinite(shares.sum()):
+        shares = shares / shares.max()
     return shares / shares.sum()
 
 # %% ../nbs/30_centering.ipynb #5e24404e
