@@ -227,7 +227,17 @@ LAYERS = {
         "original",
     },
     "figures": {"plots"},
-    "top": {"walks", "contest", "scales", "results", "report", "study", "cost", "cli"},
+    "top": {
+        "walks",
+        "contest",
+        "scales",
+        "verdicts",
+        "results",
+        "report",
+        "study",
+        "cost",
+        "cli",
+    },
 }
 KNOWS = {
     "points": {"points"},
