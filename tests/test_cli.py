@@ -218,7 +218,8 @@ def test_center(here):
 def test_locate(here):
     well("locate heap/run-0 --zoo zoo --base base --out place.csv", here)
     theirs = locate(here / "heap" / "run-0", regions_of(open_zoo(here / "zoo"), here / "base"))
-    pd.testing.assert_frame_equal(pd.read_csv(here / "place.csv"), theirs)
+    written = pd.read_csv(here / "place.csv", keep_default_na=False)
+    pd.testing.assert_frame_equal(written, theirs, check_dtype=False)
     code, _, err = cli("locate zoo/films/seed-1 --zoo zoo --base base --out own.csv", here)
     assert code == 0 and "zoo/films/seed-1 is a model of zoo, and left out of its region" in err
     assert (
@@ -240,6 +241,32 @@ def test_recommend(here):
     assert (here / "best").exists() == ("centroid" in name)
     if "centroid" in name:
         open_checkpoint(here / "best")
+
+
+def test_models_that_saw_the_targets_sentences_are_left_out(here):
+    "As in the contest: a dataset of other name with the target's sentences is in no start."
+    for name in ("headlines", "films"):
+        shutil.copytree(here / "texts" / name, here / "shared" / name)
+    (here / "shared" / "reviews").mkdir()
+    for split in ("train", "test"):
+        films, meals = (
+            pd.read_csv(here / "texts" / n / f"{split}.csv") for n in ("films", "meals")
+        )
+        rows = pd.concat([films.iloc[:5], meals.assign(label=films.label.iloc[: len(meals)])])
+        rows.to_csv(here / "shared" / "reviews" / f"{split}.csv", index=False)
+    line = "zoo --base base --data shared --target reviews --rows 40 --out apart.csv"
+    code, _, err = cli(f"recommend {line}", here)
+    assert code == 0 and "films: left out, more than 1 % of the sentences" in err
+    assert not pd.read_csv(here / "apart.csv").start.str.contains("films").any()
+    code, _, err = cli("center zoo --base base --for shared:reviews --out apart", here)
+    assert code == 0 and "films: left out" in err
+    assert set(pd.read_csv(here / "apart" / "members.csv").dataset) == {"headlines"}
+    shutil.rmtree(here / "shared" / "headlines")
+    code, _, err = cli("center zoo --base base --for shared:reviews --out apart2", here)
+    assert code == 0 and "headlines: not in shared, and not checked" in err
+    line = "center zoo --base base --for shared:reviews --saw-target --out apart3"
+    code, _, err = cli(line, here)
+    assert code == 0 and "left out" not in err
 
 
 def test_the_whole_recipe_can_be_given(here):

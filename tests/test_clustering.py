@@ -21,13 +21,20 @@ from sklearn.metrics import (
 from weightregions.clustering import (
     bootstrap,
     bootstrap_f1,
+    accuracy_gap,
     cluster_report,
     embed_map,
+    exact_interval,
+    f1_gap,
     gaussian_affinity,
     least_p,
+    level_units,
     match_clusters,
+    negative_share,
+    outside_neighbour,
     permutation_p,
     score,
+    share_interval,
     spectral_clusters,
     within_between,
 )
@@ -132,7 +139,7 @@ def test_parity_with_sklearn_spectral_clustering():
     ours = spectral_clusters(matrix, 4)
     theirs = SpectralClustering(
         4, affinity="precomputed", assign_labels="discretize", random_state=0
-    ).fit_predict(matrix.clip(lower=0))
+    ).fit_predict((1 + matrix) / 2)  # the authors' affinity, where a cosine is negative
     assert adjusted_rand_score(ours, theirs) == 1 == adjusted_rand_score(ours, groups)
 
 
@@ -228,7 +235,8 @@ def test_bootstrap_where_nothing_varies():
     assert bootstrap(pd.Series([0, 0, 1, 1]), groups, by=groups) == pytest.approx(
         (0.025**0.5, 1.0)
     )
-    assert (bootstrap_f1(pd.Series([0, 0, 1, 1]), groups) == 1).all(axis=None)
+    f1 = bootstrap_f1(pd.Series([0, 0, 1, 1]), groups)
+    assert f1.f1_low.tolist() == pytest.approx([0.025**0.5] * 2) and (f1.f1_high == 1).all()
 
 
 def test_everything_is_deterministic_for_a_seed():
@@ -328,3 +336,114 @@ def test_the_least_p_counts_the_ways_to_deal(sizes, least):
     assert permutation_p(pd.Series(pd.factorize(groups)[0]), groups, n=2000) == pytest.approx(
         max(least, 1 / 2001), abs=0.04
     )
+
+
+@pytest.mark.parametrize("negative", ["shift", "clip"])
+@pytest.mark.parametrize("seed", range(3))
+def test_neither_order_nor_names_change_a_report(negative, seed):
+    rng = np.random.default_rng(seed)
+    noise = rng.normal(size=(24, 24)) / 8
+    values = np.clip((noise + noise.T) / 2, -1, 1)
+    np.fill_diagonal(values, 1)
+    matrix = labelled(values)
+    groups = pd.Series(np.repeat(list("abcd"), 6), matrix.index)
+    one = cluster_report(matrix, groups, negative=negative, n=20)
+    for _ in range(3):
+        order = rng.permutation(24)
+        moved, dealt = matrix.iloc[order, order], groups.iloc[order]
+        names = [f"x{i}" for i in rng.permutation(24)]
+        moved.index = moved.columns = dealt.index = names
+        other = cluster_report(moved, dealt, negative=negative, n=20)
+        assert (other.mean, other.worst, other.best) == (one.mean, one.worst, one.best)
+        assert other.accuracy == one.accuracy and other.states == 10
+
+
+def test_the_affinity_is_the_authors():
+    "Shifted and halved as soon as an entry is negative, else as it is."
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(20, 20)) / 10
+    values = (noise + noise.T) / 2
+    np.fill_diagonal(values, 1)
+    signed = labelled(values)
+    for matrix in (signed, signed.abs()):
+        affinity = (1 + matrix) / 2 if (matrix < 0).any(axis=None) else matrix
+        same = [spectral_clusters(m, 4) for m in (matrix, affinity)]
+        assert adjusted_rand_score(*same) == 1
+    off = signed.to_numpy()[~np.eye(20, dtype=bool)]
+    assert negative_share(signed) == pytest.approx((off < 0).mean())
+    assert negative_share(signed.abs()) == 0
+
+
+def test_the_range_over_random_starts_holds_the_accuracy():
+    matrix, groups = zoo(cosine=0.02, dim=200)
+    report = cluster_report(matrix, groups, n=20)
+    each = [score(spectral_clusters(matrix, 4, i), groups).accuracy for i in range(10)]
+    assert (report.worst, report.best) == (min(each), max(each))
+    assert report.mean == pytest.approx(np.mean(each))
+    nearest = min(abs(a - report.mean) for a in each)
+    assert abs(report.accuracy - report.mean) == pytest.approx(nearest)
+    assert report.low <= report.mean <= report.high
+
+
+@pytest.mark.parametrize("hits, n", [(0, 5), (5, 5), (3, 10), (99, 100)])
+def test_the_exact_interval_is_scipys(hits, n):
+    from scipy.stats import binomtest
+
+    theirs = binomtest(hits, n).proportion_ci(method="exact")
+    assert exact_interval(hits / n, n) == pytest.approx((theirs.low, theirs.high))
+
+
+@pytest.mark.parametrize("true", [0.05, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("units, each", [(4, 5), (9, 5), (15, 1)])
+def test_a_share_is_covered_whatever_units_there_are(true, units, each):
+    "Models of a unit agree or not: the interval covers at least as often as it says."
+    rng, covered, by = np.random.default_rng(0), [], pd.Series(np.repeat(range(units), each))
+    for i in range(150):
+        whole = rng.random(units).repeat(each) < true
+        alone = rng.random(units * each) < true
+        right = pd.Series(whole if i % 2 else alone)
+        low, high = share_interval(right, by, n=100, seed=i)
+        covered.append(low <= true <= high)
+    assert np.mean(covered) >= 0.93
+
+
+def test_an_interval_shrinks_no_further_near_one():
+    by = pd.Series(np.repeat(range(16), 5))
+    wrong = [share_interval(pd.Series(np.arange(80) >= k), by).low for k in range(4)]
+    assert wrong == sorted(wrong, reverse=True) and wrong[0] == pytest.approx(0.025 ** (1 / 16))
+    none = bootstrap_f1(
+        pd.Series([0, 0, 0, 1, 1, 1]), pd.Series(list("aabcca")), by=pd.Series(range(6))
+    )
+    assert (none.f1_high > none.f1_low).all() and none.f1_high["b"] > 0.8
+
+
+def test_levelled_units_tell_nothing_but_the_others():
+    rng = np.random.default_rng(1)
+    families = rng.normal(size=(3, 2000)).repeat(3, axis=0)
+    datasets = (0.7 * families + rng.normal(size=(9, 2000))).repeat(5, axis=0)
+    rows = datasets + 0.2 * rng.normal(size=(45, 2000))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    matrix = labelled(rows @ rows.T)
+    family = pd.Series(np.repeat(list("abc"), 15), matrix.index)
+    dataset = pd.Series(np.repeat(range(9), 5), matrix.index)
+    assert cluster_report(level_units(matrix, dataset), family, by=dataset, n=50).mean == 1
+    near = outside_neighbour(matrix, family, dataset)
+    assert (near.share == 1).all() and near.units.tolist() == [3, 3, 3, 9]
+    assert near.low["all"] == pytest.approx(0.025 ** (1 / 9))
+    shuffled = matrix.sample(frac=1, random_state=0).index
+    again = outside_neighbour(matrix.loc[shuffled, shuffled], family, dataset)
+    pd.testing.assert_frame_equal(near, again)
+
+
+def test_gaps_have_the_sign_that_they_say():
+    matrix, groups = zoo(groups=4, models=12)
+    good = cluster_report(matrix, groups, n=50)
+    mixed = good.clusters.copy()
+    mixed[groups == "d0"] = np.arange(12) % 4
+    worse = score(mixed, groups)
+    gap = f1_gap(worse, "d0", ["d1", "d2", "d3"])
+    assert gap.value < 0 and gap.high < 0 and gap.p < 0.05
+    assert f1_gap(good, "d0", ["d1", "d2"]) == (0, 0, 0, 1)
+    less = accuracy_gap(worse, good)
+    assert less.value == pytest.approx(worse.accuracy - 1) and less.high < 0
+    assert accuracy_gap(good, good).p == 1

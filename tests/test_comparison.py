@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import mannwhitneyu
+from scipy.stats import mannwhitneyu, norm
 
 from weightregions.comparison import (
     PAPER,
@@ -24,6 +24,8 @@ from weightregions.comparison import (
     groups_of,
     measured,
     probability_of_better,
+    score_interval,
+    sharing,
     summary,
 )
 
@@ -117,7 +119,54 @@ def test_interval_covers_as_it_says():
             rows(rng.normal(size=15)), rows(1 + rng.normal(size=15)), n_boot=200
         )
         hits += pb.low <= 0.7602 <= pb.high
-    assert 0.87 <= hits / 120 <= 0.99
+    assert hits / 120 >= 0.93
+
+
+@pytest.mark.parametrize("m, n", [(3, 16), (5, 15), (16, 16), (3, 13)])
+@pytest.mark.parametrize("true", [0.5, 0.88, 0.97, 0.995])
+def test_interval_covers_with_few_units_and_near_one(m, n, true):
+    rng, hits, shift = np.random.default_rng(0), 0, norm.ppf(true) * np.sqrt(2)
+    for _ in range(150):
+        a, b = rows(rng.normal(size=m)), rows(rng.normal(shift, size=n))
+        pb = probability_of_better(a, b, n_boot=100)
+        hits += pb.low <= true <= pb.high
+    assert hits / 150 >= 0.93
+
+
+@settings(max_examples=60)
+@given(st.floats(0, 1), st.integers(1, 40), st.integers(1, 40))
+def test_score_interval_is_a_mirror_and_has_no_steps(value, m, n):
+    low, high = score_interval(value, m, n)
+    assert 0 <= low <= value <= high <= 1 and high - low > 0
+    assert score_interval(1 - value, m, n) == pytest.approx((1 - high, 1 - low), abs=1e-6)
+    near = score_interval(min(1, value + 1e-4), m, n)
+    assert near == pytest.approx((low, high), abs=0.01)
+    wider = score_interval(value, 2 * m, 2 * n)
+    assert wider[1] - wider[0] < high - low
+
+
+def test_almost_all_pairs_are_no_surer_than_all():
+    "One pair of 75 lost must not raise the lower end; units, not pairs, are counted."
+    ex = rows(np.linspace(0.5, 0.6, 15))
+    lows = [
+        probability_of_better(rows([0.1] * 4 + [last]), ex).low for last in (0.1, 0.505, 0.52)
+    ]
+    assert lows == sorted(lows, reverse=True) and lows[0] > 0.7
+    assert probability_of_better(rows([0.1] * 5), ex).units == 5
+
+
+def test_units_of_datasets_are_what_counts():
+    a = rows([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], dataset=list("xxyyzz"))
+    pb = probability_of_better(a, rows([0.35] * 8, dataset=""), units="dataset")
+    assert pb.units == 3 and pb.low < 0.1 and pb.high > 0.9
+
+
+@pytest.mark.parametrize("share, near", [(0.0, False), (0.01, False), (0.011, True), (1, True)])
+def test_one_answer_to_whether_two_datasets_share_sentences(share, near):
+    shared = pd.DataFrame([dict(a="cr", b="sst2", share=share)])
+    assert (sharing(shared, "sst2") == ["cr"]) == near
+    table = models(sentiment="sst2 cr", nli="mnli")
+    assert ("cr" in groups_of(table, "dataset", "sst2", twins=shared).left_out) == near
 
 
 def test_targets_are_no_further_witnesses():

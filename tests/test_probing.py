@@ -543,3 +543,21 @@ def test_on_a_gpu_the_models_device_decides(target):
         )
         < 0.05
     )
+
+
+def test_the_penalty_is_chosen_from_the_probes_own_rows():
+    from weightregions.probing import PENALTIES, choose_penalty
+
+    rng = np.random.default_rng(0)
+    for n in (30, 300):
+        y = rng.integers(3, size=n)
+        x = rng.normal(size=(n, 40)) + 2 * np.eye(40)[y]
+        assert choose_penalty(x, y, 3) in PENALTIES
+        assert choose_penalty(x, y, 3) == choose_penalty(x, y, 3)
+        assert choose_penalty(3 * x + 7, y, 3) == choose_penalty(x, y, 3)  # standardised
+    noise = rng.normal(size=(60, 40)), rng.integers(2, size=60)
+    assert choose_penalty(*noise, 2) == max(PENALTIES)
+    rare = np.array([0] * 20 + [1] * 20 + [2])  # a class of a single row
+    assert choose_penalty(rng.normal(size=(41, 4)), rare, 3) in PENALTIES
+    with pytest.raises(ValueError, match="8 rows are too few for 5 folds"):
+        choose_penalty(noise[0][:8], noise[1][:8], 2)

@@ -231,6 +231,7 @@ LAYERS = {
         "walks",
         "contest",
         "scales",
+        "verdicts",
         "results",
         "explore",
         "report",

@@ -131,14 +131,76 @@ def test_the_rate_of_false_alarms_is_kept_and_outsiders_are_found(n):
     ).all()  # a lower rate takes in more, and names alike
 
 
-def test_groups_without_a_direction_hold_nobody():
+def test_a_group_without_a_direction_says_so():
     rng = np.random.default_rng(0)
     tv = rng.normal(size=(20, 300))
     tv[:15] += np.repeat(rng.normal(size=(3, 300)), 5, axis=0)  # the last five share nothing
     found = Gram(tuple(map(str, range(20))), {("all",): np.pad(tv @ tv.T, (0, 1))})
     table = locate_from_gram(found, [i // 5 for i in range(20)])
-    assert not (table[table.inside].named == 3).any()
-    assert table[table.seen & (table.true < 3)].right.all() and table[~table.seen].right.all()
+    assert not table.directed[table.named == 3].any()
+    assert table.directed[table.named < 3].all()
+    assert table[table.seen & (table.true < 3)].right.all()
+    assert table[~table.seen & table.directed].right.all()
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.05, 0.3])
+@pytest.mark.parametrize("noise", [1.0, 6.0])
+def test_inside_is_the_p_value_and_nothing_else(alpha, noise):
+    found, labels = synthetic(6, 5, 0, noise=noise)
+    table = locate_from_gram(found, labels, alpha=alpha)
+    assert (table.inside == (table.p >= alpha)).all()
+    assert location_rates(table).rate["false alarm"] == (table.p[table.seen] < alpha).mean()
+
+
+def of_families(datasets, seeds, families=2, dim=400, seed=0):
+    "A Gram matrix of families of datasets that differ in how far they lie from their family."
+    rng, tv, groups, units = np.random.default_rng(seed), [], [], []
+    for f in range(families):
+        family = rng.normal(size=dim)
+        for d in range(datasets):
+            dataset = family + rng.exponential() * 1.5 * rng.normal(size=dim)
+            tv += [dataset + rng.normal(size=dim) for _ in range(seeds)]
+            groups += [f] * seeds
+            units += [f"{f}-{d}"] * seeds
+    tv = np.array([*tv, np.ones(dim)])
+    names = tuple(map(str, range(len(groups))))
+    return Gram(names, {("all",): tv @ tv.T}), groups, units
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_calibrated_on_datasets_the_stated_rate_is_kept(seed):
+    rates = location_rates(locate_from_gram(*of_families(25, 2, seed=seed), alpha=0.1)).rate
+    assert rates["false alarm"] <= 0.16 and rates["outsider found"] > 0.8
+    assert rates["region named right"] > 0.9
+
+
+@pytest.mark.parametrize("alpha, takes", [(0.05, 20), (0.1, 10), (0.3, 3)])
+def test_too_few_datasets_are_refused_with_a_sentence(alpha, takes):
+    found, groups, units = of_families(takes - 1 + 1, 2)  # one is left out in turn
+    table = locate_from_gram(found, groups, units, alpha=alpha)
+    assert table.inside[table.seen].isna().all() and table.p[table.seen].isna().all()
+    assert location_rates(table).models["false alarm"] == 0
+    assert np.isnan(location_rates(table).rate["false alarm"])
+    assert location_rates(table).models["region named right"] == table.seen.sum()
+    found, groups, units = of_families(takes + 1, 2)
+    table = locate_from_gram(found, groups, units, alpha=alpha)
+    assert table.inside[table.seen].notna().all()
+    base, models = world(1, 6)
+    region = Region.of(models["g0"], base, "g0", units=list("aabbcc"))
+    with pytest.raises(ValueError, match="region g0: 3 datasets are too few for a p-value"):
+        region.contains(models["g0"][0])
+    row = locate(models["g0"][0], [region]).iloc[0]
+    assert np.isnan(row.p) and "it takes 20" in row.note
+    assert isinstance(region.contains(models["g0"][0], alpha=0.3).inside, bool)
+
+
+def test_a_region_of_datasets_is_kept_with_its_units(tmp_path):
+    base, models = world(1, 6)
+    region = Region.of(models["g0"], base, "g0", units=list("aabbcc"))
+    again = Region.load(region.save(tmp_path / "g0"), base)
+    assert again.shape.units.tolist() == [0, 0, 1, 1, 2, 2]
+    query = models["g0"][1]
+    assert again.contains(query, 0.3).p == region.contains(query, 0.3).p
 
 
 def test_located_by_weights_as_by_the_gram_matrix():
@@ -226,6 +288,69 @@ def test_damage_is_named(tmp_path, damage, message):
     damage(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         Region.load(folder, base)
+
+
+def leaves(value, path=()):
+    "Every field of a JSON object, with its way there."
+    inner = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, part in inner:
+        yield (*path, key)
+        if isinstance(part, (dict, list)):
+            yield from leaves(part, (*path, key))
+
+
+STRANGE = [None, "x", "", -1, True, 1e308, [], {}, [1], "NaN"]
+
+
+def test_every_field_of_a_kept_region_is_checked(tmp_path, tried):
+    base, groups = world(1, 3)
+    folder = Region.of(groups["g0"], base, "g0").save(tmp_path / "g0")
+    file, times = folder / "region.json", 0
+    good = json.loads(file.read_text())
+    for path in leaves(good):
+        for strange in [*STRANGE, "gone", "nearly"]:
+            about = json.loads(json.dumps(good))
+            inside = about
+            for key in path[:-1]:
+                inside = inside[key]
+            old = inside[path[-1]]
+            if strange == "gone":
+                del inside[path[-1]]
+            elif strange == "nearly":
+                if not isinstance(old, float):
+                    continue
+                inside[path[-1]] = old * (1 + 1e-9)
+            elif old == strange:
+                continue
+            else:
+                inside[path[-1]] = strange
+            file.write_text(json.dumps(about))
+            with pytest.raises(ValueError, match="is missing or was changed") as e:
+                Region.load(folder, base)
+            said = str(e.value).split("saved here, ")[1]
+            assert path[0] == "digests" or said.startswith(str(path[0])), (path, strange, said)
+            times += 1
+    file.write_text(json.dumps(good))
+    assert Region.load(folder, base).name == "g0"
+    tried("a field of region.json changed", "regions", times, "the field is named")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "large", "folder"])
+def test_only_a_regular_file_of_bounded_size_is_read(tmp_path, kind):
+    base, groups = world(1, 3)
+    folder = Region.of(groups["g0"], base, "g0").save(tmp_path / "g0")
+    file = folder / "region.json"
+    file.unlink()
+    if kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        with open(file, "w") as f:
+            f.truncate(2**30)
+    with pytest.raises(ValueError, match="region.json: not a re"):
+        Region.load(folder, base)
+    file.unlink() if kind != "folder" else file.rmdir()
 
 
 def test_saving_is_all_or_nothing(tmp_path):
@@ -345,7 +470,9 @@ def test_of_a_zoo_in_one_pass(tmp_path):
         assert locate(m, regions).region[0] == m.name[0]
     by_family = regions_of(zoo, start, by="family")
     assert {f: r.shape.n for f, r in by_family.items()} == {"f": 3, "h": 3}
-    assert all(bool(by_family[families[m.name[0]]].contains(m)) for m in zoo.checkpoints())
+    for m in zoo.checkpoints():
+        assert locate(m, by_family).region[0] == families[m.name[0]]
+        assert by_family[families[m.name[0]]].contains(m, alpha=0.3)
     kept = {
         name: Region.load(r.save(tmp_path / "kept" / name), start)
         for name, r in regions.items()

@@ -477,6 +477,22 @@ def _measured(options, models, base, corpus):
         rows = traverse(path, metric, scratch, Path(options.out) / f"{kind}.jsonl", about=about)
         return kind, rows, metric(scratch.load(base))[0], draw
 
+# %% ../nbs/52_cli.ipynb #5e531c1c
+def _sharing(zoo, corpus, data):
+    "The datasets of a zoo that share sentences with a target, named on standard error."
+    from weightregions.contest import unsuited
+
+    near, unknown = unsuited(zoo, corpus, data)
+    if near:
+        _say(
+            f"{', '.join(near)}: left out, more than 1 % of the sentences are in {corpus.name} too"
+        )
+    if unknown:
+        _say(
+            f"{', '.join(unknown)}: not in {data}, and not checked for sentences of {corpus.name}"
+        )
+    return near
+
 # %% ../nbs/52_cli.ipynb #7bd5f1e8
 def _unseen(zoo, options):
     "The models that are to be averaged, and the dataset that they must not have seen."
@@ -493,7 +509,12 @@ def _unseen(zoo, options):
         raise ValueError(
             f"--for takes DATA:NAME, such as builtin:films, not {options.target!r}"
         )
-    return zoo, _corpus(data, name)
+    target = _corpus(data, name)
+    near = [] if options.saw_target else _sharing(zoo, target, data)
+    kept = [d for d in dict.fromkeys(zoo.models.dataset) if d not in near]
+    if not kept:
+        raise ValueError(f"{zoo.name}: all of its datasets share sentences with {name}")
+    return zoo.where(dataset=kept) if near else zoo, target
 
 # %% ../nbs/52_cli.ipynb #4c28a69f
 @_command(
@@ -610,11 +631,12 @@ def recommend(
     from weightregions.advice import advised, candidates, recommend
 
     (zoo, base), corpus = _opened(options), _corpus(options.data, options.target)
-    rows, out = recommend(zoo, corpus, base, options.rows), Path(options.out)
+    near = _sharing(zoo, corpus, options.data)
+    rows, out = recommend(zoo, corpus, base, options.rows, near), Path(options.out)
     _write(rows, out)
     _write_left_out(zoo, out.with_name(f"{out.stem}-left_out.csv"))
     name = advised(rows)
-    where = _written(candidates(zoo, corpus, base)[name], options.write, base)
+    where = _written(candidates(zoo, corpus, base, near)[name], options.write, base)
     _show(rows)
     kind = f"the {name}" + " model" * (name == "pretrained")
     print(f"advice: start from {name if name in set(zoo.models.model) else kind} ({where})")

@@ -16,30 +16,61 @@ import pandas as pd
 from joblib import Parallel, delayed
 
 from .files import write_whole
-from .results import HOLDS, IN_PART, NOT_HERE, TOO_FEW, Study, natural_key
+from .results import Study, natural_key
 from .scales import how_long
+from weightregions.verdicts import (
+    AUTHORS,
+    CLAIM_COLUMNS,
+    HOLDS,
+    IN_PART,
+    NOT_HERE,
+    NOT_MEASURABLE,
+    TOO_FEW,
+)
 
 # %% ../nbs/48_report.ipynb #f0be2eaa
 STYLES = {HOLDS: "holds", IN_PART: "in-part", NOT_HERE: "not-here", TOO_FEW: "too-few"}
+STYLES[NOT_MEASURABLE] = "too-few"
 
 
 def claims_table(
     claims: pd.DataFrame,  # with the columns of claims.csv
-) -> str:  # an HTML table
-    "The claims as HTML: paper beside ours."
-    heads = ("claim", "measure", "paper", "ours", "95 % interval", "n", "verdict")
+) -> str:  # HTML tables
+    "The claims as HTML, paper beside ours; those about the authors' own models apart."
+    theirs = claims.reindex(columns=CLAIM_COLUMNS).models == AUTHORS
+    ours = _claims_part(claims[~theirs])
+    if not theirs.any():
+        return ours
+    return f"{ours}<h3>The authors' own models</h3>{_claims_part(claims[theirs])}"
+
+
+def _claims_part(claims):
+    "Some claims as one table."
+    heads = (
+        "claim",
+        "measure",
+        "paper",
+        "ours",
+        "95 % interval",
+        "p",
+        "n",
+        "criterion",
+        "verdict",
+    )
     head = "".join(f"<th>{name}" for name in heads)
-    body = "".join(map(_claim_row, claims.itertuples()))
+    body = "".join(map(_claim_row, claims.reindex(columns=CLAIM_COLUMNS).itertuples()))
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def _claim_row(c):
     "One claim as a row of the table."
     interval = "" if pd.isna(c.low) else f"{c.low:.3g} to {c.high:.3g}"
+    units = "" if pd.isna(c.n) else f"{c.n:.0f} {_text(c.unit)}"
+    numbers = (_text(c.paper), _text(c.ours), interval, _text(c.p), units)
     return (
         f"<tr><td>{c.claim}<td>{_text(c.measure)}"
-        f"<td class=number>{_text(c.paper)}<td class=number>{_text(c.ours)}"
-        f"<td class=number>{interval}<td class=number>{c.n}"
+        + "".join(f"<td class=number>{number}" for number in numbers)
+        + f"<td>{_text(c.criterion)}"
         f"<td class='verdict {STYLES.get(c.verdict)}'>{_text(c.verdict)}</tr>"
     )
 

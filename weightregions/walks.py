@@ -115,7 +115,7 @@ def granularities(
         own | models.index.isin(few.index[~few[column].isin(models[column][own])])
     ]
     others = lambda own: (
-        set(models.dataset) - set(own) - set(_twins(twins, own, 0.1))
+        set(models.dataset) - set(own) - set(_twins(twins, own))
     )  # whose models are Ex
     tasks = lambda known: [
         f
