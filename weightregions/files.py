@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NAME_RULE', 'LONGEST_NAME', 'OUR_FILES', 'OUR_WORDS', 'whole_folder', 'flush', 'whole_file', 'write_whole',
-           'append_line', 'as_json', 'file_sha256', 'read_text', 'read_json', 'check_name']
+           'append_line', 'as_json', 'file_sha256', 'read_text', 'read_json', 'check_name', 'cells_of_any_length',
+           'read_table']
 
 # %% ../nbs/01_files.ipynb #cd774115
-import csv, hashlib, io, json, os, re, shutil, sys, tempfile, unicodedata
+import csv, hashlib, io, json, os, re, shutil, tempfile, unicodedata
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -181,3 +182,72 @@ def check_name(
     if OUR_FILES.fullmatch(name) or name.lower() in OUR_WORDS:
         raise ValueError(f"{what} {name!r}: files or rows of our own are called so")
     return name
+
+# %% ../nbs/01_files.ipynb #36ea9102
+@contextmanager
+def cells_of_any_length():
+    "Let Python's CSV reader read cells of any length: its own limit is 131,072 characters."
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _header(file, content) -> list:
+    "The header of a CSV text whose rows are all as long as it is."
+    try:
+        with cells_of_any_length():
+            rows = [r for r in csv.reader(io.StringIO(content, newline=""), strict=True) if r]
+    except csv.Error as error:
+        raise ValueError(f"{file}: not a table in CSV ({error})") from None
+    if not rows or len(set(rows[0])) < len(rows[0]):
+        raise ValueError(f"{file}: {'a column is there twice' if rows else 'is empty'}")
+    for i, row in enumerate(rows[1:], 2):
+        if len(row) != len(rows[0]):
+            raise ValueError(f"{file}, row {i}: {len(row)} cells for {len(rows[0])} columns")
+    return rows[0]
+
+# %% ../nbs/01_files.ipynb #8e6b7487
+def _check_numbers(file, column, values):
+    "Refuse a cell that is neither a number nor a truth value nor empty."
+    import pandas as pd
+
+    if values.dtype.kind in "iufb":
+        return
+    words = values.isna() | values.astype(str).isin(["True", "False"])
+    wrong = ~words & pd.to_numeric(values.mask(words), errors="coerce").isna()
+    if wrong.any():
+        i = wrong.to_numpy().argmax()
+        raise ValueError(f"{file}, row {i + 2}: {column} is {values[i]!r}, no number")
+
+# %% ../nbs/01_files.ipynb #f8895d6e
+def read_table(
+    file: Path,  # a table of ours: CSV in UTF-8 with a header
+    text=(),  # columns of names and words, kept letter by letter; those that are not there do not matter
+    needs=(),  # columns that must be there
+    mixed=(),  # columns that may hold numbers or words, empty cells as NaN
+):  # a DataFrame with a row for each row of the file
+    "Read a table and guess nothing."
+    import pandas as pd  # only here: most of what uses this module has no tables
+
+    try:
+        content = Path(file).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 at byte {error.start}") from None
+    header = _header(file, content)
+    if missing := [column for column in needs if column not in header]:
+        raise ValueError(
+            f"{file}: no column {', '.join(missing)}; there are {', '.join(header)}"
+        )
+    words = [column for column in header if column in text]
+    table = pd.read_csv(
+        io.StringIO(content),
+        dtype=dict.fromkeys(words, str),
+        keep_default_na=False,
+        na_values={column: [""] for column in header if column not in words},
+        index_col=False,
+    )
+    for column in set(header) - {*words, *mixed}:
+        _check_numbers(file, column, table[column])
+    return table
