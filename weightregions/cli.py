@@ -109,10 +109,13 @@ def parser() -> argparse.ArgumentParser:
 # %% ../nbs/52_cli.ipynb #6c3e81d5
 def _say(text):
     "A line on standard error, the first of the text."
-    print(
-        f"weightregions: {(str(text).splitlines() or [type(text).__name__])[0]}",
-        file=sys.stderr,
-    )
+    first = (str(text).splitlines() or [type(text).__name__])[0]
+    print(f"weightregions: {''.join(map(_printable, first))}", file=sys.stderr)
+
+
+def _printable(c):
+    "A character as it is, or its number where a terminal would obey it."
+    return c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
 
 
 def main(

@@ -18,7 +18,7 @@ from .advice import advised, candidates, recommend
 from .centering import Centroid, save_centroid
 from .comparison import SHARED, sharing
 from .corpora import Corpus, at_most, load_corpora, sources, texts
-from .files import write_whole
+from .files import read_table, write_whole
 from .finetuning import Recipe
 from .jobs import run_jobs
 from .starting import Search, compare_starts
@@ -119,7 +119,8 @@ def prepare(
         advice.insert(0, "role", _roles(advice, corpus.family))
         advice.insert(0, "target", corpus.name)
         write_whole(file, advice.to_csv(index=False, float_format="%.5g"))
-    advice, offered, starts = pd.read_csv(file), candidates(zoo, corpus, base, exclude), {}
+    advice = read_table(file, ("target", "role", "start", "kind"), ["role", "start"])
+    offered, starts = candidates(zoo, corpus, base, exclude), {}
     for role, name in sorted(
         zip(advice.role, advice.start),
         key=lambda pair: ROLES.index(pair[0]) if pair[0] in ROLES else 9,

@@ -144,7 +144,9 @@ def run_notebook(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            papermill.execute_notebook(str(file), str(done), cwd=str(file.parent), **_PAPERMILL)
+            papermill.execute_notebook(
+                *map(_literal, (file, done)), cwd=str(file.parent), **_PAPERMILL
+            )
         except failures as e:
             name, value = getattr(e, "ename", type(e).__name__), getattr(e, "evalue", e)
             say(f"notebook {file.stem}: failed with {name}: {value}")
@@ -155,6 +157,11 @@ def run_notebook(
     return True
 
 # %% ../nbs/48_report.ipynb #572cca7a
+def _literal(path: Path) -> str:
+    "A path for papermill, which fills in what stands in braces."
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 _PAPERMILL = dict(
     kernel_name="python3",
     progress_bar=False,

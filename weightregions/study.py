@@ -26,11 +26,11 @@ from weightregions.bases import (
 from .checkpoints import open_checkpoint
 from .contest import compare_all_starts, targets_of
 from .corpora import describe, load_corpora, texts
-from .files import as_json, read_json, write_whole
+from .files import as_json, read_json, read_table, write_whole
 from .finetuning import default_device
 from .region import locate_from_gram
 from .report import Clock, applies, notebooks, run_notebooks, say, write_page
-from .results import Study, write_rows
+from .results import WORDS, Study, write_rows
 from .scales import SCALES, Scale, check_classes, choose, enough_rows, some_of
 from .similarity import gram
 from .space import kind_of, layer_of
@@ -73,7 +73,7 @@ def similarity_rows(
     file = Path(folder) / "rows" / f"similarity_{name}.csv"
     names = [c.name for c in checkpoints]
     if file.exists():
-        known = pd.read_csv(file, usecols=["a", "b"])
+        known = read_table(file, WORDS, ["a", "b"])
         if list(dict.fromkeys([*known.a, *known.b])) == names:
             return
     measured = gram(checkpoints, base, by=parts, device=default_device())
@@ -87,7 +87,7 @@ def location_rows(
 ):
     "Locate every model among the others, unless just these have been located already."
     file, m = Path(folder) / "rows" / "location.csv", zoo.models
-    if file.exists() and list(pd.read_csv(file).model.unique()) == m.model.tolist():
+    if file.exists() and list(read_table(file, WORDS).model.unique()) == m.model.tolist():
         return
     say("locating each model among the others")
     measured = gram(zoo.checkpoints(), base, device=default_device())

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 
-from weightregions.files import write_whole
+from weightregions.files import read_table, write_whole
 
 FIELDS = [
     "operation",
@@ -59,17 +59,9 @@ def read_bench(
     file: str | Path,  # what `write_bench` wrote
 ) -> pd.DataFrame:  # a row a measurement: see FIELDS
     "The rows that were kept."
-    rows = pd.read_csv(file)
-    if missing := [c for c in FIELDS if c not in rows]:
-        raise ValueError(f"{file}: no column {', '.join(missing)}")
-    for c in ("n", "params", "seconds", "floor_seconds", "peak_mb", "error"):
-        numbers = pd.to_numeric(rows[c], errors="coerce")
-        if (bad := numbers.isna() & rows[c].notna()).any():
-            raise ValueError(
-                f"{file}, row {bad.idxmax() + 2}: {c} is {rows[c][bad.idxmax()]!r}, no number"
-            )
-        rows[c] = numbers if c in ("n", "params") else numbers.astype(float)
-    return rows[FIELDS]
+    rows = read_table(file, ("operation", "subject", "device"), FIELDS)
+    measured = ["seconds", "floor_seconds", "peak_mb", "error"]
+    return rows.astype(dict.fromkeys(measured, float))[FIELDS]
 
 
 def _printed(table: pd.DataFrame, how: dict) -> pd.DataFrame:
