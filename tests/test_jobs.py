@@ -482,10 +482,10 @@ def test_a_worker_that_does_not_answer_is_given_up(cluster, tmp_path, monkeypatc
 
 @needs_ray
 def test_a_job_waits_for_a_cluster_that_others_fill(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "SILENT", 2), monkeypatch.setattr(jobs, "PULSE", 0.2)
+    monkeypatch.setattr(jobs, "SILENT", 5), monkeypatch.setattr(jobs, "PULSE", 0.2)
     other = cluster.remote(num_cpus=2)(jobs._Worker).remote()
     cluster.get(other.pulse.remote())
-    ends = threading.Timer(5, cluster.kill, [other])
+    ends = threading.Timer(7, cluster.kill, [other])
     ends.start()
     with pytest.warns(RuntimeWarning, match="the job films waits for room on the Ray cluster"):
         job = {"films": (str(tmp_path / "tries"), 0)}

@@ -294,7 +294,7 @@ class _Watch:
 
         self.ray, self.actor, self.name, self.asks = ray, actor, name, asks
         self.begun, self.last, self.lost = time.monotonic(), None, ()
-        self.seen = self.looked = self.begun
+        self.seen, self.looked, self.had_room = self.begun, self.begun, False
         self.asked = self._ask()
 
     def _ask(self):
@@ -323,13 +323,19 @@ class _Watch:
             return bool(self.lost)
         if self.last is not None:
             self.lost = f"did nothing for {SILENT / 60:.2g} minutes", ""
-        elif _has_room(self.asks) or now - self.begun > ROOM:
+        elif self.had_room or now - self.begun > ROOM:
             self.lost = f"did not start for {(now - self.begun) / 60:.2g} minutes", ""
         else:
-            self.seen = now
-            text = f"the job {_label(self.name)} waits for room on the Ray cluster"
-            warnings.warn(text, RuntimeWarning, stacklevel=4)
+            self.seen, self.had_room = now, _has_room(self.asks)
+            if not self.had_room:
+                _warn_of_wait(self.name)
         return bool(self.lost)
+
+
+def _warn_of_wait(name):
+    "Say that a job waits for others to leave the cluster."
+    text = f"the job {_label(name)} waits for room on the Ray cluster"
+    warnings.warn(text, RuntimeWarning, stacklevel=5)
 
 
 def _has_room(asks):
