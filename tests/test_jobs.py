@@ -11,7 +11,6 @@ import time
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
-from queue import SimpleQueue
 
 import pandas as pd
 import pytest
@@ -175,20 +174,43 @@ def test_a_worker_that_dies_costs_its_own_job_only(tmp_path, backend, workers, r
     assert (tmp_path / "2").stat().st_size == 2
 
 
+@pytest.fixture
+def a_place(monkeypatch, tmp_path):
+    "A place of its own: `job(function, ...)` runs a job there."
+    monkeypatch.setattr(jobs, "_WORKERS", {})
+    workers = jobs._Processes(places(1, []))
+
+    def job(function, *args):
+        call = jobs._Call("films", str(tmp_path), function, args)
+        [(_, result)] = jobs._deal([call], workers, 1)
+        return result
+
+    yield job
+    workers.close(kill=True)
+
+
 @pytest.mark.timeout(120)
-def test_a_worker_that_dies_is_seen_where_an_idle_one_has_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "_WORKERS", {}), monkeypatch.setattr(jobs, "IDLE", 1)
-    free = SimpleQueue()
-    free.put(places(1, [])[0])
-    job = lambda function, *args: jobs._at_a_place(
-        free, "films", str(tmp_path), function, args
-    )[1]
-    assert job(os.getpid) != os.getpid()
+def test_a_worker_that_dies_is_seen_where_an_idle_one_has_left(a_place, monkeypatch):
+    monkeypatch.setattr(jobs, "IDLE", 1)
+    assert a_place(os.getpid) != os.getpid()
     [worker] = jobs._WORKERS.values()
     while worker._processes:
         time.sleep(0.1)
+    with (
+        pytest.warns(RuntimeWarning, match="the worker of the job films died"),
+        pytest.raises(ChildProcessError, match="the worker died twice in films "),
+    ):
+        a_place(signal.raise_signal, signal.SIGKILL)
+
+
+def test_a_worker_that_dies_idle_costs_no_try(a_place, tmp_path):
+    os.kill(first := a_place(os.getpid), signal.SIGKILL)
+    [worker] = jobs._WORKERS.values()
+    while worker._flags.broken is None:
+        time.sleep(0.05)
     with pytest.warns(RuntimeWarning, match="the worker of the job films died"):
-        assert isinstance(job(signal.raise_signal, signal.SIGKILL), jobs._Died)
+        assert a_place(killed, str(tmp_path / "tries"), 1) == 2
+    assert a_place(os.getpid) != first
 
 
 def killed_in_a_step(*job):
@@ -252,39 +274,52 @@ def test_a_zoo_whose_workers_are_killed_at_once_ends_with_the_same_bytes(
 
 
 LONG = """
-import os, sys, time
-sys.path.insert(0, {tests!r})
-from test_jobs_work import work
+import os, signal, sys, time
 from weightregions.jobs import run_jobs
-for _ in run_jobs(work, {{str(i): ({folder!r}, i) for i in range(4)}}, workers=2): pass
+from test_jobs_work import work
+if __name__ == "__main__":
+    for _ in run_jobs(work, {str(i): ("FOLDER", i) for i in range(4)}, workers=2): pass
+"""
+WORK = """
+import os, signal, time
+def work(folder, i):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    open(f"{folder}/{i}.pid", "w").write(str(os.getpid()))
+    time.sleep(2)
+    open(f"{folder}/{i}.done", "w").write("")
+    time.sleep(600)
 """
 
 
-def test_an_interrupt_ends_all_workers_at_once(tmp_path):
-    (tmp_path / "test_jobs_work.py").write_text(
-        "import os, time\ndef work(folder, i):\n    open(f'{folder}/{i}.pid', 'w').write(str(os.getpid()))\n    time.sleep(600)\n"
-    )
+def is_running(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().split()[2] != "Z"
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_process_that_started_them(tmp_path, end, tried):
+    (tmp_path / "test_jobs_work.py").write_text(WORK)
+    (tmp_path / "long.py").write_text(LONG.replace("FOLDER", str(tmp_path)))
     child = subprocess.Popen(
-        [sys.executable, "-c", LONG.format(tests=str(tmp_path), folder=str(tmp_path))],
+        [sys.executable, tmp_path / "long.py"],
         cwd=ROOT,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
         stderr=subprocess.PIPE,
         text=True,
     )
     while len(pids := [p.read_text() for p in tmp_path.glob("*.pid") if p.read_text()]) < 2:
         assert child.poll() is None, child.stderr.read()
+        time.sleep(0.01)
+    child.send_signal(end)
+    said = child.communicate(timeout=60)[1]
+    assert child.returncode and ("KeyboardInterrupt" in said) == (end == signal.SIGINT)
+    while any(map(is_running, pids)):
         time.sleep(0.05)
-    child.send_signal(signal.SIGINT)
-    assert "KeyboardInterrupt" in child.communicate(timeout=60)[1]
-    assert child.returncode
-    for pid in pids:
-        while (
-            Path(f"/proc/{pid}").exists()
-            and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
-        ):
-            time.sleep(0.05)
+    assert len(list(tmp_path.glob("*.pid"))) == 2 and not list(tmp_path.glob("*.done"))
+    outcome = "its workers end at once, and write nothing more"
+    tried(f"the parent of workers ended by {end.name}", "jobs", len(pids), outcome)
 
 
 # --- where they run --------------------------------------------------------------------------------------------------
@@ -389,6 +424,96 @@ def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"pip install \"weightregions\[ray\]\""):
         run_jobs(seen, {"1": (1,)}, backend="ray")
+
+
+# --- a cluster that does not answer ---------------------------------------------------------------------------------
+
+
+def stuck(file, times):
+    "Wait for ever in a lock, so many times; then say how often it was tried."
+    with open(file, "a") as f:
+        f.write("x")
+    if os.path.getsize(file) <= times:
+        lock = threading.Lock()
+        lock.acquire(), lock.acquire()
+    return os.path.getsize(file)
+
+
+@needs_ray
+def test_a_job_that_stands_still_on_a_cluster_is_dealt_out_again(
+    cluster, tmp_path, monkeypatch, tried
+):
+    monkeypatch.setattr(jobs, "SILENT", 5), monkeypatch.setattr(jobs, "PULSE", 0.2)
+    times, found = {"films": 0, "headlines": 1, ("meals", 1): 9, "plots": 0}, {}
+    calls = {name: (str(tmp_path / str(i)), n) for i, (name, n) in enumerate(times.items())}
+    with (
+        pytest.warns(RuntimeWarning, match="the worker of the job headlines did nothing for"),
+        pytest.raises(ChildProcessError, match="did nothing for .* twice in meals 1;"),
+    ):
+        for name, tries in run_jobs(stuck, calls, workers=2, backend="ray"):
+            found[name] = tries
+    assert found == {"films": 1, "headlines": 2, "plots": 1}
+    assert (tmp_path / "2").stat().st_size == 2
+    outcome = "dealt out again, and named if it stands still again"
+    tried("a job that waits for ever in a lock", "jobs, Ray", 3, outcome)
+
+
+def stopped(file):
+    "A worker that does not answer, not even to the cluster: the first one stops itself."
+    if not os.path.exists(file):
+        Path(file).write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return os.getpid()
+
+
+@needs_ray
+def test_a_worker_that_does_not_answer_is_given_up(cluster, tmp_path, monkeypatch, tried):
+    monkeypatch.setattr(jobs, "SILENT", 5), monkeypatch.setattr(jobs, "PULSE", 0.2)
+    (tmp_path / "b").write_text("")
+    calls = {name: (str(tmp_path / name),) for name in "ab"}
+    with pytest.warns(RuntimeWarning, match="the worker of the job a did nothing for"):
+        results = dict(run_jobs(stopped, calls, workers=2, backend="ray"))
+    first = int((tmp_path / "a").read_text())
+    assert results["a"] != first and results.keys() == {"a", "b"}
+    os.kill(first, signal.SIGKILL)
+    outcome = "its job is dealt out again"
+    tried("a worker that does not answer", "jobs, Ray", 1, outcome)
+
+
+@needs_ray
+def test_a_job_waits_for_a_cluster_that_others_fill(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "SILENT", 5), monkeypatch.setattr(jobs, "PULSE", 0.2)
+    other = cluster.remote(num_cpus=2)(jobs._Worker).remote()
+    cluster.get(other.pulse.remote())
+    ends = threading.Timer(7, cluster.kill, [other])
+    ends.start()
+    with pytest.warns(RuntimeWarning, match="the job films waits for room on the Ray cluster"):
+        job = {"films": (str(tmp_path / "tries"), 0)}
+        assert dict(run_jobs(stuck, job, backend="ray")) == {"films": 1}
+    ends.join()
+
+
+@needs_ray
+def test_fewer_places_than_promised_are_enough(cluster, tmp_path):
+    "Another job of the cluster has a core: two workers take turns at the other one."
+    other = cluster.remote(num_cpus=1)(jobs._Worker).remote()
+    cluster.get(other.pulse.remote())
+    names = {str(i): (str(tmp_path / str(i)), 0) for i in range(4)}
+    assert dict(run_jobs(stuck, names, workers=2, backend="ray")) == dict.fromkeys(names, 1)
+    cluster.kill(other)
+
+
+def refuse(row):
+    raise ValueError(f"row {row}: no label")
+
+
+@every_backend
+def test_an_error_in_a_job_is_raised_as_it_is(backend, request):
+    if backend == "ray":
+        request.getfixturevalue("cluster")
+    with pytest.raises(ValueError, match="^row 7: no label$") as e:
+        list(run_jobs(refuse, {("films", 1): (7,), "b": (7,)}, workers=2, backend=backend))
+    assert e.value.__notes__[0] in ("in the job films 1", "in the job b")
 
 
 # --- many processes, one fine-tuning ---------------------------------------------------------------------------------

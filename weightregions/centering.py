@@ -10,7 +10,6 @@ __all__ = ['Centroid', 'centroid', 'leave_out', 'centroid_of', 'family_centroids
 import json
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
@@ -335,7 +334,7 @@ def _write(
     header, places = _header(
         body | {name: (t.shape, t.dtype) for name, t in like._along.items()}
     )
-    with whole_folder(folder) as part:
+    with whole_folder(folder, replace=overwrite) as part:
         with open(part / "model.safetensors", "wb") as f:
             f.write(header)
             f.flush()
@@ -358,13 +357,6 @@ def _write(
         copy_tokenizer(like.folder, part)
         if card:
             write_whole(part / "README.md", card)
-        old = (
-            folder.rename(folder.with_name(f".{folder.name}-{os.getpid()}-old"))
-            if folder.exists()
-            else None
-        )
-    if old:
-        shutil.rmtree(old)
     return folder
 
 # %% ../nbs/30_centering.ipynb #45602ed6

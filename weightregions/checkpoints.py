@@ -10,9 +10,7 @@ __all__ = ['COUNTS', 'TOKENIZER_FILES', 'Checkpoint', 'open_checkpoint', 'write_
 import copy
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -441,16 +439,10 @@ def write_checkpoint(
         raise FileExistsError(f"{folder}: exists already")
     like.layout.require_same(Layout.of(tensors), getattr(tensors, "name", "the body to write"))
     state, config = _dressed(tensors, like, head)
-    with whole_folder(folder) as part:
+    with whole_folder(folder, replace=overwrite) as part:
         save_file(state, part / "model.safetensors", metadata={"format": "pt"})
         config.to_json_file(part / "config.json", use_diff=False)
         copy_tokenizer(like.folder, part)
-        if folder.exists():
-            folder.rename(old := folder.with_name(f".{folder.name}-{os.getpid()}-old"))
-        else:
-            old = None
-    if old:
-        shutil.rmtree(old)
     return folder
 
 # %% ../nbs/02_checkpoints.ipynb #1eba0847

@@ -7,10 +7,14 @@ __all__ = ['parser', 'main', 'zoo', 'similarity', 'traverse', 'center', 'locate'
 
 # %% ../nbs/52_cli.ipynb #04288ec8
 import argparse
+import errno
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from . import __version__
@@ -120,22 +124,113 @@ def _printable(c):
 
 def main(
     arguments: list[str] | None = None,  # words of the command line; None: those of the process
-) -> int:  # exit code: 0 well, 2 something to mend, 130 interrupted
+) -> int:  # exit code: 0 well, 2 something to mend, 130 interrupted, 143 ended by SIGTERM
     "Run one command."
     options = parser().parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with warnings.catch_warnings():
+    alone = arguments is None
+    with _kept_output(alone) as output, warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)  # said, whatever the environment asks
         warnings.showwarning = lambda message, *_, **__: _say(message)
-        try:
+        code = _run(options, alone)
+        return code or output.code()
+
+
+def _run(options, alone):
+    "The exit code of a command."
+    try:
+        with _orderly_end(alone):
             _COMMANDS[options.command][0](options)
-        except (ValueError, OSError) as e:
-            _say(e)
-            return 2
-        except KeyboardInterrupt:
-            _say("interrupted; run the same command again to go on")
-            return 130
+    except (ValueError, OSError) as e:
+        _say(e)
+        return 2
+    except KeyboardInterrupt as e:
+        number = e.args[0] if e.args else signal.SIGINT
+        what = _ENDINGS.get(number, "interrupted")
+        _say(f"{what}; run the same command again to go on")
+        return 128 + number
     return 0
+
+# %% ../nbs/52_cli.ipynb #868b584d
+_ENDINGS = {
+    signal.SIGINT: "interrupted",
+    signal.SIGTERM: "ended by SIGTERM",
+    signal.SIGHUP: "ended by SIGHUP",
+}
+
+
+@contextmanager
+def _orderly_end(alone):
+    "Let the first signal end the command in good order, and a second one at once."
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _ENDINGS}
+    caught = [n for n, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+
+    def end(number, _):
+        os._exit(128 + number)
+
+    def first(number, _):
+        for n in caught:
+            signal.signal(n, end)
+        raise KeyboardInterrupt(number)
+
+    for n in caught:
+        signal.signal(n, first)
+    try:
+        yield
+    finally:
+        for n in caught:
+            signal.signal(n, end if alone else before[n])
+
+# %% ../nbs/52_cli.ipynb #0644ba97
+class _Output:
+    "A stream that may break: what it does not take is dropped."
+
+    def __init__(self, stream, alone):
+        self.stream, self.alone, self.error = stream or open(os.devnull, "w"), alone, None
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def _try(self, do, *words):
+        try:
+            return do(*words) if self.error is None else None
+        except OSError as e:
+            self.error = e
+        if self.alone:  # or the interpreter would try again at its end, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def write(self, text):
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def code(self):
+        "The exit code where all else is well."
+        self.flush()
+        if self.error is None or self.error.errno == errno.EPIPE:
+            return 0
+        _say(f"standard output: {self.error.strerror}; all files are written")
+        return 2
+
+
+@contextmanager
+def _kept_output(alone):
+    "Output that may break, and the interpreter's own if the process is another's."
+    for number in (0, 1, 2) if alone else ():
+        try:
+            os.fstat(number)
+        except OSError:  # closed; the next file that is opened must not take its place
+            os.open(os.devnull, os.O_RDWR)
+    output, errors = _Output(sys.stdout, alone), _Output(sys.stderr, alone)
+    with redirect_stdout(output), redirect_stderr(errors):
+        yield output
+        output.flush()
+        errors.flush()
 
 # %% ../nbs/52_cli.ipynb #b71d05e3
 _FOLDERS = (
@@ -231,9 +326,11 @@ def _draw(drawn, file):
     "Write a figure and forget it."
     from matplotlib import pyplot as plt
 
-    beside = file.with_name(f".{file.name}")
-    drawn.figure.savefig(beside, bbox_inches="tight", metadata={"Software": None})
-    os.replace(beside, file)
+    from weightregions.files import whole_file
+
+    how = {"format": file.suffix[1:], "metadata": {"Software": None}}
+    with whole_file(file) as f:
+        drawn.figure.savefig(f, bbox_inches="tight", **how)
     plt.close(drawn.figure)
     print(f"written: {file}", file=sys.stderr)
 
@@ -551,8 +648,7 @@ def center(
     options: argparse.Namespace,  # folder, base, out, which models, weights, dtype
 ):
     "Average the models into one checkpoint, the centroid, to start the next fine-tuning from."
-    if os.path.exists(options.out):
-        raise FileExistsError(f"{options.out}: exists already")
+    _require_place(options.out)
     if options.without and options.target:
         raise ValueError(
             "--without and --for say the same of different datasets: give one of them"
@@ -562,9 +658,7 @@ def center(
 # %% ../nbs/52_cli.ipynb #6a3d122a
 def _center(options):
     "Write the centroid and the table of its members."
-    import torch
-
-    from weightregions.centering import centroid_of, save_centroid
+    from weightregions.centering import centroid_of
 
     (zoo, base), out = _opened(options), Path(options.out)
     some, target = _unseen(zoo, options)
@@ -575,12 +669,39 @@ def _center(options):
         instead = "--without leaves it out, --saw-target allows it"
         python = "take leave_out(zoo, target), or say saw_target=True"
         raise ValueError(str(e).replace(python, instead)) from None
-    save_centroid(centroid, out, base, dtype=getattr(torch, options.dtype))
+    _save(centroid, out, base, options.dtype)
     members = centroid.members[["model", "dataset", "family", "accuracy", "weight"]]
     _write(members, out / "members.csv")
     _write_left_out(zoo, out / "left_out.csv")
     print(centroid.description)
     _show(members)
+
+# %% ../nbs/52_cli.ipynb #53a1d4be
+def _require_place(folder):
+    "Refuse a folder that is there, unless it may be the centroid of a former run."
+    if not os.path.lexists(folder):
+        return
+    for name in ("README.md", "config.json", "model.safetensors"):
+        if not os.path.isfile(os.path.join(folder, name)):
+            raise FileExistsError(f"{folder}: exists already")
+
+
+def _save(centroid, folder, base, dtype="float32"):
+    "Write a centroid as a checkpoint, unless it is there."
+    import torch
+
+    from weightregions.centering import model_card, save_centroid
+    from weightregions.checkpoints import open_checkpoint
+    from weightregions.files import read_text
+
+    dtype = getattr(torch, dtype)
+    if not os.path.lexists(folder):
+        return save_centroid(centroid, folder, base, dtype=dtype)
+    card = read_text(Path(folder, "README.md"))
+    if card != model_card(centroid) or open_checkpoint(folder).config.dtype != dtype:
+        raise FileExistsError(f"{folder}: exists already, and is another model; name another")
+    _say(f"{folder}: is there already, of the same models; it stays as it is")
+    return folder
 
 # %% ../nbs/52_cli.ipynb #0e7f4d36
 @_command(
@@ -629,8 +750,8 @@ def recommend(
     options: argparse.Namespace,  # folder, all_checkpoints, base, data, target, rows, out, write
 ):
     "Rank the starts that a zoo offers for a dataset, and say which one to take."
-    if options.write and os.path.exists(options.write):
-        raise FileExistsError(f"{options.write}: exists already")
+    if options.write:
+        _require_place(options.write)
     from weightregions.advice import advised, candidates, recommend
 
     (zoo, base), corpus = _opened(options), _corpus(options.data, options.target)
@@ -647,11 +768,11 @@ def recommend(
 # %% ../nbs/52_cli.ipynb #38a007a5
 def _written(start, folder, base):
     "Where the start that is advised lies; a centroid is written if a folder is named."
-    from weightregions.centering import Centroid, save_centroid
+    from weightregions.centering import Centroid
 
     if not isinstance(start, Centroid):
         return start.folder
-    return save_centroid(start, folder, base) if folder else "--write FOLDER makes it"
+    return _save(start, folder, base) if folder else "--write FOLDER makes it"
 
 # %% ../nbs/52_cli.ipynb #1eda0e1a
 @_command(

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NAME_RULE', 'LONGEST_NAME', 'OUR_FILES', 'OUR_WORDS', 'whole_folder', 'flush', 'whole_file', 'write_whole',
-           'append_line', 'as_json', 'file_sha256', 'read_text', 'read_json', 'check_name', 'cells_of_any_length',
-           'read_table']
+           'remove_leftovers', 'append_line', 'as_json', 'file_sha256', 'read_text', 'read_json', 'check_name',
+           'cells_of_any_length', 'read_table']
 
 # %% ../nbs/01_files.ipynb #cd774115
-import csv, hashlib, io, json, os, re, shutil, tempfile, unicodedata
+import csv, fcntl, hashlib, io, json, os, re, shutil, tempfile, unicodedata
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,11 +31,13 @@ def _named(file):
 @contextmanager
 def whole_folder(
     target: Path,  # the folder that is to appear
+    replace: bool = False,  # take the place of a folder that is there
 ):
-    "A folder to write into, which becomes `target` when the block ends well and vanishes when it does not."
+    "A folder to write into: it becomes `target` when the block ends well, else it vanishes."
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    remove_leftovers(target)
+    beside, lock = _begin(target, tempfile.mkdtemp)
     try:
         with _named(target):
             yield beside
@@ -43,9 +45,11 @@ def whole_folder(
                 if file.is_file():
                     flush(file)
             beside.chmod(0o755)
-            os.rename(beside, target)
+            with _set_aside(target, replace):
+                os.rename(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        os.close(lock)
 
 
 def flush(
@@ -60,19 +64,20 @@ def flush(
 def whole_file(
     file: Path,  # the file that is to appear
 ):
-    "A binary file to write into, which becomes `file` when the block ends well and vanishes when it does not."
+    "A binary file to write into: it becomes `file` when the block ends well, else it vanishes."
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
+    remove_leftovers(file)
+    beside, handle = _begin(file, tempfile.mkstemp)
     try:
         with _named(file), os.fdopen(handle, "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(beside, 0o644)
-        os.replace(beside, file)
+            os.chmod(beside, 0o644)
+            os.replace(beside, file)
     except BaseException:
-        os.unlink(beside)
+        beside.unlink(missing_ok=True)
         raise
 
 
@@ -83,6 +88,94 @@ def write_whole(
     "Write a text file at once: readers see the old content or the new, never a part."
     with whole_file(file) as f:
         f.write(text.encode("utf-8"))
+
+# %% ../nbs/01_files.ipynb #755f8e71
+def _begin(target, make):
+    "An empty file or folder beside a target, and the open handle that holds its lock."
+    while True:
+        made = make(prefix=f".{target.name}-", suffix=".part", dir=target.parent)
+        try:
+            handle, path = (
+                made if isinstance(made, tuple) else (os.open(made, os.O_RDONLY), made)
+            )
+        except FileNotFoundError:
+            continue
+        if _lock(handle, path, fcntl.LOCK_SH) is not False:
+            return Path(path), handle
+        os.close(handle)
+
+
+def _lock(handle, path, kind):
+    "Lock an open file or folder: False if somebody else has it, None where there are no locks."
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError:
+        return None
+
+# %% ../nbs/01_files.ipynb #6e704560
+def remove_leftovers(
+    target: Path,  # a file or folder that is about to be written
+):
+    "Remove what killed processes left beside a target; bring back what one had set aside."
+    for path in _beside(target):
+        try:
+            handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        except OSError:
+            continue
+        try:
+            if not _lock(handle, path, fcntl.LOCK_EX):
+                continue
+            if path.suffix == ".old" and not os.path.lexists(target):
+                os.rename(path, target)
+            else:
+                _remove(path)
+        except OSError:
+            continue  # a folder that may not be written to: the error comes with the first file
+        finally:
+            os.close(handle)
+
+
+def _beside(target):
+    "What lies beside a target under the names that are given here, links aside."
+    name = re.compile(rf"\.{re.escape(target.name)}-[a-z0-9_]{{8}}\.(part|old)")
+    try:
+        entries = [e.name for e in os.scandir(target.parent) if not e.is_symlink()]
+    except OSError:
+        return []
+    return [target.parent / entry for entry in entries if name.fullmatch(entry)]
+
+
+def _remove(path):
+    "Remove a file, a link or a folder."
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+# %% ../nbs/01_files.ipynb #f9fcc891
+@contextmanager
+def _set_aside(target, replace):
+    "Where a folder is to be replaced: aside with it, and away when the new one is there."
+    if not (replace and os.path.lexists(target)):
+        yield
+        return
+    aside = target.with_name(f".{target.name}-{os.urandom(4).hex()}.old")
+    lock = os.open(target, os.O_RDONLY)
+    try:
+        _lock(lock, target, fcntl.LOCK_SH)
+        os.rename(target, aside)
+        try:
+            yield
+        finally:
+            if os.path.lexists(target):
+                _remove(aside)
+            else:
+                os.rename(aside, target)
+    finally:
+        os.close(lock)
 
 # %% ../nbs/01_files.ipynb #7a2be9f4
 def append_line(
