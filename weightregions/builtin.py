@@ -177,9 +177,7 @@ class Spec:
     description: str  # what the texts are and what is asked of them
     grammar: str = field(repr=False)  # the rules
     noise: float = 0.0  # share of rows whose label is replaced by another, in both splits
-    weights: tuple[float, ...] | None = (
-        None  # how often each label is drawn; None: equally often
-    )
+    weights: tuple[float, ...] | None = None  # how often each label is drawn; None: equally
 
     @property
     def casual(self) -> bool:

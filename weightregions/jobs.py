@@ -331,7 +331,7 @@ class _Watch:
                 _warn_of_wait(self.name)
         return bool(self.lost)
 
-
+# %% ../nbs/11_jobs.ipynb #355cdb9f
 def _warn_of_wait(name):
     "Say that a job waits for others to leave the cluster."
     text = f"the job {_label(name)} waits for room on the Ray cluster"

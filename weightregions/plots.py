@@ -738,6 +738,29 @@ def edges(
 GROUP_HUES = {"In": HUES[0], "In'": HUES[2], "Ex": HUES[6]}
 GROUP_MARKERS = {"In": "o", "In'": "D", "Ex": "s"}
 
+# %% ../nbs/40_plots.ipynb #01c89b47
+def _strip(
+    ax: Axes, values: np.ndarray, group: str, at: float, wide: float, rng, label
+) -> None:
+    "The dots of one group on one target, their median, and a mark for what is not finite."
+    fine = values[np.isfinite(values)]
+    ax.scatter(
+        at + 0.16 * wide * rng.uniform(-1, 1, len(fine)),
+        fine,
+        s=22,
+        color=GROUP_HUES[group],
+        marker=GROUP_MARKERS[group],
+        alpha=0.65,
+        lw=0,
+        label=label,
+    )
+    if len(fine):
+        ends = at - 0.3 * wide, at + 0.3 * wide
+        ax.hlines(np.median(fine), *ends, color="black", lw=1.8, zorder=4)
+    if len(fine) < len(values):
+        known = ax.get_legend_handles_labels()[1].count("not finite")
+        _mark_broken(ax, [at], None if known else "not finite")
+
 # %% ../nbs/40_plots.ipynb #9b35996d
 def group_strip(
     rows: pd.DataFrame,  # measured rows: columns group, y, and target where there are several
@@ -767,34 +790,8 @@ def group_strip(
     ):
         for i, t in enumerate(targets):
             values = rows[y][(rows["group"] == group) & (rows["target"] == t)].to_numpy()
-            fine, at = values[np.isfinite(values)], i + shift
-            ax.scatter(
-                at + 0.16 / len(there) * rng.uniform(-1, 1, len(fine)),
-                fine,
-                s=22,
-                color=GROUP_HUES[group],
-                marker=GROUP_MARKERS[group],
-                alpha=0.65,
-                lw=0,
-                label=None if i else group,
-            )
-            if len(fine):
-                ax.hlines(
-                    np.median(fine),
-                    at - 0.3 / len(there),
-                    at + 0.3 / len(there),
-                    color="black",
-                    lw=1.8,
-                    zorder=4,
-                )
-            if len(fine) < len(values):
-                _mark_broken(
-                    ax,
-                    [at],
-                    None
-                    if ax.get_legend_handles_labels()[1].count("not finite")
-                    else "not finite",
-                )
+            label = None if i else group
+            _strip(ax, values, group, i + shift, 1 / len(there), rng, label)
     crowded = len("  ".join(map(str, targets))) > 64
     ax.set_xticks(
         range(len(targets)),
@@ -862,23 +859,12 @@ def pb_matrix(
             getattr(row, by),
         )
         theirs = told.get(name, {}).get(row.comparison)
-        ax.text(
-            at[0],
-            at[1] - 0.16,
-            f"{100 * row.value:.0f} %",
-            ha="center",
-            va="center",
-            fontsize=12.5,
-        )
-        ax.text(
-            at[0],
-            at[1] + 0.22,
-            f"{100 * row.low:.0f} to {100 * row.high:.0f}"
-            + (f"; paper {100 * theirs:.4g}" if theirs is not None else ""),
-            ha="center",
-            va="center",
-            fontsize=8.5,
-        )
+        middle = dict(ha="center", va="center")
+        ax.text(at[0], at[1] - 0.16, f"{100 * row.value:.0f} %", fontsize=12.5, **middle)
+        range_ = f"{100 * row.low:.0f} to {100 * row.high:.0f}"
+        if theirs is not None:
+            range_ += f"; paper {100 * theirs:.4g}"
+        ax.text(at[0], at[1] + 0.22, range_, fontsize=8.5, **middle)
     ax.set(xlabel="", ylabel="", title=title)
     ax.tick_params(length=0)
     plt.setp(ax.get_yticklabels(), rotation=0)

@@ -47,30 +47,23 @@ class Layout:
 
     def __post_init__(self):
         if not len(self.names) == len(self.shapes) == len(self.dtypes):
-            raise ValueError(
-                f"a layout of {len(self.names)} names, {len(self.shapes)} shapes and {len(self.dtypes)} dtypes"
-            )
+            counts = f"{len(self.names)} names, {len(self.shapes)} shapes"
+            raise ValueError(f"a layout of {counts} and {len(self.dtypes)} dtypes")
         if len(self._index) < len(self.names):
-            raise ValueError(
-                f"{_short(n for n in self._index if self.names.count(n) > 1)}: named twice in one layout"
-            )
+            twice = [n for n in self._index if self.names.count(n) > 1]
+            raise ValueError(f"{_short(twice)}: named twice in one layout")
 
     @classmethod
     def of(
         cls,
-        tensors: Mapping[
-            str, Tensor
-        ],  # named tensors, or anything that has a `layout` of its own
+        tensors: Mapping[str, Tensor],  # named tensors, or what has a `layout` of its own
     ) -> "Layout":
         "The layout of a state dict, names sorted; a checkpoint's own layout."
         if isinstance(own := getattr(tensors, "layout", None), Layout):
             return own
         names = sorted(tensors)
-        return cls(
-            tuple(names),
-            tuple(tuple(tensors[n].shape) for n in names),
-            tuple(tensors[n].dtype for n in names),
-        )
+        shapes = tuple(tuple(tensors[n].shape) for n in names)
+        return cls(tuple(names), shapes, tuple(tensors[n].dtype for n in names))
 
     @cached_property
     def _index(self) -> dict[str, int]:
@@ -95,10 +88,8 @@ class Layout:
         return name in self._index
 
     def __repr__(self):
-        kinds = (
-            ", ".join(sorted({str(d).removeprefix("torch.") for d in self.dtypes})) or "empty"
-        )
-        return f"Layout({len(self)} tensors, {self.numel:,} weights, {kinds})"
+        kinds = sorted({str(d).removeprefix("torch.") for d in self.dtypes}) or ["empty"]
+        return f"Layout({len(self)} tensors, {self.numel:,} weights, {', '.join(kinds)})"
 
 # %% ../nbs/00_space.ipynb #a0b133e7
 @patch

@@ -134,7 +134,7 @@ def _flat(members: Sequence, weights: Sequence[float]) -> tuple:
         if isinstance(member, Point):
             if member.noise:
                 raise ValueError(
-                    f"{member.name}: a perturbed point as a member; hold() it first"
+                    f"{member.name}: a perturbed point as a member; load_in_memory() it first"
                 )
             flat += [(m, w * own) for m, own in zip(member.members, member.weights)]
         else:
@@ -786,7 +786,7 @@ def _inspect(scratch: ScratchModel, members: tuple, ages: tuple) -> dict:
             for m, t, is_new in zip(members, parts, new):
                 if t.data_ptr() == own:
                     raise ValueError(
-                        f"{m.name}: {name} is the scratch model's own memory; hold() it first"
+                        f"{m.name}: {name} is the scratch model's own memory; load_in_memory() it first"
                     )
                 if is_new:
                     _sound(t, m.name, name)
