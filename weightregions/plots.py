@@ -130,8 +130,7 @@ def _shades(hue: str, n: int) -> list:
 # %% ../nbs/40_plots.ipynb #bc381392
 def group_colours(
     groups: Sequence,  # names of groups, such as datasets; repeats are ignored
-    families: Mapping
-    | None = None,  # family of each group; None: every group a hue of its own, shades after the eighth
+    families: Mapping | None = None,  # family of each group; None: a hue for each group
 ) -> dict:  # group -> (r, g, b)
     "A colour for each group: families by hue, groups by shade."
     names = sorted(dict.fromkeys(groups), key=str)
@@ -220,12 +219,10 @@ def _cells(matrix: pd.DataFrame, cosine: bool) -> dict:
     others = matrix.to_numpy()[~diagonal]
     high = max(np.quantile(others, 0.99), 0.01) if cosine else others.max()
     return dict(
-        data=matrix.mask(diagonal, high if cosine else 0),
+        data=matrix.mask(diagonal, high if cosine else 0).rename(index=_plain, columns=_plain),
         cmap="GnBu" if cosine else "GnBu_r",
         vmin=0,
         vmax=high,
-        xticklabels=False,  # the names of groups come later
-        yticklabels=False,
     )
 
 # %% ../nbs/40_plots.ipynb #3e63cade
@@ -274,7 +271,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 
 
 def _move_apart(boxes: np.ndarray, steps: int = 300) -> np.ndarray:
-    "Shift boxes (centre x, y, width, height) until they no longer overlap, as little as needed."
+    "Shift boxes (centre x, y, width, height) until they no longer overlap."
     at, half = boxes[:, :2].copy(), boxes[:, 2:] / 2
     for _ in range(steps):
         gap = at[:, None] - at[None]
@@ -493,7 +490,7 @@ def _natural(name) -> list:
 
 
 def _offset(part, kind, rows: pd.DataFrame, hue: str | None, kinds: list) -> float:
-    "Where in the band of a part a kind is drawn: kinds side by side, in the middle of the band."
+    "Where in the band of a part a kind is drawn: kinds side by side."
     if hue is None:
         return 0.0
     there = [k for k in kinds if k in set(rows.loc[rows["part"] == part, hue])]
@@ -560,9 +557,8 @@ def _on_target(
         or target is not None
         and target not in there
     ):
-        raise ValueError(
-            f"no row is of the target {target!r}, only of {', '.join(map(str, there)) or 'none'}"
-        )
+        known = ", ".join(map(str, there)) or "none"
+        raise ValueError(f"no row is of the target {target!r}, only of {known}")
     elif target is None and len(there) > 1:
         raise ValueError(
             f"the rows have several targets, {', '.join(map(str, there))}: name one of them"
@@ -840,7 +836,7 @@ def _relative(rows: pd.DataFrame, y: str) -> pd.DataFrame:
 
 # %% ../nbs/40_plots.ipynb #ec34bf3c
 def pb_matrix(
-    table: pd.DataFrame,  # of `comparison_table`: comparison, value, low, high (0 to 1), and `by`
+    table: pd.DataFrame,  # comparison, value, low, high (0 to 1), and the column `by`
     paper: Mapping | None = None,  # comparison -> the paper's share, or row -> such a mapping
     by: str = "target",  # column whose values are the rows of the matrix, such as "granularity"
     title: str = "How often the first is better",  # of the figure
@@ -1019,17 +1015,17 @@ def learning_curves(
 
 # %% ../nbs/40_plots.ipynb #0bd75927
 def gain_strip(
-    gains: pd.DataFrame,  # from `gains`: target, start, gain (points) and, where there are several seeds, sd
+    gains: pd.DataFrame,  # from `gains`: target, start, gain (points), perhaps sd
     title: str = "Gain over the pretrained start",  # of the figure
     ax: Axes | None = None,  # where to draw
 ) -> Axes:
     "Gains of the starts, target by target."
     if missing := [c for c in ("target", "start", "gain") if c not in gains]:
         raise ValueError(f"the gains have no column {missing[0]!r}")
-    if (twice := gains.duplicated(["target", "start"])).any():
-        raise ValueError(
-            f"the gain of {gains['start'][twice].iloc[0]} on {gains['target'][twice].iloc[0]} comes twice: choose one size"
-        )
+    twice = gains[gains.duplicated(["target", "start"])]
+    if len(twice):
+        which = f"{twice['start'].iloc[0]} on {twice['target'].iloc[0]}"
+        raise ValueError(f"the gain of {which} comes twice: choose one size")
     look = _look(list(dict.fromkeys(gains["start"])))
     first = gains[gains["start"] == next(iter(look))].set_index("target")["gain"]
     targets = first.sort_values().index.tolist() + [
