@@ -267,8 +267,8 @@ def check_name(
     "Refuse a name that could not stand in a path, a table, a figure and a page."
     if not isinstance(name, str):
         raise ValueError(f"{what} {str(name)[:100]!r}: a name must be a text")
-    begins_well = name[:1].isalnum() or name[:1] == "_"
-    if not begins_well or not all(map(_in_a_name, name)) or name[-1] in " .":
+    begins_well, ends_well = name[:1].isalnum(), name[-1:] not in (" ", ".")
+    if not (begins_well and ends_well and all(map(_in_a_name, name))):
         raise ValueError(f"{what} {name[:100]!r}: {NAME_RULE}")
     if len(name.encode()) > LONGEST_NAME:
         raise ValueError(f"{what} {name[:40]!r}...: a name has {LONGEST_NAME} bytes at most")

@@ -72,10 +72,19 @@ def small_figures() -> None:
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is None or "inline" not in plt.get_backend():
         return
-    shell.run_line_magic(
-        "matplotlib", "inline"
-    )  # set up now, for it would overrule us after this cell
+    # set up now, for it would overrule us after this cell
+    shell.run_line_magic("matplotlib", "inline")
     shell.display_formatter.formatters["image/png"].for_type(Figure, _palette_png)
+
+# %% ../nbs/40_plots.ipynb #61217240
+def _plain(name) -> str:
+    "A name as a label that is drawn letter by letter."
+    letters = (
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in str(name)
+    )
+    text = "".join(letters)
+    return text.replace("$", r"\$") if plt.rcParams["text.parse_math"] else text
 
 # %% ../nbs/40_plots.ipynb #ce6babb9
 HUES = (
@@ -121,8 +130,7 @@ def _shades(hue: str, n: int) -> list:
 # %% ../nbs/40_plots.ipynb #bc381392
 def group_colours(
     groups: Sequence,  # names of groups, such as datasets; repeats are ignored
-    families: Mapping
-    | None = None,  # family of each group; None: every group a hue of its own, shades after the eighth
+    families: Mapping | None = None,  # family of each group; None: a hue for each group
 ) -> dict:  # group -> (r, g, b)
     "A colour for each group: families by hue, groups by shade."
     names = sorted(dict.fromkeys(groups), key=str)
@@ -153,7 +161,7 @@ def _blocks(order: Sequence) -> list:  # [(name, first, stop)]
 def _label_blocks(ax: Axes, order: Sequence, x: bool = True) -> None:
     "Name runs of equal groups beside and under a heat map."
     blocks = _blocks(order)
-    centres, names = [(a + b) / 2 for _, a, b in blocks], [str(n) for n, _, _ in blocks]
+    centres, names = [(a + b) / 2 for _, a, b in blocks], [_plain(n) for n, _, _ in blocks]
     ax.set_yticks(centres, names, rotation=0)
     ax.set_xticks(centres if x else [], names if x else [], rotation=90)
     ax.tick_params(length=0)
@@ -164,10 +172,9 @@ def _label_blocks(ax: Axes, order: Sequence, x: bool = True) -> None:
 # %% ../nbs/40_plots.ipynb #16c0b3f5
 def similarity_heatmap(
     matrix: pd.DataFrame,  # (n, n) cosines or distances, labelled on both sides
-    groups: pd.Series
-    | None = None,  # group of each model, a strip of colour; None: models are listed by name
+    groups: pd.Series | None = None,  # group of each model, a strip of colour; None: by name
     families: Mapping | None = None,  # family of each group, see `group_colours`
-    order: str = "group",  # models by "group" (families together), by "cluster" (average linkage, with its tree) or as "given"
+    order: str = "group",  # by "group" (families together), "cluster" (with its tree), "given"
     metric: str = "cosine",  # what the matrix holds: "cosine" or "euclidean"
     title: str = "Similarity of task vectors",  # of the figure
     size: float = 7.0,  # side of the figure, in inches
@@ -179,39 +186,44 @@ def similarity_heatmap(
         )
     if metric not in ("cosine", "euclidean"):
         raise ValueError(f"the matrix holds cosine or euclidean: not {metric!r}")
-    groups = (
-        pd.Series(matrix.index, matrix.index)
-        if groups is None
-        else groups.reindex(matrix.index)
-    )
-    colours = group_colours(groups, families)
+    if groups is None:
+        groups = pd.Series(matrix.index, matrix.index)
+    groups, cosine = groups.reindex(matrix.index), metric == "cosine"
+    strip = groups.map(group_colours(groups, families))
     if order == "group":
-        key = sorted(
-            matrix.index,
-            key=lambda m: (str((families or {}).get(groups[m], "")), str(groups[m])),
-        )
-        matrix, groups = matrix.loc[key, key], groups[key]
-    others = matrix.to_numpy()[~np.eye(len(matrix), dtype=bool)]
-    cosine = metric == "cosine"
-    low, high = 0, max(np.quantile(others, 0.99), 0.01) if cosine else others.max()
-    diagonal, strip = np.eye(len(matrix), dtype=bool), groups.map(colours).to_list()
-    with plt.rc_context(
-        {"figure.constrained_layout.use": False}
-    ):  # clustermap has a layout of its own
+        names = _by_family(groups, families)
+        matrix, groups, strip = matrix.loc[names, names], groups[names], strip[names]
+    # clustermap has a layout of its own
+    with plt.rc_context({"figure.constrained_layout.use": False}):
         grid = sns.clustermap(
-            matrix.mask(diagonal, high if cosine else 0),
+            **_cells(matrix, cosine),
+            **_linkage(matrix, order == "cluster", cosine),
+            **dict.fromkeys(("row_colors", "col_colors"), strip.to_list()),
             figsize=(size, size),
-            cmap="GnBu" if cosine else "GnBu_r",
-            vmin=low,
-            vmax=high,
-            row_colors=strip,
-            col_colors=strip,
             dendrogram_ratio=0.12 if order == "cluster" else 0.02,
             colors_ratio=0.02,
             cbar_pos=(1.0, 0.62, 0.025, 0.22),
-            **_linkage(matrix, order == "cluster", cosine),
         )
     return _dress(grid, groups, families, order, title, "cosine" if cosine else "distance")
+
+# %% ../nbs/40_plots.ipynb #d57e2c6d
+def _by_family(groups: pd.Series, families: Mapping | None) -> list:
+    "Names of the models, those of a family and in it those of a group together."
+    key = lambda m: (str((families or {}).get(groups[m], "")), str(groups[m]))
+    return sorted(groups.index, key=key)
+
+
+def _cells(matrix: pd.DataFrame, cosine: bool) -> dict:
+    "Arguments of `clustermap`: values, with the diagonal out of the way, and their colours."
+    diagonal = np.eye(len(matrix), dtype=bool)
+    others = matrix.to_numpy()[~diagonal]
+    high = max(np.quantile(others, 0.99), 0.01) if cosine else others.max()
+    return dict(
+        data=matrix.mask(diagonal, high if cosine else 0).rename(index=_plain, columns=_plain),
+        cmap="GnBu" if cosine else "GnBu_r",
+        vmin=0,
+        vmax=high,
+    )
 
 # %% ../nbs/40_plots.ipynb #3e63cade
 def _linkage(matrix: pd.DataFrame, tree: bool, cosine: bool) -> dict:
@@ -246,7 +258,7 @@ def _dress(
     if families:
         hues = _family_hues(sorted({families[g] for g in groups.unique()}, key=str))
         grid.figure.legend(
-            handles=[Patch(color=h, label=str(f)) for f, h in hues.items()],
+            handles=[Patch(color=h, label=_plain(f)) for f, h in hues.items()],
             title="family",
             loc="upper left",
             bbox_to_anchor=(0.985, 0.56),
@@ -259,7 +271,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 
 
 def _move_apart(boxes: np.ndarray, steps: int = 300) -> np.ndarray:
-    "Shift boxes (x, y, width, height; x, y the centre) until they no longer overlap, drawn back to where they were."
+    "Shift boxes (centre x, y, width, height) until they no longer overlap."
     at, half = boxes[:, :2].copy(), boxes[:, 2:] / 2
     for _ in range(steps):
         gap = at[:, None] - at[None]
@@ -284,7 +296,7 @@ def _name_groups(ax: Axes, centres: pd.DataFrame, colours: Mapping) -> None:
     halo = [patheffects.withStroke(linewidth=3, foreground="white")]
     texts = [
         ax.annotate(
-            str(g),
+            _plain(g),
             (x, y),
             (0, 8),
             textcoords="offset points",
@@ -325,7 +337,7 @@ def _ink(colour) -> tuple:
 
 # %% ../nbs/40_plots.ipynb #80bb1f65
 def _above(places: pd.DataFrame) -> pd.Series:
-    "The point above the bulk of a group: over its median, as high as the three quarters of it that are nearest."
+    "The point above the median of a group, as high as the nearest three quarters of it."
     centre = places.median()
     near = ((places - centre) ** 2).sum(axis=1)
     return pd.Series({"x": centre.x, "y": places.y[near <= near.quantile(0.75)].max()})
@@ -358,7 +370,7 @@ def region_map(
         )
     if families:
         handles = [
-            Line2D([], [], ls="", marker=m, color=h, label=str(f))
+            Line2D([], [], ls="", marker=m, color=h, label=_plain(f))
             for (f, h), m in zip(_family_hues(kinds).items(), MARKERS * len(kinds))
         ]
         ax.legend(
@@ -397,8 +409,8 @@ def confusion(
     side = 0.36 * max(counts.shape) + 1.6
     ax = ax or plt.subplots(figsize=(min(8.5, side + 1), min(8, side)))[1]
     sns.heatmap(
-        counts,
-        mask=counts == 0,
+        counts.rename(columns=_plain),
+        mask=(counts == 0).rename(columns=_plain),
         ax=ax,
         cmap="GnBu",
         vmin=0,
@@ -410,7 +422,7 @@ def confusion(
         linecolor="#e8e8e8",
         square=True,
     )
-    ax.set(title=title, xlabel=scores.table.index.name or "group", ylabel="cluster")
+    ax.set(title=title, xlabel=_plain(scores.table.index.name or "group"), ylabel="cluster")
     ax.tick_params(length=0)
     plt.setp(ax.get_yticklabels(), rotation=0)
     plt.setp(ax.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
@@ -453,7 +465,7 @@ def f1_bars(
         )
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-    ax.set_yticks(y, [str(g) for g in table.index])
+    ax.set_yticks(y, [_plain(g) for g in table.index])
     ax.set(xlim=(0, 100), xlabel="F1 (%)", title=title)
     ax.tick_params(axis="y", length=0)
     return ax
@@ -478,7 +490,7 @@ def _natural(name) -> list:
 
 
 def _offset(part, kind, rows: pd.DataFrame, hue: str | None, kinds: list) -> float:
-    "Where in the band of a part a kind is drawn: kinds side by side, in the middle of the band."
+    "Where in the band of a part a kind is drawn: kinds side by side."
     if hue is None:
         return 0.0
     there = [k for k in kinds if k in set(rows.loc[rows["part"] == part, hue])]
@@ -486,7 +498,7 @@ def _offset(part, kind, rows: pd.DataFrame, hue: str | None, kinds: list) -> flo
 
 # %% ../nbs/40_plots.ipynb #9cb4de2f
 def part_accuracy(
-    rows: pd.DataFrame,  # columns part, accuracy, low, high (0 to 1), and the column `hue` if given
+    rows: pd.DataFrame,  # columns part, accuracy, low, high (0 to 1), and `hue` if given
     hue: str | None = None,  # column that splits each part, such as the kind of tensor
     chance: float | None = None,  # accuracy of chance, 0 to 1, drawn as a line
     title: str = "Which part of the model knows its data",  # of the figure
@@ -510,14 +522,14 @@ def part_accuracy(
             marker=marks[kind],
             s=34,
             zorder=3,
-            label=kind,
+            label=None if hue is None else _plain(kind),
             clip_on=False,
         )
     if chance is not None:
         ax.axvline(100 * chance, color="#777777", ls=":", lw=1.2, label="chance")
     if hue or chance is not None:
         ax.legend(title=hue, loc="center left", bbox_to_anchor=(1.01, 0.5), alignment="left")
-    ax.set_yticks(range(len(parts)), [str(p) for p in parts])
+    ax.set_yticks(range(len(parts)), [_plain(p) for p in parts])
     ax.set(
         xlim=(0, 100),
         ylim=(len(parts) - 0.4, -0.6),
@@ -545,9 +557,8 @@ def _on_target(
         or target is not None
         and target not in there
     ):
-        raise ValueError(
-            f"no row is of the target {target!r}, only of {', '.join(map(str, there)) or 'none'}"
-        )
+        known = ", ".join(map(str, there)) or "none"
+        raise ValueError(f"no row is of the target {target!r}, only of {known}")
     elif target is None and len(there) > 1:
         raise ValueError(
             f"the rows have several targets, {', '.join(map(str, there))}: name one of them"
@@ -563,13 +574,10 @@ def _on_target(
 
 def _loss_label(y: str, target: str | None, than: str = "") -> str:
     "What an axis of measurements is called, in lines that an axis has room for."
-    what, unit = {
-        "loss": ("generalized loss", "nats"),
-        "accuracy": ("accuracy", "share of 1"),
-    }.get(y, (y, ""))
-    return textwrap.fill(
-        f"{what}{f' on {target}' if target else ''}{than}{f' ({unit})' if unit else ''}", 36
-    )
+    known = {"loss": ("generalized loss", " (nats)"), "accuracy": ("accuracy", " (share of 1)")}
+    what, unit = known.get(y, (y, ""))
+    of = f" on {target}" if target else ""
+    return "\n".join(map(_plain, textwrap.wrap(f"{what}{of}{than}{unit}", 36)))
 
 # %% ../nbs/40_plots.ipynb #e3f8b46c
 def _mark_broken(ax: Axes, x, label: str = "not finite") -> None:
@@ -661,7 +669,12 @@ def loss_line(
     for place, name, style in zip((0, 1), ends, (":", (0, (1, 3)))):
         if place in mean.index:
             ax.axhline(
-                mean[place], color="#555555", ls=style, lw=1.3, zorder=1, label=f"{name} alone"
+                mean[place],
+                color="#555555",
+                ls=style,
+                lw=1.3,
+                zorder=1,
+                label=f"{_plain(name)} alone",
             )
         ax.axvline(place, color="#cccccc", lw=0.9, zorder=0)
     if mean.notna().any():
@@ -679,7 +692,9 @@ def loss_line(
             zorder=6,
             label=f"{what}, {x} = {best:g}",
         )
-    ticks = {t: f"{t:g}" for t in (0.25, 0.5, 0.75)} | {0: f"0\n{ends[0]}", 1: f"1\n{ends[1]}"}
+    ticks = {t: f"{t:g}" for t in (0.25, 0.5, 0.75)} | {
+        place: f"{place}\n{_plain(name)}" for place, name in enumerate(ends[:2])
+    }
     ax.set_xticks(list(ticks), list(ticks.values()))
     ax.set(title=title, xlabel=x, ylabel=_loss_label(y, target))
     _legend(ax)
@@ -715,7 +730,7 @@ def edges(
     for (name, loss), style in zip(
         (references or {}).items(), [":", "--", "-."] * len(references or {})
     ):
-        ax.axhline(loss, color="#555555", ls=style, lw=1.3, zorder=1, label=name)
+        ax.axhline(loss, color="#555555", ls=style, lw=1.3, zorder=1, label=_plain(name))
     far = float(np.abs(rows[x] - 0.5).max())
     ticks = [
         t
@@ -738,14 +753,64 @@ def edges(
 GROUP_HUES = {"In": HUES[0], "In'": HUES[2], "Ex": HUES[6]}
 GROUP_MARKERS = {"In": "o", "In'": "D", "Ex": "s"}
 
-# %% ../nbs/40_plots.ipynb #01c89b47
-def _strip(
-    ax: Axes, values: np.ndarray, group: str, at: float, wide: float, rng, label
-) -> None:
-    "The dots of one group on one target, their median, and a mark for what is not finite."
+# %% ../nbs/40_plots.ipynb #9b35996d
+def group_strip(
+    rows: pd.DataFrame,  # measured rows: columns group, y, and target where there are several
+    y: str = "loss",  # column of what is drawn
+    target: str | None = None,  # whose rows; None: all, several less the mean of In
+    title: str = "Models, their hull, and others",  # of the figure
+    ax: Axes | None = None,  # where to draw
+) -> Axes:
+    "Every point of In, In' and Ex, on each target."
+    if target is not None or "target" not in rows:
+        rows, target = _on_target(rows, target, ["group", y])
+    targets = rows["target"] if "target" in rows else ""
+    rows = rows.assign(target=targets, **{y: rows[y].astype(float)})
+    _check_groups(rows["group"])
+    targets = sorted(rows["target"].unique(), key=str)
+    several = len(targets) > 1
+    rows = _relative(rows, y) if several else rows
+    ax = ax or plt.subplots(figsize=(7.5 if several else 5.5, 3.6))[1]
+    _strips(ax, rows, y, targets)
+    _name_targets(ax, targets)
+    than, which = (" less the mean of In", None) if several else ("", targets[0])
+    ax.set(title=title, ylabel=_loss_label(y, which, than), xlim=(-0.6, len(targets) - 0.4))
+    if several:
+        ax.axhline(0, color="#999999", lw=0.9, ls=":", zorder=0)
+    _legend(ax)
+    return ax
+
+# %% ../nbs/40_plots.ipynb #a1630610
+def _check_groups(groups: pd.Series) -> None:
+    "Refuse a group that is none of In, In' and Ex."
+    if strange := sorted(set(groups) - set(GROUP_HUES), key=str):
+        raise ValueError(f"no such group as {strange[0]!r}: only {', '.join(GROUP_HUES)}")
+
+
+def _name_targets(ax: Axes, targets: Sequence) -> None:
+    "The targets under the axis, slanted where they are many; a single one is named elsewhere."
+    names = [_plain(t) for t in targets] if len(targets) > 1 else [""]
+    crowded = len("  ".join(map(str, targets))) > 64
+    slanted = dict(rotation=40, ha="right", rotation_mode="anchor") if crowded else {}
+    ax.set_xticks(range(len(targets)), names, **slanted)
+
+# %% ../nbs/40_plots.ipynb #3b0f7112
+def _strips(ax: Axes, rows: pd.DataFrame, y: str, targets: Sequence) -> None:
+    "The points of each group beside one another, on each target."
+    there = [g for g in GROUP_HUES if g in set(rows["group"])]
+    rng, width = np.random.default_rng(0), 1 / len(there)
+    for n, group in enumerate(there):
+        shift = (n - (len(there) - 1) / 2) * 0.8 * width
+        for i, t in enumerate(targets):
+            values = rows[y][(rows["group"] == group) & (rows["target"] == t)].to_numpy()
+            _strip(ax, values, i + shift, width, group, rng, label=None if i else group)
+
+
+def _strip(ax: Axes, values, at: float, width: float, group: str, rng, label) -> None:
+    "The points of one group on one target, and their median."
     fine = values[np.isfinite(values)]
     ax.scatter(
-        at + 0.16 * wide * rng.uniform(-1, 1, len(fine)),
+        at + 0.16 * width * rng.uniform(-1, 1, len(fine)),
         fine,
         s=22,
         color=GROUP_HUES[group],
@@ -755,60 +820,11 @@ def _strip(
         label=label,
     )
     if len(fine):
-        ends = at - 0.3 * wide, at + 0.3 * wide
+        ends = at - 0.3 * width, at + 0.3 * width
         ax.hlines(np.median(fine), *ends, color="black", lw=1.8, zorder=4)
     if len(fine) < len(values):
-        known = ax.get_legend_handles_labels()[1].count("not finite")
-        _mark_broken(ax, [at], None if known else "not finite")
-
-# %% ../nbs/40_plots.ipynb #9b35996d
-def group_strip(
-    rows: pd.DataFrame,  # measured rows: columns group, y, and target where there are several
-    y: str = "loss",  # column of what is drawn
-    target: str
-    | None = None,  # which target's rows; None: all, relative to the mean of In where there are several
-    title: str = "Models, their hull, and others",  # of the figure
-    ax: Axes | None = None,  # where to draw
-) -> Axes:
-    "Every point of In, In' and Ex, on each target."
-    if target is not None or "target" not in rows:
-        rows, target = _on_target(rows, target, ["group", y])
-    rows = rows.assign(
-        target=rows["target"] if "target" in rows else "", **{y: rows[y].astype(float)}
-    )
-    targets = sorted(rows["target"].unique(), key=str)
-    if strange := set(rows["group"]) - set(GROUP_HUES):
-        raise ValueError(
-            f"no such group as {sorted(strange, key=str)[0]!r}: only {', '.join(GROUP_HUES)}"
-        )
-    if several := len(targets) > 1:
-        rows = _relative(rows, y)
-    ax = ax or plt.subplots(figsize=(7.5 if several else 5.5, 3.6))[1]
-    there, rng = [g for g in GROUP_HUES if g in set(rows["group"])], np.random.default_rng(0)
-    for group, shift in zip(
-        there, (np.arange(len(there)) - (len(there) - 1) / 2) * 0.8 / len(there)
-    ):
-        for i, t in enumerate(targets):
-            values = rows[y][(rows["group"] == group) & (rows["target"] == t)].to_numpy()
-            label = None if i else group
-            _strip(ax, values, group, i + shift, 1 / len(there), rng, label)
-    crowded = len("  ".join(map(str, targets))) > 64
-    ax.set_xticks(
-        range(len(targets)),
-        map(str, targets) if several else [""],
-        **dict(rotation=40, ha="right", rotation_mode="anchor") if crowded else {},
-    )
-    ax.set(
-        title=title,
-        ylabel=_loss_label(y, None, " less the mean of In")
-        if several
-        else _loss_label(y, targets[0]),
-        xlim=(-0.6, len(targets) - 0.4),
-    )
-    if several:
-        ax.axhline(0, color="#999999", lw=0.9, ls=":", zorder=0)
-    _legend(ax)
-    return ax
+        labels = ax.get_legend_handles_labels()[1]
+        _mark_broken(ax, [at], None if "not finite" in labels else "not finite")
 
 # %% ../nbs/40_plots.ipynb #39acbd0f
 def _relative(rows: pd.DataFrame, y: str) -> pd.DataFrame:
@@ -820,56 +836,60 @@ def _relative(rows: pd.DataFrame, y: str) -> pd.DataFrame:
 
 # %% ../nbs/40_plots.ipynb #ec34bf3c
 def pb_matrix(
-    table: pd.DataFrame,  # from `comparison_table`: columns comparison, value, low, high (0 to 1), and the column `by`
-    paper: Mapping
-    | None = None,  # the paper's shares: comparison -> share, for the row "overall"; or row -> such a mapping
+    table: pd.DataFrame,  # comparison, value, low, high (0 to 1), and the column `by`
+    paper: Mapping | None = None,  # comparison -> the paper's share, or row -> such a mapping
     by: str = "target",  # column whose values are the rows of the matrix, such as "granularity"
     title: str = "How often the first is better",  # of the figure
     ax: Axes | None = None,  # where to draw
 ) -> Axes:
     "Probabilities of better in percent, comparisons beside one another."
-    if missing := [c for c in ("comparison", "value", "low", "high", by) if c not in table]:
-        raise ValueError(f"the table has no column {missing[0]!r}")
-    twice = table.duplicated([by, "comparison"])
-    if twice.any():
-        raise ValueError(
-            f"{table['comparison'][twice].iloc[0]} of {table[by][twice].iloc[0]!r} comes twice: choose one row, such as target == 'overall'"
-        )
+    _check_pb(table, by)
     names, columns = list(dict.fromkeys(table[by])), list(dict.fromkeys(table["comparison"]))
-    told = paper or {}
-    if not all(isinstance(v, Mapping) for v in told.values()):
-        told = {"overall": told}
+    paper = paper or {}
+    if not all(isinstance(v, Mapping) for v in paper.values()):
+        paper = {"overall": paper}
     ax = ax or plt.subplots(figsize=(1.5 * len(columns) + 1.2, 0.62 * len(names) + 0.9))[1]
-    shares = (
-        100 * table.pivot(index=by, columns="comparison", values="value").loc[names, columns]
-    )
-    sns.heatmap(
-        shares,
-        ax=ax,
-        cmap=sns.diverging_palette(30, 245, s=70, l=60, as_cmap=True),
-        vmin=0,
-        vmax=100,
-        cbar=False,
-        linewidths=1.5,
-        linecolor="white",
-    )
-    for row in table.itertuples():
-        at, name = (
-            (columns.index(row.comparison) + 0.5, names.index(getattr(row, by)) + 0.5),
-            getattr(row, by),
-        )
-        theirs = told.get(name, {}).get(row.comparison)
-        middle = dict(ha="center", va="center")
-        ax.text(at[0], at[1] - 0.16, f"{100 * row.value:.0f} %", fontsize=12.5, **middle)
-        range_ = f"{100 * row.low:.0f} to {100 * row.high:.0f}"
-        if theirs is not None:
-            range_ += f"; paper {100 * theirs:.4g}"
-        ax.text(at[0], at[1] + 0.22, range_, fontsize=8.5, **middle)
+    shares = table.pivot(index=by, columns="comparison", values="value").loc[names, columns]
+    sns.heatmap(100 * shares.rename(index=_plain, columns=_plain), ax=ax, **_PERCENT)
+    for name, row in zip(table[by], table.itertuples()):
+        at = columns.index(row.comparison) + 0.5, names.index(name) + 0.5
+        _share(ax, at, row, paper.get(name, {}).get(row.comparison))
     ax.set(xlabel="", ylabel="", title=title)
     ax.tick_params(length=0)
     plt.setp(ax.get_yticklabels(), rotation=0)
     plt.setp(ax.get_xticklabels(), rotation=0)
     return ax
+
+# %% ../nbs/40_plots.ipynb #7d5e3214
+_PERCENT = dict(
+    cmap=sns.diverging_palette(30, 245, s=70, l=60, as_cmap=True),
+    vmin=0,
+    vmax=100,
+    cbar=False,
+    linewidths=1.5,
+    linecolor="white",
+)
+
+
+def _check_pb(table: pd.DataFrame, by: str) -> None:
+    "Refuse a table that lacks a column, or has two values for a cell."
+    if missing := [c for c in ("comparison", "value", "low", "high", by) if c not in table]:
+        raise ValueError(f"the table has no column {missing[0]!r}")
+    twice = table[table.duplicated([by, "comparison"])]
+    if len(twice):
+        raise ValueError(
+            f"{twice['comparison'].iloc[0]} of {twice[by].iloc[0]!r} comes twice: "
+            "choose one row, such as target == 'overall'"
+        )
+
+
+def _share(ax: Axes, at: tuple, row, paper: float | None) -> None:
+    "One share, its interval and the paper's."
+    centred, (x, y) = dict(ha="center", va="center"), at
+    ax.text(x, y - 0.16, f"{100 * row.value:.0f} %", fontsize=12.5, **centred)
+    theirs = "" if paper is None else f"; paper {100 * paper:.4g}"
+    interval = f"{100 * row.low:.0f} to {100 * row.high:.0f}{theirs}"
+    ax.text(x, y + 0.22, interval, fontsize=8.5, **centred)
 
 # %% ../nbs/40_plots.ipynb #ef64e5c6
 def plane_map(
@@ -977,7 +997,7 @@ def learning_curves(
             marker=marker,
             ms=6,
             lw=1.8,
-            label=start,
+            label=_plain(start),
         )
     places = means[means["start"] == next(iter(look))].sort_values("n_train")
     ax.set_xscale("log")
@@ -995,17 +1015,17 @@ def learning_curves(
 
 # %% ../nbs/40_plots.ipynb #0bd75927
 def gain_strip(
-    gains: pd.DataFrame,  # from `gains`: target, start, gain (points) and, where there are several seeds, sd
+    gains: pd.DataFrame,  # from `gains`: target, start, gain (points), perhaps sd
     title: str = "Gain over the pretrained start",  # of the figure
     ax: Axes | None = None,  # where to draw
 ) -> Axes:
     "Gains of the starts, target by target."
     if missing := [c for c in ("target", "start", "gain") if c not in gains]:
         raise ValueError(f"the gains have no column {missing[0]!r}")
-    if (twice := gains.duplicated(["target", "start"])).any():
-        raise ValueError(
-            f"the gain of {gains['start'][twice].iloc[0]} on {gains['target'][twice].iloc[0]} comes twice: choose one size"
-        )
+    twice = gains[gains.duplicated(["target", "start"])]
+    if len(twice):
+        which = f"{twice['start'].iloc[0]} on {twice['target'].iloc[0]}"
+        raise ValueError(f"the gain of {which} comes twice: choose one size")
     look = _look(list(dict.fromkeys(gains["start"])))
     first = gains[gains["start"] == next(iter(look))].set_index("target")["gain"]
     targets = first.sort_values().index.tolist() + [
@@ -1019,9 +1039,9 @@ def gain_strip(
             ax.hlines(
                 y, on["gain"] - on["sd"], on["gain"] + on["sd"], color=hue, lw=1.2, alpha=0.6
             )
-        ax.scatter(on["gain"], y, color=hue, marker=marker, s=36, zorder=3, label=start)
+        ax.scatter(on["gain"], y, color=hue, marker=marker, s=36, zorder=3, label=_plain(start))
     ax.axvline(0, color="#555555", lw=1.0)
-    ax.set_yticks(range(len(targets)), targets)
+    ax.set_yticks(range(len(targets)), map(_plain, targets))
     ax.set(xlabel="gain in accuracy (points)", title=title, ylim=(-0.6, len(targets) - 0.4))
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="x", color="#e5e5e5", lw=0.8)
