@@ -228,6 +228,7 @@ LAYERS = {
     },
     "figures": {"plots"},
     "top": {
+        "kept",
         "walks",
         "contest",
         "scales",

@@ -1,22 +1,29 @@
 "The study runs from nothing to its page, resumes, and refuses to be mixed with another."
 
+import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import warnings
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
 import pytest
 
 from weightregions.corpora import load_corpora
+from weightregions.files import append_line, file_sha256
 from weightregions.report import CAPTIONS
-from weightregions.results import Study, square
+from weightregions.building import build_zoo
+from weightregions.results import Study, square, write_rows
 from weightregions.scales import SCALES, check_classes
-from weightregions.study import run_study
+from weightregions.study import measure, run_study, try_starts, walk
 from weightregions.verdicts import AUTHORS, CLAIM_COLUMNS, OURS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +70,207 @@ def test_every_claim_has_a_criterion_and_a_tiny_run_no_verdict(out):
     assert (claims.n[claims.criterion.notna()] > 0).all()
     known = claims.dropna(subset=["low"])
     assert (known.low <= known.ours + 1e-9).all() and (known.ours <= known.high + 1e-9).all()
+
+
+# --- a number belongs to the bytes it was made from -------------------------------------------------------------------
+
+FEW = replace(
+    SCALES["tiny"],
+    budget=replace(
+        SCALES["tiny"].budget, hull=2, targets=1, lines=1, inside=1, line_targets=1, grid=2
+    ),
+    contest=replace(SCALES["tiny"].contest, targets=1, sizes=(50,), curve=()),
+)
+
+
+def measured(folder, corpora):
+    "Measure what is not measured yet; the warnings."
+    base = str(folder / "base")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        measure(folder, FEW, base)
+        walk(folder, FEW, base, corpora, workers=1)
+        try_starts(folder, FEW, base, corpora, workers=1)
+    return " ".join(str(w.message) for w in seen if "again" in str(w.message))
+
+
+def results(folder):
+    "Every table, walk and start of a study, line by line, without the seconds that it took."
+    lines = {}
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if not file.is_file() or not name.startswith(("rows/", "walks/", "starts/")):
+            continue
+        if name.endswith("advice.csv"):
+            text = pd.read_csv(file).drop(columns="seconds").to_csv()
+        elif file.suffix in (".csv", ".jsonl"):
+            text = file.read_text()
+        elif file.suffix == ".safetensors":
+            text = file_sha256(file)
+        else:
+            continue
+        lines[name] = text.splitlines()
+    return lines
+
+
+def unordered(lines):
+    "Files that grow row by row may have other orders."
+    grows = lambda name: name.startswith("walks/") or name == "starts/rows.csv"
+    return {name: sorted(t) if grows(name) else t for name, t in lines.items()}
+
+
+def copied(folder, to, parts):
+    "Copy some parts of a study."
+    for part in parts:
+        shutil.copytree(folder / part, to / part)
+    shutil.copy(folder / "about.json", to)
+    return to
+
+
+MODELS = ("base", "zoo", "zoo-second-start", "zoo-50-rows", "zoo-100-rows")
+
+
+@pytest.fixture(scope="module")
+def replaced(out, tmp_path_factory):
+    "A study before and after one of its models was trained anew, and one of the new models."
+    root, scale = tmp_path_factory.mktemp("replaced"), SCALES["tiny"]
+    names = list(Study(out).about["datasets"])
+    corpora = load_corpora("builtin", n_train=scale.n_train, n_test=scale.n_test)
+    corpora = {name: corpora[name] for name in names}
+    old = copied(out, root / "old", MODELS)
+    (old / "rows").mkdir()
+    for name in ("shared_texts", "datasets"):
+        write_rows(old, name, pd.read_csv(out / "rows" / f"{name}.csv"))
+    measured(old, corpora)
+    build_zoo(root / "other", old / "base", {"films": corpora["films"]}, scale.recipe, [9], 1)
+    model, place = root / "other" / "films" / "seed-9", Path("zoo") / "films" / "seed-1"
+    manifest = json.loads((model / "manifest.json").read_text()) | {"seed": 1}
+    (model / "manifest.json").write_text(json.dumps(manifest))
+    shutil.copytree(old, root / "resumed")
+    shutil.rmtree(root / "resumed" / place)
+    shutil.copytree(model, root / "resumed" / place)
+    fresh = copied(root / "resumed", root / "fresh", MODELS)
+    (fresh / "rows").mkdir()
+    for name in ("shared_texts", "datasets"):
+        write_rows(fresh, name, pd.read_csv(out / "rows" / f"{name}.csv"))
+    measured(fresh, corpora)
+    return SimpleNamespace(
+        old=old, resumed=root / "resumed", fresh=fresh, corpora=corpora, place=place
+    )
+
+
+def test_a_replaced_model_is_measured_again_and_nothing_else(replaced, monkeypatch, tried):
+    appended = Counter()
+
+    def counted(file, line):
+        appended[Path(file).parent.name] += 1
+        return append_line(file, line)
+
+    for module in ("traversal", "comparison"):
+        monkeypatch.setattr(f"weightregions.{module}.append_line", counted)
+    before, fresh = results(replaced.old), results(replaced.fresh)
+    warned = measured(replaced.resumed, replaced.corpora)
+    assert unordered(results(replaced.resumed)) == unordered(fresh)
+    for folder in ("walks", "starts"):
+        old, new = (
+            {(n, line) for n, t in of.items() if n.startswith(folder) for line in t}
+            for of in (before, fresh)
+        )
+        lines = {(n, x) for n, x in new - old if n.endswith((".jsonl", "rows.csv"))}
+        assert 0 < len(lines) < len(new) and appended[folder] == len(lines)
+    for file in ("similarity_main.csv", "similarity_sizes.csv", "location.csv", "models-on"):
+        assert file in warned
+    appended.clear()
+    assert not measured(replaced.resumed, replaced.corpora) and not appended
+    tried("a model of the zoo replaced", "study", 1, "what depends on it is measured again")
+
+
+def spoilt(text, column, value):
+    "A table with one cell changed."
+    table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
+    table.loc[1, column] = value
+    return table.to_csv(index=False)
+
+
+def a_flipped_byte(file):
+    "Change one byte of some weights."
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 1
+    file.write_bytes(data)
+
+
+def without_a_line(file):
+    "Take a line out of a table."
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:2] + lines[3:]))
+
+
+def a_jsonl_cell(change):
+    "Change the row of the first point."
+
+    def spoil(file):
+        head, line, *rest = file.read_text().splitlines(keepends=True)
+        line = json.loads(line)
+        change(line["rows"][0])
+        file.write_text("".join([head, json.dumps(line) + "\n", *rest]))
+
+    return spoil
+
+
+def a_cell(column, value):
+    "Change one cell of a table."
+    return lambda file: file.write_text(spoilt(file.read_text(), column, value))
+
+
+def a_row_of_starts(file):
+    "Change an accuracy."
+    lines = file.read_text().splitlines(keepends=True)
+    cells = lines[2].split(",")
+    cells[5] = "0.123"
+    file.write_text("".join([*lines[:2], ",".join(cells), *lines[3:]]))
+
+
+SPOILT = [  # file, what is done to it, what that is called
+    ("rows/similarity_main.csv", a_cell("cosine", "0.5"), "a cell changed"),
+    ("rows/similarity_starts.csv", without_a_line, "a pair missing"),
+    ("rows/similarity_sizes.csv", a_cell("distance", ""), "a cell emptied"),
+    ("rows/location.csv", without_a_line, "a row missing"),
+    ("walks/hull-general.jsonl", a_jsonl_cell(lambda r: r.update(loss=0.1)), "a loss changed"),
+    ("walks/perturbations.jsonl", a_jsonl_cell(lambda r: r.pop("loss")), "a loss missing"),
+    ("starts/*/advice.csv", a_cell("loss", ""), "a loss missing"),
+    ("starts/*/centroid/model.safetensors", a_flipped_byte, "a byte changed"),
+    ("starts/rows.csv", a_row_of_starts, "an accuracy changed"),
+]
+
+
+def test_what_was_changed_by_hand_is_named_and_measured_again(replaced, tmp_path, tried):
+    spoilt_study = tmp_path / "spoilt"
+    shutil.copytree(replaced.fresh, spoilt_study)
+    for name, spoil, _ in SPOILT:
+        file = next(spoilt_study.glob(name))
+        before = file.read_bytes()
+        spoil(file)
+        assert file.read_bytes() != before
+    with pytest.raises(ValueError, match="similarity_main.csv was changed after it was made"):
+        Study(spoilt_study).matrix()
+    warned = measured(spoilt_study, replaced.corpora)
+    for name, *_ in SPOILT:
+        part = name.removesuffix("/model.safetensors").split("/")[-1]
+        assert part in warned, part
+    assert unordered(results(spoilt_study)) == unordered(results(replaced.fresh))
+    for kind in sorted({kind for *_, kind in SPOILT}):
+        number = sum(kind == other for *_, other in SPOILT)
+        tried(f"kept table: {kind}", "study", number, "the file is named and measured again")
+
+
+@pytest.mark.parametrize("name", ["learned", "shared_texts", "models", "points", "datasets"])
+def test_a_table_that_was_changed_is_not_read(replaced, tmp_path, name):
+    folder = copied(replaced.fresh, tmp_path, ["rows"])
+    Study(folder).rows(name)
+    with open(folder / "rows" / f"{name}.csv", "a") as f:
+        f.write("\n")
+    with pytest.raises(ValueError, match=f"{name}.csv was changed after it was made"):
+        Study(folder).rows(name)
 
 
 def test_the_page_shows_claims_figures_and_links_that_exist(out):

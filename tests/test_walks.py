@@ -11,11 +11,16 @@ import torch
 from weightregions.bases import tiny_base
 from weightregions.corpora import load_corpora
 from weightregions.finetuning import Recipe
+from weightregions.results import Study
 from weightregions.walks import (
     TraversalBudget,
     PathSpec,
     line_losses,
     group_losses,
+    groups_in,
+    path_table,
+    paths_as_csv,
+    read_paths,
     gain_interval,
     granularities,
     inside_gain,
@@ -162,6 +167,37 @@ def test_a_plan_can_be_made_however_little_was_learned(known):
     assert {"models", "hull", "line", "edges", "perturbations"} <= {w.kind for w in walks}
 
 
+@pytest.mark.parametrize("seeds", [1, 2, 5])
+@pytest.mark.parametrize("twins", [None, [{"a": "sst2", "b": "mnli", "share": 0.5}]])
+def test_the_design_is_read_as_it_was_written(tmp_path, seeds, twins):
+    "Groups and lines come out of the file as they were planned, those left out too."
+    models, budget = table(seeds=seeds), TraversalBudget(same=3)
+    twins = None if twins is None else pd.DataFrame(twins)
+    groups, specs = granularities(models, budget, twins), plan_paths(models, budget, twins)
+    (tmp_path / "paths.csv").write_text(paths_as_csv(path_table(specs, groups)))
+    paths = read_paths(tmp_path / "paths.csv")
+    assert [str(g) for g in groups_in(paths, models).values()] == [str(g) for g in groups]
+    lines = paths[paths.kind == "line"]
+    planned = {
+        name: (pairs, targets) for name, (pairs, targets) in lines_of(models, budget).items()
+    }
+    assert set(lines.group) == {name for name, (pairs, _) in planned.items() if pairs}
+    for name, these in lines.groupby("group"):
+        assert these.ends.tolist() == planned[name][0]
+        assert set(these.targets) == {tuple(planned[name][1])}
+
+
+def test_the_recorded_design_is_the_one_that_was_measured():
+    from conftest import ROOT
+
+    study = Study(ROOT / "nbs" / "study" / "recorded")
+    paths, points = study.paths(), study.rows("points")
+    measured = paths[~paths.kind.isin(["outside", "left out"])]
+    assert set(measured.path) == set(points.walk) and measured.path.is_unique
+    for path in measured.itertuples():
+        assert set(points.target[points.walk == path.path]) == set(path.targets)
+
+
 def test_pairs_and_single_models():
     models = table(seeds=5)
     assert len(pairs(models, "mnli", "mnli", 99)) == 10  # the paper's ten MNLI-MNLI pairs
@@ -172,12 +208,16 @@ def test_pairs_and_single_models():
 def test_all_that_was_planned_was_measured(made, unbroken):
     models, rows = made[0], unbroken[0]
     assert rows.loss.notna().all()
-    for g in granularities(models, BUDGET):
-        found = group_losses(rows, g)
+    paths = path_table(plan_paths(models, BUDGET), granularities(models, BUDGET))
+    assert groups_in(paths, models) == {
+        f"{g.granularity} {g.trait}".strip(): g for g in granularities(models, BUDGET)
+    }
+    for name, g in groups_in(paths, models).items():
+        found = group_losses(rows, paths, name)
         assert set(found.group) == {"In", "In'", "Ex"}
         assert set(found.point[found.group == "In"]) == set(g.In)
     for granularity, (ends, targets) in lines_of(models, BUDGET).items():
-        on = line_losses(rows, models, BUDGET, granularity)
+        on = line_losses(rows, paths, granularity)
         assert set(on.target) == set(targets) and {0, 1} <= set(on.alpha)
         assert on.alpha.min() == -31 and on.alpha.max() == 32
         gains = inside_gain(on)

@@ -21,7 +21,8 @@ from .corpora import Corpus, at_most, load_corpora, sources, texts
 from .files import read_table, write_whole
 from .finetuning import Recipe
 from .jobs import run_jobs
-from .starting import Search, compare_starts
+from .kept import kept
+from .starting import Search, compare_starts, forget_replaced
 from .walks import leading
 from .zoo import Zoo
 
@@ -46,7 +47,7 @@ class StartExperiment:
 
 # %% ../nbs/43_contest.ipynb #cce20747
 def targets_of(
-    models: pd.DataFrame,  # a row a model: dataset, family, n_train and, where it is known, whether the dataset was learned
+    models: pd.DataFrame,  # one row per model: dataset, family, n_train, perhaps learned
     shared: pd.DataFrame,  # a, b, share: pairs of datasets with common texts
     n: int,  # how many targets
 ) -> list:  # their names
@@ -103,46 +104,58 @@ def prepare(
     folder: Path,  # where its centroids and its advice are kept
     contest: StartExperiment,  # how much is tried
     exclude: Iterable = (),  # datasets that share texts with it
-) -> tuple:  # role -> folder or hub id of the start, and what `recommend` said: a row a start, with its role
+) -> tuple:  # role -> folder or hub id of the start; rows of `recommend`, with their roles
     "Make the starts of one target ready."
-    folder, exclude, file = Path(folder), list(exclude), Path(folder) / "advice.csv"
-    if not file.exists():
-        advice = recommend(
-            zoo,
-            corpus,
-            base,
-            contest.sample,
-            exclude,
-            max_length=contest.recipe.max_length,
-            progress=False,
-        )
-        advice.insert(0, "role", _roles(advice, corpus.family))
-        advice.insert(0, "target", corpus.name)
-        write_whole(file, advice.to_csv(index=False, float_format="%.5g"))
+    folder, exclude = Path(folder), list(exclude)
+    offered = candidates(zoo, corpus, base, exclude)
+    made_of, file = _made_of(offered), folder / "advice.csv"
+    inputs = {"starts": made_of, "data": corpus.sha256, "sample": contest.sample}
+    inputs["max_length"] = contest.recipe.max_length
+    advise = lambda: _advise(zoo, corpus, base, contest, exclude, file)
+    kept(file, inputs, advise)
     advice = read_table(file, ("target", "role", "start", "kind"), ["role", "start"])
-    offered, starts = candidates(zoo, corpus, base, exclude), {}
-    for role, name in sorted(
-        zip(advice.role, advice.start),
-        key=lambda pair: ROLES.index(pair[0]) if pair[0] in ROLES else 9,
-    ):
-        if role not in ROLES:
-            continue
-        start = offered[name]
-        if role == "pretrained":
-            starts[role] = str(base)
-        elif not isinstance(start, Centroid):
-            starts[role] = str(start.folder)
-        else:
-            starts[role] = str(
-                folder / role
-                if (folder / role).exists()
-                else save_centroid(start, folder / role, base)
-            )
+    named = {role: start for role, start in zip(advice.role, advice.start) if role in ROLES}
+    starts = {}
+    for role in sorted(named, key=ROLES.index):
+        name = named[role]
+        inputs = {"members": made_of[name], "base": made_of["pretrained"]}
+        starts[role] = _folder_of(role, offered[name], base, folder, inputs)
     return starts, advice
+
+# %% ../nbs/43_contest.ipynb #b02d8e15
+def _advise(zoo, corpus, base, contest, exclude, file):
+    "Write down what `recommend` says, with the roles that starts play."
+    length = {"max_length": contest.recipe.max_length, "progress": False}
+    advice = recommend(zoo, corpus, base, contest.sample, exclude, **length)
+    advice.insert(0, "role", _roles(advice, corpus.family))
+    advice.insert(0, "target", corpus.name)
+    write_whole(file, advice.to_csv(index=False, float_format="%.5g"))
+
+# %% ../nbs/43_contest.ipynb #243fc098
+def _folder_of(role, start, base, folder, made_of):
+    "Where a start lies; a centroid is written once."
+    if role == "pretrained":
+        return str(base)
+    if not isinstance(start, Centroid):
+        return str(start.folder)
+    return str(kept(folder / role, made_of, lambda: save_centroid(start, folder / role, base)))
+
+
+def _made_of(offered):
+    "Start -> name, SHA-256 and weight of each model that it is made of."
+    hashes, made_of = {}, {}
+    for name, start in offered.items():
+        members = getattr(start, "checkpoints", [start])
+        for m in members:
+            if m.name not in hashes:
+                hashes[m.name] = m.sha256()
+        weights = getattr(start, "weights", [1.0])
+        made_of[name] = [[m.name, hashes[m.name], float(w)] for m, w in zip(members, weights)]
+    return made_of
 
 # %% ../nbs/43_contest.ipynb #99e78e42
 def _able(targets: dict, sizes: Iterable, seeds: Iterable, search: Search) -> dict:
-    "Targets that have so many rows, and can hold some of each class back -> the sizes they can be tried at."
+    "Targets with enough rows to hold some of each class back -> the sizes to try them at."
 
     def fits(corpus, size):
         if size is not None and size >= len(corpus.train):
@@ -170,56 +183,41 @@ def compare_all_starts(
     contest: StartExperiment,  # how much is tried
     shared: pd.DataFrame,  # a, b, share: pairs of datasets with common texts
     workers: int | None = None,  # fine-tunings at a time; None: see `run_jobs`
-) -> (
-    tuple
-):  # the rows of `compare_starts`, and those of `recommend` with columns target and role
+) -> tuple:  # rows of `compare_starts`; those of `recommend` with columns target and role
     "Try all starts on all targets."
-    folder, zoo = Path(folder), zoo.checked(base)
-    jobs = {
-        name: (
-            zoo,
-            c,
-            base,
-            folder / name,
-            contest,
-            [d for d in sharing(shared, name) if d in set(zoo.models.dataset)],
-        )
-        for name, c in corpora.items()
-    }
-    found = dict(
-        tqdm(run_jobs(prepare, jobs, workers), total=len(jobs), desc="advice", unit="target")
-    )
-    ready = {name: found[name] for name in corpora}
+    folder, zoo, jobs = Path(folder), zoo.checked(base), {}
+    for name, corpus in corpora.items():
+        exclude = [d for d in sharing(shared, name) if d in set(zoo.models.dataset)]
+        jobs[name] = (zoo, corpus, base, folder / name, contest, exclude)
+    running = run_jobs(prepare, jobs, workers)
+    prepared = dict(tqdm(running, total=len(jobs), desc="advice", unit="target"))
+    starts = {name: prepared[name][0] for name in corpora}
+    advice = pd.concat([prepared[name][1] for name in corpora], ignore_index=True)
     targets = {name: at_most(c, None, contest.n_test) for name, c in corpora.items()}
-    rows = [pd.DataFrame()]
-    for names, wanted, seeds in (
-        (list(targets), contest.sizes, range(1, contest.seeds + 1)),
-        (list(targets)[: contest.curve_targets], contest.curve, [1]),
+    rows = _compare(starts, targets, contest, folder / "rows.csv", workers)
+    return rows, advice
+
+# %% ../nbs/43_contest.ipynb #c58e02b7
+def _compare(starts, targets, contest, file, workers):
+    "The fine-tunings of all sizes and seeds, and those of the learning curves."
+    forget_replaced(file, starts.get, targets)
+    curves = {name: targets[name] for name in list(targets)[: contest.curve_targets]}
+    all_seeds, rows = range(1, contest.seeds + 1), [pd.DataFrame()]
+    for some, wanted, seeds in (
+        (targets, contest.sizes, all_seeds),
+        (curves, contest.curve, [1]),
     ):
-        for able, sizes in _able(
-            {n: targets[n] for n in names}, wanted, seeds, contest.search
-        ).items():
-            rows.append(
-                compare_starts(
-                    lambda target: ready[target][0],
-                    {n: targets[n] for n in able},
-                    sizes,
-                    seeds,
-                    contest.recipe,
-                    contest.search,
-                    folder / "rows.csv",
-                    workers,
-                )
-            )
-    return pd.concat(rows, ignore_index=True), pd.concat(
-        [advice for _, advice in ready.values()], ignore_index=True
-    )
+        for able, sizes in _able(some, wanted, seeds, contest.search).items():
+            part = {name: targets[name] for name in able}
+            how = contest.recipe, contest.search, file, workers
+            rows.append(compare_starts(starts.get, part, sizes, seeds, *how))
+    return pd.concat(rows, ignore_index=True)
 
 # %% ../nbs/43_contest.ipynb #e2da8af3
 def regret(
     rows: pd.DataFrame,  # of `compare_starts`: target, start, size, seed, accuracy (0 to 1)
     advice: pd.DataFrame,  # of `recommend`, with columns target and role
-) -> pd.DataFrame:  # a row a target and size: named, best, regret of following the advice, of the lowest loss, of always the centroid, of always the pretrained start (points), within
+) -> pd.DataFrame:  # one row per target and size: named, best, regret of four rules (points)
     "What following the advice cost."
     tried = advice[advice.role.isin(ROLES)].assign(start=lambda r: r.role)
     named = {target: advised(r) for target, r in tried.groupby("target", sort=False)}

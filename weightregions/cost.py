@@ -60,7 +60,7 @@ class ModelShape:
             * (8 * self.hidden**2 + 4 * self.hidden * self.inner + 4 * tokens * self.hidden)
         )
 
-
+# %% ../nbs/51_cost.ipynb #f20b9ec2
 SHAPES = {
     "tiny": ModelShape(2, 64, 128, 2000, 130, 1),
     "minilm": ModelShape(6, 384, 1536, 30522, 512, 2),
@@ -122,7 +122,7 @@ class Device:
                     f"device {self.name}: {name} must not be negative, not {getattr(self, name)}"
                 )
 
-
+# %% ../nbs/51_cost.ipynb #9e6abf56
 def _gpu(name, peak, memory):
     "A GPU by its data sheet: 35 % of its bfloat16 peak and 70 % of its memory bandwidth."
     return Device(
@@ -321,7 +321,7 @@ def checkpoint_bytes(
     "What one checkpoint takes."
     return 4 * shape.weights + 60 * shape.vocab
 
-
+# %% ../nbs/51_cost.ipynb #efa62b19
 def run_cost(
     shape: ModelShape,  # of the base
     dataset: Outline,  # what is learned
@@ -418,7 +418,7 @@ def the_base(
         else Stage("base", bytes=checkpoint_bytes(p.shape))
     )
 
-
+# %% ../nbs/51_cost.ipynb #e8b7b175
 def the_data(
     p: Planned,  # what is planned
 ) -> Stage:
@@ -647,7 +647,7 @@ def _short(x: float, unit: str = "") -> str:
             return f"{x:.3g} {letter}{unit}".strip()
         x /= 1000
 
-
+# %% ../nbs/51_cost.ipynb #3b035d5b
 def plan_text(
     plan: pd.DataFrame,  # from `plan_of`
     devices: int = 1,  # that work at the same time

@@ -226,7 +226,7 @@ def write_page(
     write_whole(out / "index.html", page)
     return out / "index.html"
 
-
+# %% ../nbs/48_report.ipynb #de9a0e4b
 def _about(about):
     "What was studied, in one or two sentences."
     text = (

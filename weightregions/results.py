@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .files import read_json, read_table, write_whole
-from .space import patch
-from .walks import TraversalBudget
 from .building import learned
+from .files import read_json, read_table, write_whole
+from .kept import why_not, write_note
+from .space import patch
 from .verdicts import AUTHORS, CLAIM_COLUMNS, OURS, without_verdicts
+from .walks import TraversalBudget, read_paths
 
 # %% ../nbs/46_results.ipynb #e6e7444b
 class Study:
@@ -47,7 +48,7 @@ class Study:
             f"{a['seeds']} seeds, base {a['base']['name']})"
         )
 
-
+# %% ../nbs/46_results.ipynb #42e9ad5a
 ABOUT = dict(scale=str, data=str, base=dict, recipe=dict, seeds=int, datasets=dict)
 
 # %% ../nbs/46_results.ipynb #f0cc3824
@@ -62,29 +63,16 @@ def rows(
         there = ", ".join(sorted(f.stem for f in file.parent.glob("*.csv")))
         raise FileNotFoundError(f"{self.folder.name}: no rows/{name}.csv; there are {there}")
     kind = "similarity" if name.startswith("similarity_") else name
-    return read_table(file, WORDS, NEEDED.get(kind, ()))
+    return read_table(_as_measured(file), WORDS, NEEDED.get(kind, ()))
 
 
-@patch
-def models(
-    self: Study,
-    zoo: str = "main",  # "main", "second start" or "N rows"
-) -> pd.DataFrame:  # one row per model, indexed by its name
-    "The models of one zoo."
-    table = self.rows("models")
-    table = table[table.zoo == zoo].set_index("model")
-    was_learned = learned(table).set_index("dataset").learned
-    return table.assign(learned=table.dataset.map(was_learned))
+def _as_measured(file):
+    "The file of a table; one that was changed since it was measured is refused."
+    if "was changed" in (fault := why_not(file)):
+        raise ValueError(f"{file} {fault}: run the study again, which measures it anew")
+    return file
 
-
-@patch
-def budget(
-    self: Study,
-) -> TraversalBudget:  # how many points were visited
-    "The sizes of the walks."
-    return TraversalBudget(**self.about["reach"])
-
-
+# %% ../nbs/46_results.ipynb #2adc5c07
 WORDS = tuple(  # columns of names and words; all others hold numbers or truth values
     "a b by claim criterion dataset family kind measure method model models name named note "
     "point pooling role size start target true unit verdict walk zoo".split()
@@ -101,6 +89,37 @@ NEEDED = dict(  # columns that a table must have
     advice=["target", "role", "start", "gain"],
     similarity=["a", "b", "cosine"],
 )
+
+# %% ../nbs/46_results.ipynb #ec884fe5
+@patch
+def models(
+    self: Study,
+    zoo: str = "main",  # "main", "second start" or "N rows"
+) -> pd.DataFrame:  # one row per model, indexed by its name
+    "The models of one zoo."
+    table = self.rows("models")
+    table = table[table.zoo == zoo].set_index("model")
+    was_learned = learned(table).set_index("dataset").learned
+    return table.assign(learned=table.dataset.map(was_learned))
+
+
+@patch
+def paths(
+    self: Study,
+) -> pd.DataFrame:  # path, kind, granularity, trait, group, ends, members, targets
+    "The design of the study: which paths through weight space were measured, and on what."
+    file = self.folder / "rows" / "paths.csv"
+    if not file.exists():
+        raise FileNotFoundError(f"{self.folder.name}: no rows/paths.csv; run the study again")
+    return read_paths(_as_measured(file))
+
+
+@patch
+def budget(
+    self: Study,
+) -> TraversalBudget:  # how many points were visited
+    "The sizes of the walks."
+    return TraversalBudget(**self.about["reach"])
 
 # %% ../nbs/46_results.ipynb #84201c59
 @patch
@@ -201,4 +220,5 @@ def write_rows(
         rounded = table.assign(**{"raw cosine": table["raw cosine"].map("{:.9g}".format)})
     file = Path(folder) / "rows" / f"{name}.csv"
     write_whole(file, rounded.to_csv(index=False, float_format="%.5g"))
+    write_note(file, {})
     return table

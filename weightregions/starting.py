@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['RATES', 'METHODS', 'COLUMNS', 'PAIRED', 'PAPER_GAINS', 'split_validation', 'Search', 'classifier_from', 'Tuned',
-           'tune', 'compare_starts', 'gains', 'sign_flips', 'start_table']
+           'tune', 'compare_starts', 'forget_replaced', 'gains', 'sign_flips', 'start_table']
 
 # %% ../nbs/34_starting.ipynb #db080171
 import hashlib
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -31,7 +32,7 @@ from transformers import (
 )
 
 from .checkpoints import open_checkpoint
-from .comparison import Measurements
+from .comparison import Measurements, remove_rows
 from .corpora import Corpus
 from weightregions.finetuning import (
     CHOICES,
@@ -426,9 +427,7 @@ def _tasks(starts, corpora, sizes, seeds, recipe, search, method):
                 drawn[target, size, seed],
                 recipe,
                 search,
-                hashlib.sha256(
-                    f"{hashes[str(start)]} {corpora[target].sha256}".encode()
-                ).hexdigest()[:12],
+                _made_of(hashes[str(start)], corpora[target]),
             )
     return tasks
 
@@ -504,6 +503,37 @@ def _rows(store, tasks):
             )
         found[key] = i
     return found
+
+# %% ../nbs/34_starting.ipynb #470d65c5
+def _made_of(sha256, corpus):
+    "A digest of a start's weights and a target's rows."
+    return hashlib.sha256(f"{sha256} {corpus.sha256}".encode()).hexdigest()[:12]
+
+
+def forget_replaced(
+    file,  # CSV file of `compare_starts`
+    starts: Mapping | Callable,  # as for `compare_starts`
+    corpora: Mapping[str, Corpus],  # the targets, by name
+):
+    "Take rows out of a file whose start or target has other bytes now, or that were changed."
+    if not Path(file).exists():
+        return
+    named = {target: _starts_of(starts, target) for target in corpora}
+    hashes = _opened_starts(named)
+    fits = {
+        (target, name): _made_of(hashes[str(start)], corpora[target])
+        for target, those in named.items()
+        for name, start in those.items()
+    }
+    with _alone(file):
+        removed = remove_rows(
+            file, lambda r: fits.get((r["target"], r["start"]), r["recipe"]) != r["recipe"]
+        )
+    if removed:
+        warnings.warn(
+            f"{file}: {removed} rows were measured from other weights or data, or were "
+            "changed since; they are measured again"
+        )
 
 # %% ../nbs/34_starting.ipynb #a8d6ebdc
 def _checked(rows, base):

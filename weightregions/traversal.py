@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from tqdm import tqdm
 from .anatomy import body_parameters
 from .checkpoints import Checkpoint, _layout, open_checkpoint, write_checkpoint
 from .stored import InMemoryTensor, reading
-from .files import append_line
+from .files import append_line, write_whole
 from .similarity import _MEMORY, gram
 from .space import BLOCK, Layout, dot, patch
 
@@ -986,8 +987,8 @@ def _alone(file: Path | None):
     )
 
 
-def _resume(file: Path, head: dict, keys: list) -> dict:
-    "What a file has measured already: key -> rows; it is begun if it is not there, and a torn last line is cut off."
+def _resume(file: Path, head: dict, keys: list, again: bool = False) -> dict:
+    "What a file has measured already: key -> rows; begun if it is not there, and mended."
     content = file.read_bytes() if file.exists() else b""
     if b"\n" not in content:
         if not _line_of(head).startswith(content):
@@ -996,9 +997,11 @@ def _resume(file: Path, head: dict, keys: list) -> dict:
             os.truncate(file, 0)
         append_line(file, _line_of(head))
         return {}
-    begin, done = _lines(file, content)
+    begin, done = _lines(file, content, again)
     if begin != head:
         raise ValueError(f"{file}: was measured with {begin}, not with {head}")
+    if again:
+        return _keep_only(file, begin, done, keys)
     if foreign := set(done) - set(keys):
         raise ValueError(
             f"{file}: holds {len(foreign)} points that are not on this path: name another file"
@@ -1007,14 +1010,45 @@ def _resume(file: Path, head: dict, keys: list) -> dict:
         os.truncate(file, len(content) - torn)
     return done
 
-
-def _lines(file: Path, content: bytes) -> tuple:
+# %% ../nbs/22_traversal.ipynb #a3bfd618
+def _lines(file: Path, content: bytes, again: bool = False) -> tuple:
     "The first line of a file, and the rows of its points by key."
     try:
         begin, *lines = [json.loads(line) for line in content.split(b"\n")[:-1]]
-        return dict(begin), {line["key"]: list(map(dict, line["rows"])) for line in lines}
+        begin, done = dict(begin), {x["key"]: list(map(dict, x["rows"])) for x in lines}
+        # lines of earlier versions have no digest; their key says what they were made of
+        changed = [x["key"] for x in lines if x != _summed(x["key"], x["rows"]) and len(x) > 2]
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"{file}: is no file of a traversal, or damaged") from None
+    if changed and not again:
+        number = 2 + [x["key"] for x in lines].index(changed[0])
+        raise ValueError(
+            f"{file}, line {number}: was changed after it was measured; "
+            "remove the line to measure it again"
+        )
+    return begin, {key: rows for key, rows in done.items() if key not in changed}
+
+# %% ../nbs/22_traversal.ipynb #92fe3cc4
+def _summed(key: str, rows: list) -> dict:
+    "A line of the file: with a digest, so that a cell that is changed later is seen."
+    digest = hashlib.sha256(_line_of([key, rows])).hexdigest()[:16]
+    return {"key": key, "rows": rows, "sha256": digest}
+
+
+def _keep_only(file: Path, head: dict, done: dict, keys: list) -> dict:
+    "Write a file anew without points that are not on the path, or were changed."
+    on_path = set(keys)
+    stays = {key: rows for key, rows in done.items() if key in on_path}
+    lines = [_line_of(_summed(key, rows)) for key, rows in stays.items()]
+    content, before = b"".join([_line_of(head), *lines]), file.read_bytes()
+    if gone := before.count(b"\n") - 1 - len(lines):
+        warnings.warn(
+            f"{file}: {gone} points were measured with other models, or were changed since; "
+            "they are measured again"
+        )
+    if content != before:
+        write_whole(file, content.decode())
+    return stays
 
 # %% ../nbs/22_traversal.ipynb #bb472c6c
 def traverse(
@@ -1026,6 +1060,7 @@ def traverse(
     | None = None,  # a .jsonl file that the rows are kept in, point by point, and taken from
     progress: bool = True,  # show a progress bar, in points
     about: str = "",  # what else the rows of the file depend on, such as data or precision; other files are refused
+    again: bool = False,  # measure anew what does not fit the path, instead of refusing the file
 ) -> (
     pd.DataFrame
 ):  # columns: coordinates, point, what was measured, note; in the order of the path
@@ -1037,9 +1072,8 @@ def traverse(
         raise ValueError(f"{rows}: rows are kept in a .jsonl file")
     with _alone(rows):
         if rows is not None:
-            done = _resume(
-                rows, {"metric": _called(metric), "head": scratch.head, "about": about}, keys
-            )
+            head = {"metric": _called(metric), "head": scratch.head, "about": about}
+            done = _resume(rows, head, keys, again)
         with tqdm(
             total=len(keys),
             initial=len(done),
@@ -1052,7 +1086,7 @@ def traverse(
                     continue
                 done[key] = _rows_of(point, coordinates, metric(scratch.load(point)), column)
                 if rows is not None:
-                    append_line(rows, _line_of({"key": key, "rows": done[key]}))
+                    append_line(rows, _line_of(_summed(key, done[key])))
                 bar.update()
     return pd.DataFrame([row for key in keys for row in done[key]])
 
