@@ -48,6 +48,7 @@ setup(
         "Development Status :: 3 - Alpha",
         f"Intended Audience :: {cfg['audience']}",
         "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: {v}" for v in words("python_versions")),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     python_requires=f">={cfg['min_python']}",

@@ -471,7 +471,7 @@ def test_a_worker_that_does_not_answer_is_given_up(cluster, tmp_path, monkeypatc
     monkeypatch.setattr(jobs, "SILENT", 5), monkeypatch.setattr(jobs, "PULSE", 0.2)
     (tmp_path / "b").write_text("")
     calls = {name: (str(tmp_path / name),) for name in "ab"}
-    with pytest.warns(RuntimeWarning, match="the worker of the job a did nothing for"):
+    with pytest.warns(RuntimeWarning, match="the worker of the job a did no"):
         results = dict(run_jobs(stopped, calls, workers=2, backend="ray"))
     first = int((tmp_path / "a").read_text())
     assert results["a"] != first and results.keys() == {"a", "b"}
@@ -511,8 +511,9 @@ def refuse(row):
 def test_an_error_in_a_job_is_raised_as_it_is(backend, request):
     if backend == "ray":
         request.getfixturevalue("cluster")
-    with pytest.raises(ValueError, match="^row 7: no label$") as e:
+    with pytest.raises(ValueError) as e:
         list(run_jobs(refuse, {("films", 1): (7,), "b": (7,)}, workers=2, backend=backend))
+    assert str(e.value) == "row 7: no label"
     assert e.value.__notes__[0] in ("in the job films 1", "in the job b")
 
 

@@ -405,6 +405,9 @@ def test_source_distribution_builds_the_wheel(tmp_path):
     assert {"setup.py", "settings.ini", "README.md", "LICENSE"} <= inside
     with zipfile.ZipFile(build("wheel", next((tmp_path / "there").iterdir()))) as wheel:
         files = set(wheel.namelist())
+        about = wheel.read(f"{PACKAGE.name}-{CFG['version']}.dist-info/METADATA").decode()
+    for version in CFG["python_versions"].split():
+        assert f"Classifier: Programming Language :: Python :: {version}\n" in about
     data = [
         p for p in PACKAGE.iterdir() if p.suffix in (".py", ".json") or p.name == "py.typed"
     ]
@@ -537,6 +540,72 @@ def test_workflow_is_well_formed(path):
                 assert re.search(
                     rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(), flags=re.M
                 ), f"make has no target {target}"
+
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
+
+
+def steps_of(path):
+    "The jobs of a workflow, each with its steps."
+    flow = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return [(job, step) for job in flow["jobs"].values() for step in job["steps"]]
+
+
+@each_workflow
+def test_actions_are_pinned_by_commit(path):
+    "A tag can be moved to other code; the version stands beside the commit, to be read."
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if "uses:" in line]
+    assert lines
+    for line in lines:
+        assert re.search(r"uses: [\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$", line), line
+
+
+@each_workflow
+def test_no_step_finds_credentials_in_the_checkout(path):
+    for _, step in steps_of(path):
+        if step.get("uses", "").startswith("actions/checkout@"):
+            assert step["with"]["persist-credentials"] is False
+
+
+@each_workflow
+def test_no_workflow_gives_a_pull_request_our_rights(path):
+    text = path.read_text(encoding="utf-8")
+    assert "pull_request_target" not in text and "workflow_run" not in text
+    for _, step in steps_of(path):  # a title or a branch's name would be run as a script
+        names = re.findall(r"\$\{\{(.*?)\}\}", step.get("run", ""))
+        assert {n.strip() for n in names} <= {"matrix.python", HEAD}, names
+
+
+HEAD = "github.event.pull_request.head.sha || github.sha"
+
+
+def test_our_own_machine_runs_the_commit_that_was_approved():
+    path = ROOT / ".github" / "workflows" / "gpu.yml"
+    flow = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert flow[True]["pull_request"] == {"types": ["labeled"]}  # a push starts nothing
+    for job, step in steps_of(path):
+        assert "self-hosted" in job["runs-on"]
+        assert "'pull_request' && 'gpu-pull-request'" in job["environment"]
+        if step.get("uses", "").startswith("actions/checkout@"):
+            assert step["with"]["ref"] == f"${{{{ {HEAD} }}}}"
+
+
+def test_every_python_that_is_promised_is_tested():
+    flow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
+    versions = CFG["python_versions"].split()
+    assert flow["jobs"]["cpu"]["strategy"]["matrix"]["python"] == versions
+    assert versions[0] == CFG["min_python"]
+
+
+def test_every_import_is_required():
+    "What the package imports is in the standard library or among its requirements."
+    required = {r.name.lower().replace("-", "_") for r in requirements()}
+    names = {"sklearn": "scikit_learn", "PIL": "pillow"}
+    for path in MODULES:
+        tops = {m.split(".")[0] for m in imported(path)} - sys.stdlib_module_names
+        tops = {names.get(m, m).lower() for m in tops} - {CFG["lib_name"]}
+        assert tops <= required, f"{path.stem} imports {tops - required}"
 
 
 def test_a_group_of_tests_runs_in_one_process(tmp_path):
