@@ -16,8 +16,12 @@ from nbdev.doclinks import nbglob
 from pages import CFG, NBS, ROOT, directives, from_root, links, visible
 from sphinx.cmd.build import main as sphinx
 
+from weightregions.explore import study_page
+from weightregions.results import Study
+
 HERE = Path(__file__).resolve().parent / "book"
 SOURCE = ROOT / "_proc"
+EXPLORE = '<p><a href="explore.html">Explore the recorded run, by pointer</a></p>\n\n'
 DEFINES = (ast.FunctionDef, ast.ClassDef)
 
 
@@ -174,26 +178,17 @@ def build(dest):
     for page, path in pages.items():
         nb = dress(visible(path, note=symbols), page, path, homes)
         if page == "index":
-            nb.cells.append(nbformat.v4.new_markdown_cell(contents(pages)))
+            nb.cells.append(nbformat.v4.new_markdown_cell(EXPLORE + contents(pages)))
         file = SOURCE / f"{page}.ipynb"
         file.parent.mkdir(exist_ok=True)
         nbformat.write(nb, file)
     (SOURCE / "reference.md").write_text(reference(pages, defined), encoding="utf-8")
     shutil.rmtree(dest, ignore_errors=True)
     try:
-        return sphinx(
-            [
-                "-W",
-                "--keep-going",
-                "-q",
-                "-b",
-                "html",
-                "-d",
-                str(SOURCE / ".doctrees"),
-                str(SOURCE),
-                str(dest),
-            ]
-        )
+        options = ["-W", "--keep-going", "-q", "-b", "html", "-d", str(SOURCE / ".doctrees")]
+        code = sphinx([*options, str(SOURCE), str(dest)])
+        study_page(Study(NBS / "study" / "recorded"), "index.html").write(dest)
+        return code
     finally:
         for left in (SOURCE, dest.parent / "jupyter_execute"):
             shutil.rmtree(left, ignore_errors=True)

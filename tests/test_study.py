@@ -275,6 +275,8 @@ def test_a_table_that_was_changed_is_not_read(replaced, tmp_path, name):
 
 def test_the_page_shows_claims_figures_and_links_that_exist(out):
     page = (out / "index.html").read_text()
+    assert 'href="explore.html"' in page and (out / "explore.html").is_file()
+    assert (out / "plotly.min.js").is_file()
     for target in re.findall(r'(?:href|src)="([^"#]+)"', page):
         assert (out / target).is_file(), target
     assert page.count("<figure>") == len(CAPTIONS)

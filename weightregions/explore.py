@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LINE_COLUMNS', 'STYLE', 'HELPERS', 'LINE_SCRIPT', 'REGION_SCRIPT', 'START', 'SCRIPT', 'Panel', 'quiet_layout',
-           'literal', 'heat_panel', 'map_panel', 'line_panel', 'plane_panel', 'region_panel', 'Page']
+           'literal', 'heat_panel', 'map_panel', 'line_panel', 'plane_panel', 'region_panel', 'Page', 'study_page']
 
 # %% ../nbs/47_explore.ipynb #0d04917e
 import html
@@ -16,8 +16,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .clustering import embed_map
 from .files import write_whole
 from .plots import group_colours
+from .results import Study
+from .walks import line_losses
 
 # %% ../nbs/47_explore.ipynb #a42ed414
 @dataclass(frozen=True)
@@ -495,7 +498,7 @@ def _plotly_script() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise ValueError('pages need plotly: pip install "weightregions[explore]"') from None
+        raise ImportError('pages need plotly: pip install "weightregions[explore]"') from None
     return get_plotlyjs()
 
 # %% ../nbs/47_explore.ipynb #df490556
@@ -555,3 +558,43 @@ def _frame(self: Page) -> str:
 
 Page.html = _html
 Page.to_frame = _frame
+
+# %% ../nbs/47_explore.ipynb #345c00cf
+def study_page(
+    study: Study,  # a run, or the recorded one
+    home: str = "",  # address of the page that it belongs to
+) -> Page:
+    "What the rows of a study show, to play with."
+    models, cosine = study.models(), study.matrix()
+    panels = [heat_panel(cosine, models)]
+    if len(cosine) >= 4:
+        panels.append(map_panel(embed_map(cosine), models))
+    points = study.rows("points")
+    at_base = points[(points.kind == "models") & (points.point == "base")]
+    lines = _long_lines(points, study.paths())
+    if len(lines):
+        panels.append(line_panel(lines, dict(zip(at_base.target, at_base.loss))))
+    plane = points[points.kind == "plane"]
+    if len(plane):
+        panels.append(plane_panel(plane, study.rows("plane")))
+    panels.append(region_panel(cosine, models.dataset, _verdicts(study.rows("location"))))
+    about = study.about
+    lead = f"{len(models)} models of {models.dataset.nunique()} datasets from {about['data']}."
+    return Page("Explore the study", panels, lead, home)
+
+
+def _long_lines(points: pd.DataFrame, paths: pd.DataFrame) -> pd.DataFrame:
+    "The losses of the lines that go on past their ends."
+    groups = dict.fromkeys(paths.group[paths.kind == "edges"])
+    rows = [line_losses(points, paths, group) for group in groups]
+    rows = pd.concat([points[:0].assign(line=""), *rows])
+    return rows[rows.groupby("line").alpha.transform("max") > 1]
+
+
+def _verdicts(location: pd.DataFrame) -> dict:
+    "A sentence on each model, left out of its own region."
+    seen = location[(location.by == "dataset") & location.seen.astype(bool)]
+    return {
+        row.model: f"nearest region: {row.named}, cosine {row.cosine:.2f}, p = {row.p:.2g}"
+        for row in seen.itertuples()
+    }

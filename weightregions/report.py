@@ -16,6 +16,7 @@ import pandas as pd
 from joblib import Parallel, delayed
 
 from .files import write_whole
+from .explore import study_page
 from .results import Study, natural_key
 from .scales import how_long
 from weightregions.verdicts import (
@@ -216,6 +217,7 @@ def write_page(
     study = Study(out)
     claims = study.claims()
     write_whole(out / "claims.csv", claims.to_csv(index=False, float_format="%.4g"))
+    _explore(study)
     page = PAGE.format(
         about=_about(study.about),
         claims=claims_table(claims),
@@ -225,6 +227,14 @@ def write_page(
     )
     write_whole(out / "index.html", page)
     return out / "index.html"
+
+
+def _explore(study):
+    "Write the page to play with, where plotly is installed."
+    try:
+        study_page(study, "index.html").write(study.folder)
+    except (FileNotFoundError, ImportError) as problem:
+        say(f"explore.html is not written: {problem}")
 
 # %% ../nbs/48_report.ipynb #de9a0e4b
 def _about(about):
@@ -261,7 +271,10 @@ def _links(out):
     "A link to each rendered notebook."
     pages = sorted((out / "notebooks").glob("*.html"), key=natural_key)
     link = '<li><a href="notebooks/{}">{}</a></li>'
-    return "".join(link.format(f.name, title_of(f)) for f in pages)
+    links = [link.format(f.name, title_of(f)) for f in pages]
+    if (out / "explore.html").exists():
+        links.insert(0, '<li><a href="explore.html">Explore the study, by pointer</a></li>')
+    return "".join(links)
 
 
 def _tables(out):
