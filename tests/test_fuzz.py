@@ -693,7 +693,10 @@ CLAIMS = {
             300,
         ),
     ),
-    "5 million rows in some kilobytes": ("rows in Parquet", lambda f: many_rows(f, 5_000_000)),
+    "50 million rows in some kilobytes": (
+        "rows in Parquet",
+        lambda f: many_rows(f, 50_000_000),
+    ),
 }
 DEEP = [
     "config.json",
