@@ -7,6 +7,7 @@ runs the test that compares all backends' bytes so many times, beside so many pr
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -44,6 +45,7 @@ def main():
     p.add_argument("--memory", type=int, default=200, help="megabytes that each of them claims")
     p.add_argument("--seconds", type=int, default=600, help="after which a run has failed")
     a = p.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end what was started
     busy = [sys.executable, "-c", BUSY.replace("MEGABYTES", str(a.memory))]
     load, failed, times = [subprocess.Popen(busy) for _ in range(a.load)], 0, []
     try:
