@@ -314,6 +314,7 @@ def test_a_table_that_was_changed_names_file_and_row(tmp_path, tried):
         "": "is empty",
     }.items():
         (tmp_path / "rows" / "similarity_main.csv").write_text(content)
+        (tmp_path / "rows" / "similarity_main.csv.made.json").unlink(missing_ok=True)
         with pytest.raises(ValueError, match=f"similarity_main.csv.*{says}"):
             study.matrix()
         faults += 1
@@ -417,4 +418,4 @@ def test_unlucky_names_go_through_every_command(here, monkeypatch, capsys):
 
 MEMBER_WORDS = ("model", "dataset", "family", "path", "revision", "sha256", "weights")
 POINT_WORDS = ("point", "target", "note", "pooling")
-PLACE_WORDS = ("region", "name", "inside", "model")
+PLACE_WORDS = ("note", "region", "name", "inside", "model")
