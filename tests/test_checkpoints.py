@@ -496,6 +496,9 @@ def test_opening_reads_only_the_header(tmp_path):
     config = RobertaConfig(architectures=["RobertaForSequenceClassification"])
     size = hollow(tmp_path / "big", config)
     assert size > 490e6
+    small = RobertaConfig(**SMALL, architectures=["RobertaForSequenceClassification"])
+    hollow(tmp_path / "small", small)
+    open_checkpoint(tmp_path / "small")  # what is imported once is not counted
 
     def counts():
         status = dict(

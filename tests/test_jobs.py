@@ -64,7 +64,11 @@ def corpora():
     return load_corpora("builtin", names=["films", "headlines"], n_train=40, n_test=20)
 
 
-TIMED = ("log.jsonl", "advice.csv", "advice.csv.made.json")  # files that say how long something took
+TIMED = (
+    "log.jsonl",
+    "advice.csv",
+    "advice.csv.made.json",
+)  # files that say how long something took
 
 
 def contents(folder):
