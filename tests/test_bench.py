@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from math import isnan
+from math import isnan, nan
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -587,6 +587,95 @@ def test_an_interrupted_measurement_leaves_no_process(monkeypatch):
         alone([sys.executable, "-c", "import time; time.sleep(60)"])
     with pytest.raises(ProcessLookupError):
         os.kill(seen[0], 0)
+
+
+MAPPED = """
+import mmap, tempfile, time
+with tempfile.TemporaryFile() as f:
+    for _ in range(100): f.write(b"x" * 1_000_000)
+    f.flush()
+    pages = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ)
+    touched = sum(pages[::4096])
+    time.sleep(0.5)
+"""
+CHILD = """
+import subprocess, sys
+code = "data = bytes([1]) * 100_000_000; import time; time.sleep(0.8)"
+subprocess.run([sys.executable, "-c", code])
+"""
+
+
+def test_mapped_pages_do_not_count_and_children_do():
+    sleep = "import time; time.sleep(0.5)"
+    codes = (sleep, f"data = b'x' * 100_000_000; {sleep}", MAPPED)
+    empty, held, mapped = (alone([sys.executable, "-c", code]).peak_mb for code in codes)
+    assert 99 < held - empty < 110 and mapped - empty < 10
+    assert alone([sys.executable, "-c", CHILD]).peak_mb > 100
+
+
+def test_what_a_process_wrote_is_kept_and_its_failure_is_told():
+    code = "print(1); import sys; print(2, file=sys.stderr)"
+    assert sorted(alone([sys.executable, "-c", code]).output.split()) == ["1", "2"]
+    for command, says in (
+        ([sys.executable, "-c", "raise SystemExit('no checkpoint')"], "with 1: no checkpoint"),
+        (["false"], "ended with 1: no message"),
+        (["no-such-program"], "no-such-program: cannot be run"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            alone(command)
+
+
+OURS = ["similarity", "weightregions", 12, 10**8, 2.0, 1.5, 600.0, 1e-9, "a CPU"]
+USUAL = ["similarity", "load, stack, multiply", 12, 10**8, 20.0, 1.5, 12000.0, 2e-7, "a CPU"]
+MISSING = ["average of 5", "mergekit linear: not installed", 5, 10**8]
+SMALL = pd.DataFrame([OURS, USUAL, [*MISSING, nan, 0.5, nan, nan, "a CPU"]], columns=FIELDS)
+
+
+def test_rows_that_are_no_rows_are_refused(tmp_path):
+    pd.testing.assert_frame_equal(read_bench(write_bench(SMALL, tmp_path / "b.csv")), SMALL)
+    for content, says in (
+        ("operation,subject\n", "no column n, params, seconds"),
+        (",".join(FIELDS) + "\na,b,3,5,fast,,,,CPU\n", "row 2: seconds is 'fast', no number"),
+    ):
+        (tmp_path / "odd.csv").write_text(content)
+        with pytest.raises(ValueError, match=says):
+            read_bench(tmp_path / "odd.csv")
+
+
+def test_ratios_of_a_small_run():
+    assert beside(SMALL)["of ours"].tolist() == ["1.00", "10.00", ""]
+    assert beside(SMALL)["of the floor"][0] == "1.33" and "device" not in beside(SMALL)
+    assert beside(SMALL.assign(device=["a CPU", "a GPU", "a CPU"])).device[1] == "a GPU"
+    subjects = ["reading", "product in float64"]
+    limits = SMALL[:2].assign(operation="ceiling", subject=subjects, seconds=[0.5, 1.0])
+    shown = rates(pd.concat([SMALL, limits]))
+    assert shown.rate.tolist() == ["10.4", "33.8"]  # 13 vectors of 0.4 GB; 2 * 13^2 * 10^8
+    assert shown["of similarity"].tolist() == ["0.25", "0.50"] and not len(rates(SMALL))
+    ways = ("weightregions", *(f"Trainer, float32, padded to the longest {w}" for w in PADDED))
+    zoo = [["a model of a zoo", w, 8, 10**7, t] for w, t in zip(ways, (10.0, 20.0, 12.0))]
+    made = pd.DataFrame([[*row, nan, 900.0, nan, "a CPU"] for row in zoo], columns=FIELDS)
+    assert throughput(made)["models an hour"].tolist() == ["360", "180", "300"]
+    assert throughput(made).iloc[0, 4:].tolist() == ["2.00", "1.20"] and not len(
+        throughput(SMALL)
+    )
+
+
+PADDED = ("allowed", "of a batch")
+
+
+def test_goals_of_a_small_run():
+    met = goals(SMALL).set_index("goal").met
+    assert met.tolist()[:4] == ["yes", "not measured", "yes", "yes"]
+    mergekit = "average: at least 3 times faster than mergekit, process against process"
+    assert met[mergekit] == "not measured"  # it is missing
+    assert met["similarity: at most 1000 MB of its own"] == "yes"
+    line = pd.DataFrame({"n": [1, 2, 4], "params": 10, "seconds": [2.0, 3.0, 5.0]})
+    assert straightness(line) == pytest.approx((1, 0))
+    bent = pd.DataFrame({"n": [1, 2, 3], "params": 10, "seconds": [1.0, 3.0, 2.0]})
+    assert straightness(bent)[1] == pytest.approx(0.5)
+    grown = SMALL[:1].assign(operation="similarity, growing")
+    sketch = pd.concat([SMALL, grown, grown.assign(n=4, seconds=1.0)])
+    assert [len(ax.lines) for ax in growth_figure(sketch)] == [3, 2]
 
 
 def toy(**more):

@@ -491,20 +491,21 @@ def hollow(folder, config):
     return 8 + len(text) + at
 
 
-@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts bytes where Linux does")
+@pytest.mark.skipif(
+    not Path("/proc/thread-self/io").exists(), reason="counts bytes where Linux does"
+)
 def test_opening_reads_only_the_header(tmp_path):
     config = RobertaConfig(architectures=["RobertaForSequenceClassification"])
     size = hollow(tmp_path / "big", config)
     assert size > 490e6
-    small = RobertaConfig(**SMALL, architectures=["RobertaForSequenceClassification"])
-    hollow(tmp_path / "small", small)
-    open_checkpoint(tmp_path / "small")  # what is imported once is not counted
 
     def counts():
         status = dict(
             line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
         )
-        io = dict(line.split(":") for line in Path("/proc/self/io").read_text().splitlines())
+        io = dict(
+            line.split(":") for line in Path("/proc/thread-self/io").read_text().splitlines()
+        )
         return int(status["VmHWM"].split()[0]) * 1024, int(io["rchar"])
 
     Path("/proc/self/clear_refs").write_text(

@@ -340,7 +340,7 @@ def is_whole(folder, unbroken):
     return all(
         digest == unbroken[name]
         for name, digest in contents(folder).items()
-        if not name.endswith((".jsonl", ".csv", ".made.json"))
+        if not name.endswith((".jsonl", ".csv"))
     )
 
 

@@ -1,6 +1,7 @@
 "The same jobs give the same bytes in this process, in many, and on a Ray cluster; whoever dies costs its own job only."
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -64,11 +65,7 @@ def corpora():
     return load_corpora("builtin", names=["films", "headlines"], n_train=40, n_test=20)
 
 
-TIMED = (
-    "log.jsonl",
-    "advice.csv",
-    "advice.csv.made.json",
-)  # files that say how long something took
+TIMED = ("log.jsonl", "advice.csv")  # files that say how long something took
 
 
 def contents(folder):
@@ -78,6 +75,9 @@ def contents(folder):
         for f in sorted(folder.rglob("*"))
         if f.is_file() and f.name not in TIMED and f.suffix != ".lock"
     }
+    for name in files:
+        if name.endswith("advice.csv.made.json"):  # its hash is that of a file with times
+            files[name] = json.dumps(json.loads(files[name])["made_of"]).encode()
     in_order = lambda name, blob: (
         b"".join(sorted(blob.splitlines(True))) if name == "starts/rows.csv" else blob
     )  # its rows come as jobs end

@@ -7,6 +7,7 @@ __all__ = ['parser', 'main', 'zoo', 'similarity', 'traverse', 'center', 'locate'
 
 # %% ../nbs/52_cli.ipynb #04288ec8
 import argparse
+import atexit
 import errno
 import os
 import re
@@ -129,6 +130,8 @@ def main(
     options = parser().parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     alone = arguments is None
+    if alone:
+        atexit.register(_ignore_signals)  # the first to be registered is the last to be called
     with _kept_output(alone) as output, warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)  # said, whatever the environment asks
         warnings.showwarning = lambda message, *_, **__: _say(message)
@@ -157,6 +160,12 @@ _ENDINGS = {
     signal.SIGTERM: "ended by SIGTERM",
     signal.SIGHUP: "ended by SIGHUP",
 }
+
+
+def _ignore_signals():
+    "At the very end nothing is left to stop, and Python would undo our handlers."
+    for number in _ENDINGS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

@@ -213,6 +213,7 @@ def write_rows(
     folder: Path,  # the study's folder
     name: str,  # of the table
     table: pd.DataFrame,  # what was measured
+    note: bool = True,  # write beside it which bytes it has; `kept` writes a note of its own
 ) -> pd.DataFrame:  # the table
     "Keep a table with five digits; raw cosines, which differ from 1 in the fourth, with nine."
     rounded = table
@@ -220,5 +221,6 @@ def write_rows(
         rounded = table.assign(**{"raw cosine": table["raw cosine"].map("{:.9g}".format)})
     file = Path(folder) / "rows" / f"{name}.csv"
     write_whole(file, rounded.to_csv(index=False, float_format="%.5g"))
-    write_note(file, {})
+    if note:
+        write_note(file, {})
     return table

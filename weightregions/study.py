@@ -229,7 +229,7 @@ def similarity_rows(
 
     def make():
         measured = gram(checkpoints, base, by=parts, device=default_device())
-        write_rows(folder, table, pairs_of(measured))
+        write_rows(folder, table, pairs_of(measured), note=False)
 
     made_of = {"models": identities(checkpoints), "base": base.sha256()}
     kept(Path(folder) / "rows" / f"{table}.csv", made_of, make)
@@ -257,7 +257,10 @@ def location_rows(
     "Locate every model among the others, unless they are located already."
     made_of = {"models": identities(checkpoints), "base": base.sha256()}
     made_of["datasets"] = m[["dataset", "family"]].values.tolist()
-    make = lambda: write_rows(folder, "location", _locations(m, checkpoints, base))
+
+    def make():
+        write_rows(folder, "location", _locations(m, checkpoints, base), note=False)
+
     kept(Path(folder) / "rows" / "location.csv", made_of, make)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .checkpoints import Checkpoint, open_checkpoint
+from .checkpoints import Checkpoint, open_checkpoint, tokenizer_files
 from .files import read_json, read_text
 from .identity import model_identity, other_parts, weights_files, weights_sha256
 from .space import patch
@@ -659,7 +659,10 @@ def require_base(
             recorded[f"the manifest.json of {m.model}"] = manifest["base"]
     identity = model_identity(base.folder) if recorded else {}
     for where, there in recorded.items():
-        if parts := other_parts(identity, there):
+        parts = other_parts(identity, there)
+        if "tokenizer" in parts and not tokenizer_files(base.folder):
+            raise ValueError(f"{base.folder}: no tokenizer there, and {where} records one")
+        if parts:
             raise ValueError(
                 f"{base.folder}: is not the base of {self.name}: the SHA-256 of its"
                 f" {' and its '.join(parts)} is not what {where} records; give the base that the models started from"
