@@ -149,6 +149,12 @@ class Tokenized(torch.utils.data.Dataset):
         texts = [rows["text"].tolist()]
         if "text_pair" in rows and rows["text_pair"].notna().any():
             texts.append(rows["text_pair"].tolist())
+        special = tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
+        if max_length < special + len(texts):
+            raise ValueError(
+                f"{name}: max_length {max_length} leaves no token of a text beside"
+                f" the {special} special ones"
+            )
         self.encoded = tokenizer(*texts, truncation=True, max_length=max_length)
         self.labels = rows["label"].tolist()
         self.lengths = [len(ids) for ids in self.encoded["input_ids"]]
