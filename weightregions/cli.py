@@ -58,6 +58,9 @@ def _flag(name, help):
 def _require_paths(options):
     "Refuse a folder that is not there, before anything slow is imported."
     words = vars(options)
+    for name in ("base", "checkpoint", "data", "target", "out"):
+        if words.get(name) == "":
+            raise ValueError(f"{name}: is empty")
     folders = words.get("folder") or []
     if len(folders) == 1 and not os.path.exists(folders[0]):
         raise FileNotFoundError(f"{folders[0]}: there is no such folder")
@@ -685,6 +688,28 @@ def _center(options):
     print(centroid.description)
     _show(members)
 
+# %% ../nbs/52_cli.ipynb #5c4a9e17
+def _changed(centroid, folder, base, dtype):
+    "A file of a centroid that was changed since it was written; it is made again to see."
+    from tempfile import TemporaryDirectory
+
+    from weightregions.centering import save_centroid
+    from weightregions.files import remove_leftovers
+    from weightregions.identity import config_sha256, seen_sha256
+
+    folder = Path(os.path.abspath(folder))
+    remove_leftovers(folder)
+    where = {"dir": folder.parent, "prefix": f".{folder.name}-", "suffix": ".part"}
+    with TemporaryDirectory(**where) as part:
+        new = save_centroid(centroid, Path(part, "new"), base, dtype=dtype)
+        for file in sorted(f for f in new.iterdir() if f.name != "README.md"):
+            there = folder / file.name
+            if file.name == "config.json" and config_sha256(new) == config_sha256(folder):
+                continue
+            if not there.is_file() or seen_sha256(there) != seen_sha256(file):
+                return file.name
+    return ""
+
 # %% ../nbs/52_cli.ipynb #53a1d4be
 def _require_place(folder):
     "Refuse a folder that is there, unless it may be the centroid of a former run."
@@ -709,6 +734,9 @@ def _save(centroid, folder, base, dtype="float32"):
     card = read_text(Path(folder, "README.md"))
     if card != model_card(centroid) or open_checkpoint(folder).config.dtype != dtype:
         raise FileExistsError(f"{folder}: exists already, and is another model; name another")
+    if file := _changed(centroid, Path(folder), base, dtype):
+        why = f"its {file} is not what these models make"
+        raise FileExistsError(f"{folder}: exists already, but {why}; remove the folder")
     _say(f"{folder}: is there already, of the same models; it stays as it is")
     return folder
 

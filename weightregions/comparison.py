@@ -27,7 +27,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 from tqdm import tqdm
 
-from .files import append_line, write_whole
+from .files import append_line, read_bytes, write_whole
 from .space import patch
 
 # %% ../nbs/24_comparison.ipynb #27680044
@@ -493,7 +493,7 @@ def _line(cells) -> str:
 def _read(file):
     "Identity, header and records of a file, without a torn last line."
     try:
-        data = file.read_bytes()
+        data = read_bytes(file, 2**30)
         *lines, _ = data[: data.rfind(b"\n") + 1].decode().split("\n")
         identity = json.loads(lines.pop(0)[2:]) if lines and lines[0].startswith("# {") else {}
         header, *records = csv.reader(lines, strict=True)
@@ -522,7 +522,11 @@ class Measurements:
             None,
             [],
         )
-        if self.file is None or not self.file.exists() or not self.file.stat().st_size:
+        if self.file is None or not self.file.exists():
+            return
+        if not self.file.is_file():
+            raise ValueError(f"{self.file}: is no regular file")
+        if not self.file.stat().st_size:
             return
         theirs, self.header, self.records = _read(self.file)
         if differ := sorted(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAME_RULE', 'LONGEST_NAME', 'OUR_FILES', 'OUR_WORDS', 'whole_folder', 'flush', 'whole_file', 'write_whole',
-           'remove_leftovers', 'append_line', 'as_json', 'file_sha256', 'read_text', 'read_json', 'check_name',
-           'cells_of_any_length', 'read_table']
+           'remove_leftovers', 'append_line', 'as_json', 'file_sha256', 'read_bytes', 'read_text', 'read_json',
+           'check_name', 'cells_of_any_length', 'read_table']
 
 # %% ../nbs/01_files.ipynb #cd774115
 import csv, fcntl, hashlib, io, json, os, re, shutil, tempfile, unicodedata
@@ -209,21 +209,28 @@ def file_sha256(
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/01_files.ipynb #4e4c0676
+def read_bytes(
+    file: Path,  # a file that somebody else may have written
+    most: int = 2**26,  # bytes that it may have
+) -> bytes:  # its content
+    "The bytes of a regular file."
+    if not os.path.exists(file):
+        raise FileNotFoundError(f"{file}: there is no such file")
+    if not os.path.isfile(file):
+        raise ValueError(f"{file}: is no regular file")
+    if os.path.getsize(file) > most:
+        raise ValueError(f"{file}: has more than {most:,} bytes")
+    with open(file, "rb") as f:
+        return f.read(most)
+
+
 def read_text(
     file: Path,  # a file that somebody else may have written
     most: int = 2**26,  # bytes that it may have
 ) -> str:  # its content
     "The text of a regular file."
-    if not os.path.exists(file):
-        raise FileNotFoundError(f"{file}: there is no such file")
-    if not os.path.isfile(file):
-        raise ValueError(f"{file}: is no regular file")
-    with open(file, "rb") as f:
-        data = f.read(most + 1)
-    if len(data) > most:
-        raise ValueError(f"{file}: has more than {most:,} bytes")
     try:
-        return data.decode("utf-8")
+        return read_bytes(file, most).decode("utf-8")
     except UnicodeDecodeError as e:
         raise ValueError(f"{file}: is not UTF-8 from byte {e.start} on") from None
 
@@ -233,12 +240,15 @@ def read_json(
     most: int = 2**26,  # bytes that it may have
 ) -> dict:  # the object in it
     "The object in a JSON file."
+    text = read_text(file, most)
     try:
-        value = json.loads(read_text(file, most))
+        value = json.loads(text)
     except RecursionError:
         raise ValueError(f"{file}: not JSON (nested too deep)") from None
     except json.JSONDecodeError as e:
         raise ValueError(f"{file}: not JSON (line {e.lineno}: {e.msg})") from None
+    except ValueError:
+        raise ValueError(f"{file}: holds a number of thousands of digits") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file}: a JSON {type(value).__name__}, not an object")
     return value
@@ -325,7 +335,7 @@ def read_table(
     import pandas as pd  # only here: most of what uses this module has no tables
 
     try:
-        content = Path(file).read_bytes().decode("utf-8-sig")
+        content = read_bytes(file, 2**30).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 at byte {error.start}") from None
     header = _header(file, content)

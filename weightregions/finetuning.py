@@ -23,9 +23,10 @@ from transformers import (
 )
 
 from .jobs import ranks
-from .loading import load_classifier, load_tokenizer, quiet
+from .loading import load_classifier, load_config, load_tokenizer, quiet
 from .registry import dev_rows
 from .space import patch
+from .stored import one_line
 
 # %% ../nbs/12_finetuning.ipynb #410a505b
 @dataclass(frozen=True)
@@ -149,6 +150,12 @@ class Tokenized(torch.utils.data.Dataset):
         texts = [rows["text"].tolist()]
         if "text_pair" in rows and rows["text_pair"].notna().any():
             texts.append(rows["text_pair"].tolist())
+        special = tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
+        if max_length < special + len(texts):
+            raise ValueError(
+                f"{name}: max_length {max_length} leaves no token of a text beside"
+                f" the {special} special ones"
+            )
         self.encoded = tokenizer(*texts, truncation=True, max_length=max_length)
         self.labels = rows["label"].tolist()
         self.lengths = [len(ids) for ids in self.encoded["input_ids"]]
@@ -254,6 +261,8 @@ def with_head(
 ):  # a transformers sequence classifier in float32, on the CPU
     "The body of a checkpoint under a head for these classes, its own one where that fits."
     names = dict(enumerate(labels))
+    if getattr(load_config(start), "problem_type", None) is not None:
+        config = {"problem_type": "single_label_classification"} | config
     model, loaded = load_classifier(
         start,
         num_labels=len(names),
@@ -444,6 +453,25 @@ def one_thread(
     finally:
         torch.set_num_threads(threads)
 
+# %% ../nbs/12_finetuning.ipynb #7e5b02d4
+def _require_classifies(model, data: Tokenized, collate, base) -> None:
+    "Refuse a base whose classifier cannot take the shortest and the longest row in one batch."
+    order, was = np.argsort(data.lengths, kind="stable"), model.training
+    batch, problem = collate([data[order[0]], data[order[-1]]]), ""
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            shape = tuple(model(**batch.to(model.device)).logits.shape)
+        if shape != (2, model.config.num_labels):
+            problem = f"it gives scores of shape {shape}"
+    except Exception as e:
+        problem = f"{type(e).__name__}: {one_line(e)}"
+        if model.config.pad_token_id is None:
+            problem = "config.json names no pad_token_id, and rows of one batch are padded"
+    model.train(was)
+    if problem:
+        raise ValueError(f"{base}: cannot be trained as {type(model).__name__}: {problem}")
+
 # %% ../nbs/12_finetuning.ipynb #1edda845
 def train(
     base,  # folder or hub id of the pretrained model
@@ -474,6 +502,8 @@ def train(
             )
         )
         collate = DataCollatorWithPadding(tokenizer)
+        for part in (data, test):
+            _require_classifies(model, part, collate, base)
         trainer = trainer_for(model, data, collate, recipe, seed, scratch, device, held)
         trainer.train()
         metrics = evaluate(model, test, tokenizer)

@@ -227,10 +227,6 @@ def _require_own_weights(folder: Path) -> None:
     "Refuse a model whose configuration or folder sends transformers elsewhere."
     file = folder / "config.json"
     config = read_json(file)
-    if (folder / "adapter_config.json").exists():
-        raise ValueError(
-            f"{folder}: an adapter lies beside the weights; merge it, or remove it"
-        )
     for key in ("transformers_weights", "quantization_config"):
         if config.get(key) is not None:
             raise ValueError(

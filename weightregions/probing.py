@@ -275,9 +275,8 @@ def _vectors(encoder, inputs: dict, pooling: str) -> torch.Tensor:
     "A float32 vector for each row of a batch."
     out = encoder(**inputs)
     if not hasattr(out, "last_hidden_state"):
-        raise ValueError(
-            f"{type(encoder).__name__} gives no hidden states, only {', '.join(out.keys())}"
-        )
+        what = ", ".join(out.keys()) if hasattr(out, "keys") else f"a {type(out).__name__}"
+        raise ValueError(f"{type(encoder).__name__} gives no hidden states, only {what}")
     hidden, mask = out.last_hidden_state.float(), inputs["attention_mask"]
     if pooling == "first":
         return hidden[:, 0]

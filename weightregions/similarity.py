@@ -605,6 +605,8 @@ def save(
 
 def _kept(file: str | Path, what: str, made_of: Callable):
     "What is made of the arrays in a file, none of which is packed or pickled."
+    if Path(file).exists() and not Path(file).is_file():
+        raise ValueError(f"{file}: is no regular file")
     try:
         with zipfile.ZipFile(file) as z:
             unpacked = sum(i.file_size for i in z.infolist())

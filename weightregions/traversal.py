@@ -32,7 +32,7 @@ from tqdm import tqdm
 from .anatomy import body_parameters
 from .checkpoints import Checkpoint, _layout, open_checkpoint, write_checkpoint
 from .stored import InMemoryTensor, reading
-from .files import append_line, write_whole
+from .files import append_line, read_bytes, write_whole
 from .similarity import _MEMORY, gram
 from .space import BLOCK, Layout, dot, patch
 
@@ -989,7 +989,7 @@ def _alone(file: Path | None):
 
 def _resume(file: Path, head: dict, keys: list, again: bool = False) -> dict:
     "What a file has measured already: key -> rows; begun if it is not there, and mended."
-    content = file.read_bytes() if file.exists() else b""
+    content = read_bytes(file, 2**30) if file.exists() else b""
     if b"\n" not in content:
         if not _line_of(head).startswith(content):
             raise ValueError(f"{file}: is no file of a traversal")
@@ -1096,7 +1096,7 @@ def read_rows(
 ) -> pd.DataFrame:  # all rows, in the order in which they were measured
     "The rows in a file of a traversal; a torn last line is passed over."
     return pd.DataFrame(
-        [row for rows in _lines(file, Path(file).read_bytes())[1].values() for row in rows]
+        [row for rows in _lines(file, read_bytes(file, 2**30))[1].values() for row in rows]
     )
 
 # %% ../nbs/22_traversal.ipynb #34036539
