@@ -1,7 +1,8 @@
 """Build the browsable book from the executed notebooks: python .ci/book.py [_book]
 
-Nothing is run. The pages are the notebooks less their hidden cells; names of the package become links to where they are
-defined; a reference lists them all. Sphinx with `-W`: a broken link or picture fails the build.
+Nothing is run. The pages are the notebooks less their hidden cells; names of the package become
+links to where they are defined; a reference lists them all. Sphinx with `-W`: a broken link or
+picture fails the build.
 """
 
 import ast
@@ -50,7 +51,8 @@ def doc(node):
 
 
 def symbols(cell):
-    "The public functions, classes and methods that a cell exports: name -> first line of the docstring."
+    """The public functions, classes and methods that a cell exports: name -> first line of the
+    docstring."""
     found = {}
     if not directives(cell).keys() & {"export", "exports"}:
         return found
@@ -85,7 +87,8 @@ def link(page, name, home):
 
 
 def dress(nb, page, path, homes):
-    "Make one visible notebook a page: names and addresses become links, definitions get anchors."
+    """Make one visible notebook a page: names and addresses become links, definitions get
+    anchors."""
 
     def there(address):
         target = from_root(path.parent)(address)

@@ -1,7 +1,8 @@
 """Run notebooks in place, each in a kernel of its own, and keep their outputs.
 
-Cells that nbdev_test would skip (`#| slow`, `#| cuda`, ...) are left alone with the outputs they have, so a figure made
-on a GPU outlives a run on a CPU. A notebook that fails is not written.
+Cells that nbdev_test would skip (`#| slow`, `#| cuda`, ...) are left alone with the outputs
+they have, so a figure made on a GPU outlives a run on a CPU. A notebook that fails is not
+written.
 """
 
 import argparse
@@ -19,7 +20,8 @@ from pages import CFG, ROOT, directives
 
 
 class Client(NotebookClient):
-    "A notebook client that passes over what is no code, the export at the tail, and cells with one of `flags`."
+    """A notebook client that passes over what is no code, the export at the tail, and cells
+    with one of `flags`."""
 
     def __init__(self, nb, flags, **kwargs):
         super().__init__(nb, **kwargs)

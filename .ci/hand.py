@@ -57,7 +57,8 @@ def private_imports(module):
 
 
 def statement_lines(module):
-    "Lines on which a statement, an argument or an element begins: a formatter's own breaks do not count."
+    """Lines on which a statement, an argument or an element begins: a formatter's own breaks do
+    not count."""
     tree = ast.parse(module.read_text(encoding="utf-8"))
     return len({n.lineno for n in ast.walk(tree) if isinstance(n, (ast.stmt, ast.arg))})
 

@@ -1,4 +1,5 @@
-"JupyterLab's settings: notebooks are cleaned as they are saved, so that a diff shows what was written and nothing else."
+"""JupyterLab's settings: notebooks are cleaned as they are saved, so that a diff shows what was
+written and nothing else."""
 
 from nbdev.clean import clean_jupyter
 

@@ -25,7 +25,8 @@ def directives(cell):
 
 
 def visible(path, without=(), note=lambda cell: {}):
-    "The notebook at `path` less its hidden cells, those with a directive in `without`, and all `#|` lines; `note(cell)` is kept as `defines`."
+    """The notebook at `path` less its hidden cells, those with a directive in `without`, and
+    all `#|` lines; `note(cell)` is kept as `defines`."""
     nb = nbformat.read(path, as_version=4)
     keep = []
     for cell in nb.cells:
@@ -50,7 +51,8 @@ def visible(path, without=(), note=lambda cell: {}):
 
 
 def links(markdown, there):
-    "`markdown` with the address of every relative link and image given to `there`, and what it returns put in."
+    """`markdown` with the address of every relative link and image given to `there`, and what
+    it returns put in."""
     return LINK.sub(lambda m: m[1] + there(m[2]), markdown)
 
 

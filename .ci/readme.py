@@ -63,5 +63,6 @@ if __name__ == "__main__":
             (ROOT / name).parent.mkdir(exist_ok=True)
             (ROOT / name).write_bytes(data)
         print(
-            f"README.md: {len(text.splitlines())} lines, {len(figures)} figures, {len(old)} files changed"
+            f"README.md: {len(text.splitlines())} lines, {len(figures)} figures, {len(old)}"
+            " files changed"
         )

@@ -1,4 +1,5 @@
-"How the tests are run: offline, seeded, one thread each; flagged notebook cells and GPU tests are left out, and counted."
+"""How the tests are run: offline, seeded, one thread each; flagged notebook cells and GPU tests
+are left out, and counted."""
 
 import csv
 import os
@@ -47,7 +48,8 @@ def deepen():
 
 
 def own_lock():
-    "Progress bars take turns by a lock that a fork does not share: a process killed while it holds its own keeps no other waiting."
+    """Progress bars take turns by a lock that a fork does not share: a process killed while it
+    holds its own keeps no other waiting."""
     tqdm.set_lock(threading.RLock())
 
 
@@ -63,7 +65,10 @@ def pytest_addoption(parser):
     parser.addoption(
         "--faults",
         metavar="FILE",
-        help="write what the tests of faults tried to this CSV file, for the chapter on robustness",
+        help=(
+            "write what the tests of faults tried to this CSV file, for the chapter on"
+            " robustness"
+        ),
     )
 
 
@@ -75,7 +80,8 @@ def pytest_configure(config):
 
 
 def has_gpu():
-    "Whether this machine has a GPU; torch is imported where it is needed, so that pytest itself starts fast."
+    """Whether this machine has a GPU; torch is imported where it is needed, so that pytest
+    itself starts fast."""
     import torch
 
     return torch.cuda.is_available()
@@ -102,7 +108,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def same_start(monkeypatch):
-    "Every test, and every notebook, starts from the same state, whatever ran before it in this process."
+    """Every test, and every notebook, starts from the same state, whatever ran before it in
+    this process."""
     import matplotlib.pyplot as plt
     import numpy as np
     import torch
@@ -128,7 +135,8 @@ RECORDED = ROOT / "nbs" / "study" / "recorded" / "faults.csv"
 
 @pytest.fixture
 def tried(request, record_property):
-    "Count a fault: `tried(fault, stage, times, outcome)`. The recorded table, which the book shows, must have its row; its number may differ where that is not `exact`."
+    """Count a fault: `tried(fault, stage, times, outcome)`. The recorded table, which the book
+    shows, must have its row; its number may differ where that is not `exact`."""
 
     def count(fault, stage, times, outcome, exact=True):
         record_property("fault", (fault, stage, times, outcome))
@@ -142,7 +150,8 @@ def tried(request, record_property):
         )
         if exact and not is_deep(request.config):
             assert str(times) == recorded, (
-                f"{fault}, {stage}: tried {times} times, and {recorded} times in {RECORDED.relative_to(ROOT)}: record it with --faults"
+                f"{fault}, {stage}: tried {times} times, and {recorded} times in"
+                f" {RECORDED.relative_to(ROOT)}: record it with --faults"
             )
 
     return count

@@ -1,8 +1,9 @@
-"""The same bytes on a Ray cluster, again and again on a machine that is busy: does a run ever wait for ever?
+"""The same bytes on a Ray cluster, again and again on a busy machine: does a run wait for ever?
 
     python tests/ray_stress.py 30 --load 4
 
-runs the test that compares all backends' bytes so many times, beside so many processes that compute and claim memory, and says how each run ended.
+runs the test that compares all backends' bytes so many times, beside so many processes that
+compute and claim memory, and says how each run ended.
 """
 
 import argparse

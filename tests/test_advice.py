@@ -1,4 +1,5 @@
-"Attacks on weightregions.advice and weightregions.contest: nothing of the target is used, the test split is never read, what was tried is not tried again."
+"""Attacks on weightregions.advice and weightregions.contest: nothing of the target is used, the
+test split is never read, what was tried is not tried again."""
 
 import os
 import warnings

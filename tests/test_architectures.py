@@ -1,4 +1,5 @@
-"Every sequence classifier that the installed transformers can build: a folder is read as `AutoModel` reads it."
+"""Every sequence classifier that the installed transformers can build: a folder is read as
+`AutoModel` reads it."""
 
 import logging
 from functools import partial

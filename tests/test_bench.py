@@ -1,4 +1,5 @@
-"""The measuring of `make bench`: that the ways do what they are said to do, that the driver keeps its rows, and faults. Nothing is timed here."""
+"""The measuring of `make bench`: that the ways do what they are said to do, that the driver
+keeps its rows, and faults. Nothing is timed here."""
 
 import importlib.util
 import json
@@ -566,7 +567,10 @@ def test_peak_is_that_of_the_process(tmp_path):
         [
             sys.executable,
             "-c",
-            f"import time; f = open({str(file)!r}, 'rb', buffering=0); b = bytearray(2**16)\nwhile f.readinto(b): pass\ntime.sleep(.2)",
+            (
+                f"import time; f = open({str(file)!r}, 'rb', buffering=0); b ="
+                " bytearray(2**16)\nwhile f.readinto(b): pass\ntime.sleep(.2)"
+            ),
         ]
     ).peak_mb
     made = alone(

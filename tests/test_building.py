@@ -44,7 +44,8 @@ def unbroken(tmp_path_factory, base, corpora):
 
 
 def contents(zoo):
-    "SHA-256 of every file of a zoo but its log and what a kill left of zoo.json, by relative path; other hidden files are there to be seen too."
+    """SHA-256 of every file of a zoo but its log and what a kill left of zoo.json, by relative
+    path; other hidden files are there to be seen too."""
     return {
         str(f.relative_to(zoo)): file_sha256(f)
         for f in sorted(zoo.rglob("*"))
@@ -183,7 +184,8 @@ def test_other_data_of_the_same_name_are_refused(base, corpora, unbroken):
 
 
 def test_a_classifier_of_other_classes_is_a_base_like_any_other(tmp_path, corpora, unbroken):
-    "Its head does not fit, and gives way to a fresh one; a body that does not fit its configuration is refused."
+    """Its head does not fit, and gives way to a fresh one; a body that does not fit its
+    configuration is refused."""
     start = unbroken / "films" / "seed-1"
     zoo = open_zoo(
         build_zoo(

@@ -1,4 +1,5 @@
-"Attacks on the built-in corpora: determinism, leaks between splits, ill-formed texts, contradictory labels."
+"""Attacks on the built-in corpora: determinism, leaks between splits, ill-formed texts,
+contradictory labels."""
 
 import hashlib
 import json
@@ -49,7 +50,8 @@ def test_families_and_classes():
 def test_the_same_rows_in_every_process(hash_seed):
     code = (
         "import hashlib, json; from weightregions.builtin import BUILTIN, generate;"
-        "print(hashlib.sha256(json.dumps([generate(n, 200, 60, 3) for n in BUILTIN]).encode()).hexdigest())"
+        "rows = [generate(n, 200, 60, 3) for n in BUILTIN];"
+        "print(hashlib.sha256(json.dumps(rows).encode()).hexdigest())"
     )
     env = os.environ | {"PYTHONHASHSEED": hash_seed}
     out = subprocess.run(
@@ -68,7 +70,10 @@ def test_the_global_generator_is_left_alone():
 
 
 def test_the_package_imports_no_torch_for_text():
-    code = "import sys, weightregions.builtin; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    code = (
+        "import sys, weightregions.builtin;"
+        "print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

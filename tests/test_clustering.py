@@ -1,4 +1,5 @@
-"""Attacks on weightregions.clustering: invariances, parity with scikit-learn and brute force, degenerate inputs."""
+"""Attacks on weightregions.clustering: invariances, parity with scikit-learn and brute force,
+degenerate inputs."""
 
 from itertools import permutations
 
@@ -200,7 +201,8 @@ def test_permutation_p_is_uniform_without_structure():
 
 
 def test_permutation_of_units_is_stricter_than_of_models():
-    "Datasets that cluster but whose families do not: seeds shuffled one by one would see structure, datasets do not."
+    """Datasets that cluster but whose families do not: seeds shuffled one by one would see
+    structure, datasets do not."""
     matrix, datasets = zoo(groups=8)
     families = datasets.map({f"d{i}": "even" if i % 2 == 0 else "odd" for i in range(8)})
     clusters = spectral_clusters(matrix, 8).map(

@@ -1,4 +1,5 @@
-"""Attacks on weightregions.comparison: P_B against scipy, its interval, odd tables, and comparisons that are killed."""
+"""Attacks on weightregions.comparison: P_B against scipy, its interval, odd tables, and
+comparisons that are killed."""
 
 import os
 import random
@@ -54,7 +55,7 @@ def crossed(n, targets, shift=0.0, seed=0, name="p"):
     )
 
 
-# --- the probability -------------------------------------------------------------------------------------------------
+# --- the probability --------------------------------------------------------------------------
 
 
 @settings(max_examples=60)
@@ -285,7 +286,7 @@ def test_summary_counts_failures_apart():
     ) and table.loc[("t", "Ex"), "mean"] == pytest.approx(0.2)
 
 
-# --- groups ----------------------------------------------------------------------------------------------------------
+# --- groups -----------------------------------------------------------------------------------
 
 
 def models(**families):
@@ -353,7 +354,7 @@ def test_twins_are_left_out_either_way_round_and_said():
         groups_of(table[:4], "dataset", "sst2", twins=pd.DataFrame([pair | dict(share=0.9)]))
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------
 
 texts = st.text(
     st.characters(blacklist_categories=["Cs"], blacklist_characters="\r\n"), max_size=12
@@ -455,9 +456,13 @@ import sys, time
 from weightregions.comparison import compare
 def metric(name):
     time.sleep(0.02)
-    return [dict(target=t, loss=float(f"0.{abs(i * 7919 + ord(t))}"), accuracy=0.5, note="a, \\u00fc" * (i % 3 == 0)) for i in [int(name[1:])] for t in "xyz"]
+    i = int(name[1:])
+    loss = lambda t: float(f"0.{abs(i * 7919 + ord(t))}")
+    note = "a, \\u00fc" * (i % 3 == 0)
+    return [dict(target=t, loss=loss(t), accuracy=0.5, note=note) for t in "xyz"]
 print("ready", flush=True)
-compare([("In" if i % 2 else "Ex", f"p{i}") for i in range(40)], metric, sys.argv[1], progress=False, identity={"probe": 1})
+points = [("In" if i % 2 else "Ex", f"p{i}") for i in range(40)]
+compare(points, metric, sys.argv[1], progress=False, identity={"probe": 1})
 print("done", flush=True)
 """
 

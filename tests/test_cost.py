@@ -1,4 +1,5 @@
-"Attacks on weightregions.cost: against what a study really does, against torch and transformers, and by arithmetic."
+"""Attacks on weightregions.cost: against what a study really does, against torch and
+transformers, and by arithmetic."""
 
 import json
 import math
@@ -130,7 +131,10 @@ def test_training_takes_three_times_the_forward_pass_and_bitfit_two():
 def test_bad_shapes_and_devices(tmp_path):
     with pytest.raises(
         ValueError,
-        match="its shape is not known; name a folder with a config.json, or one of tiny, minilm, FacebookAI/roberta-base",
+        match=(
+            "its shape is not known; name a folder with a config.json, or one of tiny, minilm,"
+            " FacebookAI/roberta-base"
+        ),
     ):
         model_shape(tmp_path)
     (tmp_path / "config.json").write_text(

@@ -1,4 +1,5 @@
-"How a command ends: by a signal, by two, with nobody who reads; and what the next one makes of it."
+"""How a command ends: by a signal, by two, with nobody who reads; and what the next one makes
+of it."""
 
 import os
 import shutil

@@ -1,7 +1,10 @@
-"""Real faults at every stage: kills at each change of the disk, full and read-only disks, damaged files, company, no network.
+"""Real faults at every stage: kills at each change of the disk, full and read-only disks,
+damaged files, company, no network.
 
-A stage is what writes: it is run in a process of its own, which is stopped, starved or disturbed, and then run again; what it leaves must be the bytes of a run
-without a fault. What was tried is counted, for the chapter on robustness: `pytest tests/test_faults.py tests/test_fuzz.py tests/test_jobs.py --faults nbs/study/recorded/faults.csv`.
+A stage is what writes: it is run in a process of its own, which is stopped, starved or
+disturbed, and then run again; what it leaves must be the bytes of a run without a fault. What
+was tried is counted, for the chapter on robustness: `pytest tests/test_faults.py
+tests/test_fuzz.py tests/test_jobs.py --faults nbs/study/recorded/faults.csv`.
 """
 
 import errno
@@ -64,12 +67,13 @@ BRIEF = StartExperiment(
 ALONE = pd.DataFrame({"a": [], "b": [], "share": []})
 
 
-# --- what is run -----------------------------------------------------------------------------------------------------
+# --- what is run ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    "A base, three datasets and a zoo; whoever trains what was trained before gets the same model again, so that it is the writing that is disturbed."
+    """A base, three datasets and a zoo; whoever trains what was trained before gets the same
+    model again, so that it is the writing that is disturbed."""
     root, patch = tmp_path_factory.mktemp("world"), pytest.MonkeyPatch()
     base = str(tiny_base(root / "base", steps=2))
     corpora = load_corpora(
@@ -237,7 +241,8 @@ _UNBROKEN = {}
 
 @pytest.fixture
 def unbroken(world, stage, tmp_path_factory):
-    "What a stage leaves when nothing happens; in this process, so that what it loads is at hand in its children."
+    """What a stage leaves when nothing happens; in this process, so that what it loads is at
+    hand in its children."""
     if stage.name not in _UNBROKEN:
         folder = tmp_path_factory.mktemp("unbroken")
         stage.run(world, folder)
@@ -245,7 +250,7 @@ def unbroken(world, stage, tmp_path_factory):
     return _UNBROKEN[stage.name]
 
 
-# --- processes that are disturbed ------------------------------------------------------------------------------------
+# --- processes that are disturbed -------------------------------------------------------------
 
 CHANGES = {
     "os.rename",
@@ -260,7 +265,8 @@ CHANGES = {
 
 
 def changes(event, arguments, folder):
-    "Whether an event of Python's audit changes what lies in a folder: names, or a file opened for writing."
+    """Whether an event of Python's audit changes what lies in a folder: names, or a file opened
+    for writing."""
     if event == "open":
         written = isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
     else:
@@ -271,7 +277,8 @@ def changes(event, arguments, folder):
 
 
 def apart(work, seconds=60, before=None):
-    "Run `work` in a forked process: its exit code, minus the signal that ended it, and the one-line message of its error."
+    """Run `work` in a forked process: its exit code, minus the signal that ended it, and the
+    one-line message of its error."""
     out, into = os.pipe()
     if not (child := os.fork()):
         try:
@@ -306,7 +313,8 @@ def test_a_process_killed_while_it_draws_a_bar_keeps_no_other_waiting():
 
 
 def killed_at(n, folder):
-    "A process that is killed, by itself and without warning, just before the n-th change that it would make to a folder."
+    """A process that is killed, by itself and without warning, just before the n-th change that
+    it would make to a folder."""
 
     def arm():
         left = iter(range(n - 1, -1, -1))
@@ -321,7 +329,8 @@ def killed_at(n, folder):
 
 
 def killed_after(seconds):
-    "A process that is killed by a child of its own, in the middle of whatever it does, such as writing a file in Rust."
+    """A process that is killed by a child of its own, in the middle of whatever it does, such
+    as writing a file in Rust."""
 
     def arm():
         victim = os.getpid()
@@ -336,7 +345,8 @@ def killed_after(seconds):
 
 
 def is_whole(folder, unbroken):
-    "Whether all that can be seen is as an undisturbed run leaves it; of rows there may be fewer."
+    """Whether all that can be seen is as an undisturbed run leaves it; of rows there may be
+    fewer."""
     return all(
         digest == unbroken[name]
         for name, digest in contents(folder).items()
@@ -393,7 +403,8 @@ def test_killed_at_random_moments(world, stage, unbroken, tmp_path, tried):
 
 
 def killed_in(owner, name, n):
-    "A process that is killed, by itself and without warning, when it calls a method for the n-th time."
+    """A process that is killed, by itself and without warning, when it calls a method for the
+    n-th time."""
 
     def arm():
         whole, left = getattr(owner, name), iter(range(n - 1, -1, -1))
@@ -434,7 +445,8 @@ COMPUTES = {
 
 @pytest.mark.parametrize("stage", COMPUTES)
 def test_killed_while_it_computes(world, tmp_path, stage, tried):
-    "Here nothing is remembered: a model is trained, and weights are read and multiplied, up to the kill and again after it."
+    """Here nothing is remembered: a model is trained, and weights are read and multiplied, up
+    to the kill and again after it."""
     work, owner, name, calls = COMPUTES[stage]
     chance, folder, kills, before = random.Random(0), tmp_path / "here", 8, contents(world.root)
     for there in (folder, tmp_path / "there"):
@@ -531,12 +543,13 @@ def test_rows_cut_anywhere(world, stage, unbroken, tmp_path, tried):
     )
 
 
-# --- disks that take no more -----------------------------------------------------------------------------------------
+# --- disks that take no more ------------------------------------------------------------------
 
 
 @contextmanager
 def disk(folder, kilobytes):
-    "A small disk of its own (tmpfs) at a folder, where this process may mount one; says whether it could."
+    """A small disk of its own (tmpfs) at a folder, where this process may mount one; says
+    whether it could."""
     folder.mkdir(exist_ok=True)
     mounted = (
         subprocess.run(
@@ -617,7 +630,8 @@ def test_a_full_disk(world, stage, unbroken, tmp_path, tried):
 
 @contextmanager
 def read_only(folder):
-    "A folder in which nothing can be changed; root, whom permission bits do not stop, needs a disk that is mounted so."
+    """A folder in which nothing can be changed; root, whom permission bits do not stop, needs a
+    disk that is mounted so."""
     mounted = os.path.ismount(folder)
     if not mounted and not os.geteuid():
         pytest.skip("root may write everywhere, and here it may not mount a disk")
@@ -660,11 +674,12 @@ def test_a_read_only_folder(world, stage, unbroken, tmp_path, tried):
     )
 
 
-# --- damage ----------------------------------------------------------------------------------------------------------
+# --- damage -----------------------------------------------------------------------------------
 
 
 def damaged(world, folder, change):
-    "A zoo of one model whose weights file was changed: the message with which it is refused, by opening it or by verifying it."
+    """A zoo of one model whose weights file was changed: the message with which it is refused,
+    by opening it or by verifying it."""
     weights = folder / "zoo" / "films" / "seed-1" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(change(bytearray(whole)))
@@ -722,11 +737,14 @@ def test_a_checkpoint_cut_anywhere(world, tmp_path, tried):
         "a checkpoint cut short",
         "zoo",
         len(cuts),
-        "refused when it is opened, with the file's name; removed and built again, the same bytes",
+        (
+            "refused when it is opened, with the file's name; removed and built again, the same"
+            " bytes"
+        ),
     )
 
 
-# --- company ---------------------------------------------------------------------------------------------------------
+# --- company ----------------------------------------------------------------------------------
 
 
 def together(works):
@@ -777,7 +795,7 @@ def test_two_processes_at_once(world, stage, unbroken, tmp_path, tried):
     tried("two processes at once", stage.name, rounds, "no damage: the bytes of one")
 
 
-# --- no network ------------------------------------------------------------------------------------------------------
+# --- no network -------------------------------------------------------------------------------
 
 ASKS = {
     "checkpoints": (lambda w: open_checkpoint("nobody/model-x"), "nobody/model-x"),

@@ -1,4 +1,5 @@
-"Files and folders appear whole; what killed processes left is removed by the next, and nothing else."
+"""Files and folders appear whole; what killed processes left is removed by the next, and
+nothing else."""
 
 import os
 import shutil

@@ -1,4 +1,5 @@
-"A fine-tuning ends when its recipe says: after so many steps or epochs, or early, the same for every process that shares it."
+"""A fine-tuning ends when its recipe says: after so many steps or epochs, or early, the same
+for every process that shares it."""
 
 import subprocess
 import sys
@@ -172,7 +173,9 @@ TOGETHER = """
 import sys; sys.path.insert(0, {tests!r})
 from test_finetuning import EASY, moods, replace, train
 from weightregions.jobs import ranks
-open({out!r} + str(ranks()[0]), "w").write(str(train({base!r}, moods(), replace(EASY, patience=200, dtype="float32"), 1, "cpu")[2]["steps"]))
+recipe = replace(EASY, patience=200, dtype="float32")
+steps = train({base!r}, moods(), recipe, 1, "cpu")[2]["steps"]
+open({out!r} + str(ranks()[0]), "w").write(str(steps))
 """
 
 

@@ -1,6 +1,8 @@
-"""Hostile files for every reader: each is read, or refused by one line that names the file; nothing hangs, grows, runs, unpickles or writes elsewhere.
+"""Hostile files for every reader: each is read, or refused by one line that names the file;
+nothing hangs, grows, runs, unpickles or writes elsewhere.
 
-While a reader works, an audit of the interpreter watches what it does; its time and its memory are limited. What was tried is counted, see `test_faults.py`.
+While a reader works, an audit of the interpreter watches what it does; its time and its memory
+are limited. What was tried is counted, see `test_faults.py`.
 """
 
 import copy
@@ -48,7 +50,7 @@ pytestmark = pytest.mark.xdist_group(
 SECONDS, MEGABYTES = 10, 256  # that a reader may take, for files of some kilobytes
 
 
-# --- the watch -------------------------------------------------------------------------------------------------------
+# --- the watch --------------------------------------------------------------------------------
 
 
 class Hangs(BaseException):
@@ -70,7 +72,8 @@ WATCH = {"folder": None, "seen": []}
 
 
 def audit(event, arguments):
-    "Note what no reader may do: start a process, unpickle, connect, and write or remove outside of its folder."
+    """Note what no reader may do: start a process, unpickle, connect, and write or remove
+    outside of its folder."""
     if WATCH["folder"] is None:
         return
     if event in BARRED:
@@ -135,7 +138,7 @@ def refused(read, folder, name):
     return True
 
 
-# --- hostile bytes, hostile JSON -------------------------------------------------------------------------------------
+# --- hostile bytes, hostile JSON --------------------------------------------------------------
 
 HOSTILE = (
     st.sampled_from(
@@ -227,7 +230,7 @@ def bytes_like(draw, whole):
     return bytes(blob)
 
 
-# --- the readers -----------------------------------------------------------------------------------------------------
+# --- the readers ------------------------------------------------------------------------------
 
 
 def tiny(folder, seed=0):
@@ -417,7 +420,9 @@ def whole_region(folder):
     return region.centre.read(region.centre.layout.names[0], 0, 1), repr(region)
 
 
-READERS = {  # what is read: folder, file, the kind of damage, the reader of the folder, and what its message must name
+# what is read: folder, file, the kind of damage, the reader of the folder, and what its message
+# must name
+READERS = {
     "safetensors header": (
         "zoo/films/seed-1",
         "model.safetensors",
@@ -561,11 +566,14 @@ def test_a_reader_takes_or_refuses_hostile_files(root, what, tmp_path, tried):
         "hostile bytes and values",
         what,
         len(found),
-        "read, or refused in one line that names the file; no hang, no growth, no process, no pickle, no write elsewhere",
+        (
+            "read, or refused in one line that names the file; no hang, no growth, no process,"
+            " no pickle, no write elsewhere"
+        ),
     )
 
 
-# --- claims ----------------------------------------------------------------------------------------------------------
+# --- claims -----------------------------------------------------------------------------------
 
 
 def swap_json(file, **changes):
@@ -582,7 +590,8 @@ def header(file, change):
 
 
 def zipped(file, change, zeros=0):
-    "Write the members of a zip anew, each as `change(name, bytes)` gives it; of those that it changes, the end may be megabytes of zeros, packed."
+    """Write the members of a zip anew, each as `change(name, bytes)` gives it; of those that it
+    changes, the end may be megabytes of zeros, packed."""
     with zipfile.ZipFile(file) as z:
         held = {i.filename: z.read(i) for i in z.infolist()}
     with zipfile.ZipFile(
@@ -815,7 +824,8 @@ def test_a_file_that_shrinks_while_it_is_open(root, what, tmp_path, tried):
 
 
 def test_the_watch_sees(tmp_path):
-    "The audit itself: it would see a process, an unpickling, a write elsewhere, a hang and growth."
+    """The audit itself: it would see a process, an unpickling, a write elsewhere, a hang and
+    growth."""
     for bad in (
         lambda: os.system("true"),
         lambda: pickle.loads(pickle.dumps(Path("x"))),

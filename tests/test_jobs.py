@@ -1,4 +1,5 @@
-"The same jobs give the same bytes in this process, in many, and on a Ray cluster; whoever dies costs its own job only."
+"""The same jobs give the same bytes in this process, in many, and on a Ray cluster; whoever
+dies costs its own job only."""
 
 import hashlib
 import json
@@ -87,7 +88,8 @@ def contents(folder):
 
 
 def everything(folder, base, corpora, workers):
-    "A tiny zoo, walk and contest: the bytes of all files, and what the calls give, in its order."
+    """A tiny zoo, walk and contest: the bytes of all files, and what the calls give, in its
+    order."""
     torch.set_num_threads(1)
     zoo = open_zoo(build_zoo(folder / "zoo", base, corpora, RECIPE, [1, 2], workers))
     paths = zoo.models.set_index("model").path.to_dict()
@@ -164,7 +166,7 @@ def test_the_same_bytes_come_out(tmp_path, base, corpora, alone, backend, monkey
         pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
 
 
-# --- who dies --------------------------------------------------------------------------------------------------------
+# --- who dies ---------------------------------------------------------------------------------
 
 
 def killed(file, times):
@@ -345,7 +347,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path, end, tried):
     tried(f"the parent of workers ended by {end.name}", "jobs", len(pids), outcome)
 
 
-# --- where they run --------------------------------------------------------------------------------------------------
+# --- where they run ---------------------------------------------------------------------------
 
 
 def seen(_):
@@ -449,7 +451,7 @@ def test_without_ray_the_extra_is_named(monkeypatch):
         run_jobs(seen, {"1": (1,)}, backend="ray")
 
 
-# --- a cluster that does not answer ---------------------------------------------------------------------------------
+# --- a cluster that does not answer -----------------------------------------------------------
 
 
 def stuck(file, times):
@@ -540,7 +542,7 @@ def test_an_error_in_a_job_is_raised_as_it_is(backend, request):
     assert e.value.__notes__[0] in ("in the job films 1", "in the job b")
 
 
-# --- many processes, one fine-tuning ---------------------------------------------------------------------------------
+# --- many processes, one fine-tuning ----------------------------------------------------------
 
 
 def test_alone_there_is_nothing_to_agree_on(monkeypatch):
@@ -562,7 +564,8 @@ build_zoo({zoo!r}, {base!r}, corpora, Recipe(steps=3, batch_size=8, dtype="float
 
 
 def test_torchrun_trains_the_model_that_one_process_does(tmp_path, base):
-    "Without dropout the weights differ by rounding alone: the batch, its order and the mean of its gradients are the same."
+    """Without dropout the weights differ by rounding alone: the batch, its order and the mean
+    of its gradients are the same."""
     from safetensors.torch import load_file
 
     still = Path(shutil.copytree(base, tmp_path / "base"))

@@ -1,4 +1,5 @@
-"Attacks on weightregions.loading: what comes with a model is never run, never replaced by a default, and refused in one line."
+"""Attacks on weightregions.loading: what comes with a model is never run, never replaced by a
+default, and refused in one line."""
 
 import ast
 import itertools
@@ -74,7 +75,7 @@ def one_line(call, *parts):
     return False
 
 
-# --- one door --------------------------------------------------------------------------------------------------------
+# --- one door ---------------------------------------------------------------------------------
 
 
 def calls(source):
@@ -88,7 +89,8 @@ def calls(source):
 
 
 def test_only_the_door_loads():
-    "No module and no exported cell but those of the chapter on loading calls `from_pretrained`."
+    """No module and no exported cell but those of the chapter on loading calls
+    `from_pretrained`."""
     package = {p.stem: p.read_text() for p in (ROOT / "weightregions").glob("*.py")}
     assert len(list(calls(package.pop("loading")))) == 2
     assert not {name for name, source in package.items() if list(calls(source))}
@@ -107,11 +109,12 @@ def test_every_call_of_the_door_is_guarded(setting):
     assert found and all(setting in words for words in found)
 
 
-# --- a tokenizer that is not there -----------------------------------------------------------------------------------
+# --- a tokenizer that is not there ------------------------------------------------------------
 
 
 def test_no_kind_of_model_gets_a_tokenizer_from_nothing(tmp_path, tried):
-    "Of every type of model: a configuration alone has no tokenizer, unless its class reads bytes or characters."
+    """Of every type of model: a configuration alone has no tokenizer, unless its class reads
+    bytes or characters."""
     kinds = sorted(k for k, v in TOKENIZER_MAPPING_NAMES.items() if v and "/" not in k)
     made, refused = [], 0
     for kind in kinds:
@@ -142,7 +145,8 @@ def test_commands_refuse_a_base_without_tokenizer(command, base, tmp_path, capsy
         assert main([*words.split(), "--workers", "1", "--out", str(zoo)]) == 0
     capsys.readouterr()
     words = {
-        "zoo": f"zoo {bare} --data builtin --datasets films,meals --seeds 1 --steps 2 --workers 1",
+        "zoo": f"zoo {bare} --data builtin --datasets films,meals"
+        " --seeds 1 --steps 2 --workers 1",
         "traverse": f"traverse {zoo} --base {bare} --data builtin --target meals --hull 3",
         "recommend": f"recommend {zoo} --base {bare} --data builtin --target meals",
         "start": f"start {zoo} --base {bare} --data builtin --target meals",
@@ -198,7 +202,7 @@ def test_a_damaged_vocabulary_of_pieces_is_one_line(form, tmp_path):
     assert one_line(lambda: load_tokenizer(tmp_path), str(tmp_path))
 
 
-# --- a tokenizer that is another's -----------------------------------------------------------------------------------
+# --- a tokenizer that is another's ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share", [0.003, 0.05, 0.2, 0.26, 0.9, 1.0])
@@ -258,17 +262,21 @@ def test_texts_may_become_alike_for_a_reason():
     Tokenized(frame(["a", "b"] * 150 + ["x", "y"]), tokenizer, 8)
 
 
-# --- damaged, hostile, endless ---------------------------------------------------------------------------------------
+# --- damaged, hostile, endless ----------------------------------------------------------------
 
 HOSTILE = {
     "tokenizer.json": ["", "{", "[]", "7", '"x"', "{}", '{"a": 1}', '{"model": {"vocab": {}}}',
-        '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}',
-        '{"version": "1.0", "added_tokens": 3, "model": {"type": "BPE"}}', "[" * 10**5, "\x00" * 99],
-    "tokenizer_config.json": ["", "{", "[]", "null", '{"tokenizer_class": 3}', '{"auto_map": "x"}',
+        '{"version": "1.0", "added_tokens": [],'
+        ' "model": {"type": "BPE", "vocab": {}, "merges": []}}',
+        '{"version": "1.0", "added_tokens": 3, "model": {"type": "BPE"}}',
+        "[" * 10**5, "\x00" * 99],
+    "tokenizer_config.json": ["", "{", "[]", "null",
+        '{"tokenizer_class": 3}', '{"auto_map": "x"}',
         '{"added_tokens_decoder": [1]}', '{"added_tokens_decoder": {"x": {"content": "y"}}}',
         '{"unk_token": {"a": 1}}', "[" * 10**5],
     "special_tokens_map.json": ["", "{"],
-    "config.json": ["", "{", "[]", "{}", '{"model_type": 3}', '{"model_type": "mine"}', "[" * 10**5],
+    "config.json": ["", "{", "[]", "{}",
+        '{"model_type": 3}', '{"model_type": "mine"}', "[" * 10**5],
 }  # fmt: skip
 
 
@@ -336,7 +344,7 @@ def test_only_regular_files_of_some_size_are_read(how, base, tmp_path, tried):
     tried(f"a {how} in place of a file beside a model", "loading", len(names) + 1, outcome)
 
 
-# --- code that comes with a model ------------------------------------------------------------------------------------
+# --- code that comes with a model -------------------------------------------------------------
 
 TYPES = ["llama", "roberta", "mistral", "qwen2", "mine"]
 MAPS = [
@@ -406,9 +414,10 @@ def test_a_command_asks_nothing(copy, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-# --- the weights that were hashed ------------------------------------------------------------------------------------
+# --- the weights that were hashed -------------------------------------------------------------
 
-FORMS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")  # fmt: skip
+FILES = ("model.safetensors", "pytorch_model.bin")
+FORMS = tuple(name for file in FILES for name in (file, f"{file}.index.json"))
 
 
 def store(folder, form, state):
@@ -484,7 +493,7 @@ def test_weights_and_code_from_elsewhere_are_refused(base, tmp_path, tried):
     )
 
 
-# --- a base's identity -----------------------------------------------------------------------------------------------
+# --- a base's identity ------------------------------------------------------------------------
 
 
 def test_a_base_is_known_by_tokenizer_and_configuration(base, copy):

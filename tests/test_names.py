@@ -1,4 +1,5 @@
-"Names and labels are text: hostile names are refused before anything is trained, or right to the last page; labels are the same in all formats."
+"""Names and labels are text: hostile names are refused before anything is trained, or right to
+the last page; labels are the same in all formats."""
 
 import json
 import warnings

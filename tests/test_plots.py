@@ -180,7 +180,7 @@ def test_nothing_is_left_changed():
     assert matplotlib.rcParams["figure.constrained_layout.use"]
 
 
-# --- walks and groups ------------------------------------------------------------------------------------------------
+# --- walks and groups -------------------------------------------------------------------------
 
 
 def walk(alphas=np.linspace(0, 1, 5), lines=3, target="sst2"):

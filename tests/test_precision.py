@@ -1,4 +1,5 @@
-"Half precision, overflow and NaN: rounding is no movement, and what a sum cannot hold is named."
+"""Half precision, overflow and NaN: rounding is no movement, and what a sum cannot hold is
+named."""
 
 import warnings
 

@@ -1,4 +1,5 @@
-"The project keeps its own rules: notebooks and package in step, readable pages, one direction of imports, nothing odd in the tree."
+"""The project keeps its own rules: notebooks and package in step, readable pages, one direction
+of imports, nothing odd in the tree."""
 
 import ast
 import configparser
@@ -54,7 +55,7 @@ def cells_of(path):
     return json.loads(path.read_text(encoding="utf-8"))["cells"]
 
 
-# --- notebooks and package -------------------------------------------------------------------------------------------
+# --- notebooks and package --------------------------------------------------------------------
 
 
 def test_package_is_what_the_notebooks_export(tmp_path):
@@ -128,7 +129,7 @@ def test_outputs_are_small(path):
                 )
 
 
-# --- the public names ------------------------------------------------------------------------------------------------
+# --- the public names -------------------------------------------------------------------------
 
 
 def comments(source):
@@ -154,7 +155,8 @@ def arguments(node):
 
 
 def faults(source):
-    "What the docments of a module's public functions (patched methods too), classes, constructors and fields lack."
+    """What the docments of a module's public functions (patched methods too), classes,
+    constructors and fields lack."""
     noted = comments(source)
 
     def docstring(node, name):
@@ -200,7 +202,7 @@ def test_missing_documentation_is_found():
     assert list(faults('class A:\n    "A."\n    x: int\n')) == ["A: field x has no comment"]
 
 
-# --- the flow --------------------------------------------------------------------------------------------------------
+# --- the flow ---------------------------------------------------------------------------------
 
 LAYERS = {
     "points": {
@@ -298,7 +300,8 @@ class Without:
     def __init__(self, finder): self.finder = finder
     def __getattr__(self, name): return getattr(self.finder, name)
     def find_spec(self, name, path=None, target=None):
-        return None if name.split(".")[0] in NAMES else self.finder.find_spec(name, path, target)
+        barred = name.split(".")[0] in NAMES
+        return None if barred else self.finder.find_spec(name, path, target)
 
 sys.meta_path[:] = map(Without, sys.meta_path)
 import weightregions
@@ -344,7 +347,7 @@ def test_package_imports_without_the_developers_tools():
     assert {p.stem for p in MODULES} <= set(done.stdout.split())
 
 
-# --- packaging -------------------------------------------------------------------------------------------------------
+# --- packaging --------------------------------------------------------------------------------
 
 
 def requirements():
@@ -388,7 +391,10 @@ def test_version_is_one():
 
 def test_source_distribution_builds_the_wheel(tmp_path):
     def build(kind, folder):
-        code = f"from setuptools.build_meta import build_{kind} as build; print(build({str(tmp_path)!r}))"
+        code = (
+            f"from setuptools.build_meta import build_{kind} as build;"
+            f" print(build({str(tmp_path)!r}))"
+        )
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True
         )
@@ -441,7 +447,7 @@ def test_code_has_no_loose_ends():
     assert done.returncode == 0, done.stdout
 
 
-# --- pages and tree --------------------------------------------------------------------------------------------------
+# --- pages and tree ---------------------------------------------------------------------------
 
 
 def test_readme_is_the_index():
@@ -488,11 +494,19 @@ def test_top_level_is_the_agreed_one():
 
 
 FORBIDDEN = {
-    "a path of somebody's machine": r"(?<![\w.$}~-])/(?:wor[k]|hom[e]|tm[p]|roo[t]|User[s]|mn[t])/",
+    "a path of somebody's machine": (
+        r"(?<![\w.$}~-])/(?:wor[k]|hom[e]|tm[p]|roo[t]|User[s]|mn[t])/"
+    ),
     "a path outside the project": r"\.\./share[d]",
-    "the host of a package registry": r"pyp[i]\.\w|pythonhoste[d]|registry\.np[m]|deb\.debia[n]|download\.pytorc[h]|conda\.anacond[a]",
+    "the host of a package registry": (
+        r"pyp[i]\.\w|pythonhoste[d]|registry\.np[m]|deb\.debia[n]"
+        r"|download\.pytorc[h]|conda\.anacond[a]"
+    ),
     "code that came with a checkpoint": r"trust_remote_code\s*=\s*Tru[e]",
-    "unpickling": r"\bpickle\.loa[d]|allow_pickle\s*=\s*Tru[e]|torch\.loa[d]\((?![^\n]*weights_only=True)",
+    "unpickling": (
+        r"\bpickle\.loa[d]|allow_pickle\s*=\s*Tru[e]"
+        r"|torch\.loa[d]\((?![^\n]*weights_only=True)"
+    ),
     "unfinished work": r"\b(?:TOD[O]|FIXM[E]|XX[X])\b|NotImplementedErro[r]|mark\.xfai[l]",
 }
 
@@ -611,7 +625,11 @@ def test_every_import_is_required():
 def test_a_group_of_tests_runs_in_one_process(tmp_path):
     "As its fixtures are dear; pytest-xdist 3.8 takes no notice of groups with pytest 9.2."
     (tmp_path / "test_group.py").write_text(
-        "import pytest\n@pytest.mark.xdist_group('group')\n@pytest.mark.parametrize('i', range(8))\ndef test_one(i, worker_id):\n    with open('workers', 'a') as f: f.write(worker_id + '\\n')\n"
+        "import pytest\n"
+        "@pytest.mark.xdist_group('group')\n"
+        "@pytest.mark.parametrize('i', range(8))\n"
+        "def test_one(i, worker_id):\n"
+        "    with open('workers', 'a') as f: f.write(worker_id + '\\n')\n"
     )
     done = subprocess.run(
         [

@@ -1,4 +1,5 @@
-"Checkpoints in the shapes in which they lie on the hub: opened with AutoModel's numbers, or refused with the reason."
+"""Checkpoints in the shapes in which they lie on the hub: opened with AutoModel's numbers, or
+refused with the reason."""
 
 import json
 import os
@@ -65,6 +66,8 @@ def bare(prefix):
     "An edit that takes a prefix away."
     return lambda state: {k.removeprefix(prefix): t for k, t in state.items()}
 
+
+CROSS = "decoder.block.0.layer.1.EncDecAttention"  # of a T5
 
 MASKS = {
     f"h.{i}.attn.{name}": mask
@@ -174,14 +177,7 @@ OPENED = {
             hf.T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
         ),
         None,
-        lambda s: (
-            s
-            | {
-                "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": torch.zeros(
-                    32, 2
-                )
-            }
-        ),
+        lambda s: s | {f"{CROSS}.relative_attention_bias.weight": torch.zeros(32, 2)},
     ),
     "fused projections": lambda f: saved(f, hf.NomicBertModel(hf.NomicBertConfig(**SMALL))),
     "experts one by one": lambda f: saved(

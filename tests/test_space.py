@@ -1,4 +1,5 @@
-"""Attacks on weight space: round trips, vector-space laws, precision, and everything that must be refused."""
+"""Attacks on weight space: round trips, vector-space laws, precision, and everything that must
+be refused."""
 
 import math
 import pickle
@@ -33,7 +34,8 @@ shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 
 @st.composite
 def state_dicts(draw, dtypes=DTYPES):
-    "Tensors of random names, shapes (scalars and empty ones too) and data types, over many orders of magnitude."
+    """Tensors of random names, shapes (scalars and empty ones too) and data types, over many
+    orders of magnitude."""
     rng = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     scale = 10.0 ** draw(st.integers(-6, 3))
     return {

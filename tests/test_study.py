@@ -72,7 +72,7 @@ def test_every_claim_has_a_criterion_and_a_tiny_run_no_verdict(out):
     assert (known.low <= known.ours + 1e-9).all() and (known.ours <= known.high + 1e-9).all()
 
 
-# --- a number belongs to the bytes it was made from -------------------------------------------------------------------
+# --- a number belongs to the bytes it was made from -------------------------------------------
 
 FEW = replace(
     SCALES["tiny"],
@@ -358,7 +358,8 @@ def test_square_is_the_inverse_of_pairs():
 
 
 def test_data_of_ones_own(tmp_path):
-    "Two short datasets of no known family: what they cannot tell is left out or has no verdict, and the rest is there."
+    """Two short datasets of no known family: what they cannot tell is left out or has no
+    verdict, and the rest is there."""
     for name, n in (("films", 120), ("meals", 45)):
         (tmp_path / "texts" / name).mkdir(parents=True)
         for split, rows in zip(
@@ -387,8 +388,8 @@ def test_data_of_ones_own(tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "notebook c3_c4_same_task: left out, it takes two task families" in done.stdout
     assert (
-        "notebook c5_data_not_size: left out, it takes two datasets with more rows than a sub-sample"
-        in done.stdout
+        "notebook c5_data_not_size: left out, it takes two datasets with more rows than a"
+        " sub-sample" in done.stdout
     )
     claims = pd.read_csv(tmp_path / "out" / "claims.csv")
     assert {"C1", "C2", "C6", "C7", "C8", "C10", "C11", "C12"} <= set(claims.claim) and not {

@@ -1,4 +1,5 @@
-"One rule for every claim: each step of it, on tables made for that step, and on the recorded run."
+"""One rule for every claim: each step of it, on tables made for that step, and on the recorded
+run."""
 
 from pathlib import Path
 

@@ -29,21 +29,6 @@ def seen_sha256(
     recent = time.time_ns() - max(stamp[:2]) < 2e9
     return _sha256_at.__wrapped__(file, stamp) if recent else _sha256_at(file, stamp)
 
-
-def _stamp(file: Path) -> tuple[int, int, int, int]:
-    "What changes when a file is written or replaced: times, size, inode."
-    about = os.stat(file)
-    return about.st_mtime_ns, about.st_ctime_ns, about.st_size, about.st_ino
-
-
-@lru_cache(maxsize=4096)
-def _sha256_at(file: Path, stamp: tuple) -> str:
-    "The SHA-256 of a file that had this stamp."
-    sha256 = file_sha256(file)
-    if _stamp(file) != stamp:
-        raise ValueError(f"{file}: changes while it is read")
-    return sha256
-
 # %% ../nbs/05_identity.ipynb #49e86f3b
 def weights_files(
     folder: str | Path,  # of a model
@@ -55,15 +40,6 @@ def weights_files(
         if (index := Path(folder) / f"{name}.index.json").is_file():
             return _shards(index)
     return []
-
-
-def _shards(index: Path) -> list[Path]:
-    "The files that an index of shards names."
-    where = read_json(index).get("weight_map")
-    shards = set(where.values()) if isinstance(where, dict) else set()
-    if not shards or not all(isinstance(s, str) and Path(s).name == s for s in shards):
-        raise ValueError(f"{index}: has no weight_map with names of files beside it")
-    return sorted(index.parent / shard for shard in shards)
 
 # %% ../nbs/05_identity.ipynb #f5ad2c63
 def weights_sha256(
@@ -78,7 +54,7 @@ def weights_sha256(
     whole = len(files) == 1 and files[0].name in ("model.safetensors", "pytorch_model.bin")
     return seen_sha256(files[0]) if whole else digest(files)
 
-
+# %% ../nbs/05_identity.ipynb #50b503b0
 def digest(
     files: Iterable[Path],  # in any order
 ) -> str:
@@ -97,7 +73,7 @@ def model_identity(
         "config": config_sha256(folder),
     }
 
-
+# %% ../nbs/05_identity.ipynb #49bd59e3
 def config_sha256(
     folder: str | Path,  # of a model
 ) -> str:
@@ -110,7 +86,7 @@ def config_sha256(
 # %% ../nbs/05_identity.ipynb #e8a46e0c
 PARTS = {"sha256": "weights", "tokenizer": "tokenizer", "config": "configuration"}
 
-
+# %% ../nbs/05_identity.ipynb #49522298
 def other_parts(
     here: dict,  # an identity
     there: dict,  # another; zoos of former versions know only the weights
@@ -120,3 +96,27 @@ def other_parts(
     return [
         what for key, what in PARTS.items() if key in shared and here.get(key) != there.get(key)
     ]
+
+# %% ../nbs/05_identity.ipynb #22e0bd71
+def _stamp(file: Path) -> tuple[int, int, int, int]:
+    "What changes when a file is written or replaced: times, size, inode."
+    about = os.stat(file)
+    return about.st_mtime_ns, about.st_ctime_ns, about.st_size, about.st_ino
+
+
+@lru_cache(maxsize=4096)
+def _sha256_at(file: Path, stamp: tuple) -> str:
+    "The SHA-256 of a file that had this stamp."
+    sha256 = file_sha256(file)
+    if _stamp(file) != stamp:
+        raise ValueError(f"{file}: changes while it is read")
+    return sha256
+
+# %% ../nbs/05_identity.ipynb #d5c7b974
+def _shards(index: Path) -> list[Path]:
+    "The files that an index of shards names."
+    where = read_json(index).get("weight_map")
+    shards = set(where.values()) if isinstance(where, dict) else set()
+    if not shards or not all(isinstance(s, str) and Path(s).name == s for s in shards):
+        raise ValueError(f"{index}: has no weight_map with names of files beside it")
+    return sorted(index.parent / shard for shard in shards)

@@ -39,19 +39,16 @@ def why_not(
         return "is not there"
     if not _note(path).is_file():
         return "has no note of what it was made of"
-    try:
-        note = read_json(_note(path))
-    except ValueError:
+    note = _read_note(path)
+    if note is None:
         return "has a damaged note of what it was made of"
-    before = note.get("made_of")
-    if not isinstance(before, dict):
-        return "has a damaged note of what it was made of"
+    before = note["made_of"]
     made_of = before if made_of is None else json.loads(json.dumps(made_of))
     if differ := [k for k in {**made_of, **before} if before.get(k) != made_of.get(k)]:
         return f"was made of other {', '.join(differ)}"
     return "" if note.get("sha256") == _sha256(path) else "was changed after it was made"
 
-
+# %% ../nbs/41_kept.ipynb #cbda507a
 def write_note(
     path: Path,  # of a file or folder
     made_of: dict,  # what it depends on, in values that JSON has
@@ -65,6 +62,15 @@ def _note(path):
     return path.with_name(f"{path.name}.made.json")
 
 
+def _read_note(path):
+    "What a note holds; None where it is damaged."
+    try:
+        note = read_json(_note(path))
+    except ValueError:
+        return None
+    return note if isinstance(note.get("made_of"), dict) else None
+
+# %% ../nbs/41_kept.ipynb #6bf11306
 def _sha256(path):
     "Of a file its SHA-256; of a folder that of all its files."
     if path.is_file():
@@ -73,7 +79,7 @@ def _sha256(path):
     names = {f.relative_to(path).as_posix(): file_sha256(f) for f in files}
     return hashlib.sha256(as_json(names).encode()).hexdigest()
 
-
+# %% ../nbs/41_kept.ipynb #0db8c1e5
 def _remove(path):
     "Remove a note, and then what it was about."
     _note(path).unlink(missing_ok=True)

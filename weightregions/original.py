@@ -19,29 +19,22 @@ from .files import whole_file
 
 # %% ../nbs/16_original.ipynb #c490edf4
 DATASETS = (
-    "cola",
-    "sst2",
-    "mrpc",
-    "qqp",
-    "mnli",
-    "qnli",
-    "rte",
-    "wnli",
-    "boolq",
-    "cb",
-    "copa",
-    "multirc",
-    "wic",
-    "wsc",
+    *("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli"),  # GLUE
+    *("boolq", "cb", "copa", "multirc", "wic", "wsc"),  # SuperGLUE
 )
 
 SHA256 = {
-    "sim_matrix_glue_super_glue_70.csv": "bc6401064d278f0d0f7b5c4fe38e1186a9a333238607f622d5cd10ab5e743491",
-    "euc_dist_matrix_glue_super_glue_70.csv": "f2c8e293f2862d99897a9fa2cd5bb11b0b3733a2d6e7573f4f88fd6bee5866a1",
+    "sim_matrix_glue_super_glue_70.csv": (
+        "bc6401064d278f0d0f7b5c4fe38e1186a9a333238607f622d5cd10ab5e743491"
+    ),
+    "euc_dist_matrix_glue_super_glue_70.csv": (
+        "f2c8e293f2862d99897a9fa2cd5bb11b0b3733a2d6e7573f4f88fd6bee5866a1"
+    ),
 }
 
 SOURCE = (
-    "https://raw.githubusercontent.com/IBM/model-recycling/1c1d4228810ef0506de1a85144a3744b274c8bbc/"
+    "https://raw.githubusercontent.com/IBM/model-recycling/"
+    "1c1d4228810ef0506de1a85144a3744b274c8bbc/"
     "python_code/clustering%20code/analysis_utils/saved_matrices/"
 )
 
@@ -51,65 +44,30 @@ def read_matrix(
 ) -> pd.DataFrame:  # square, labelled "dataset-seed" on both sides
     "A published matrix with our names for the models."
     header, *rows = Path(file).read_text(encoding="utf-8").split("\n")
-    found = [
-        re.fullmatch(r"seed_(\d+)_data_(\d+)", column.strip())
-        for column in header.strip().strip('"').split(",")
-    ]
-    if None in found:
-        raise ValueError(
-            f"{file}: column {found.index(None) + 1} of the header is not of the form seed_S_data_D"
-        )
-    names = [f"{DATASETS[int(m[2])]}-{m[1]}" for m in found]
+    names = _model_names(file, header)
     try:
         values = np.array([row.split(",") for row in rows if row.strip()], float)
     except ValueError as e:
         raise ValueError(f"{file}: not a table of numbers ({e})") from None
     if values.shape != (len(names), len(names)):
-        raise ValueError(
-            f"{file}: {len(names)} columns are named, but the numbers are {' x '.join(map(str, values.shape))}"
-        )
+        shape = " x ".join(map(str, values.shape))
+        raise ValueError(f"{file}: {len(names)} columns are named, but the numbers are {shape}")
     return pd.DataFrame(values, names, names)
-
-# %% ../nbs/16_original.ipynb #476cf05b
-def _checked(content: bytes, name: str, where: str) -> bytes:
-    "The content, if it is what the authors published."
-    if (found := hashlib.sha256(content).hexdigest()) != SHA256[name]:
-        raise ValueError(
-            f"{where}: sha256 is {found[:12]}..., but the published file has {SHA256[name][:12]}..."
-        )
-    return content
-
-
-def _fetch(name: str, folder: Path) -> None:
-    "Bring one file from the pinned commit into `folder`."
-    with urllib.request.urlopen(SOURCE + name, timeout=60) as answer:
-        content = _checked(answer.read(), name, SOURCE + name)
-    with whole_file(folder / name) as f:
-        f.write(content)
 
 # %% ../nbs/16_original.ipynb #b6c28593
 def original_folder(
-    folder: str
-    | Path
-    | None = None,  # where the two files lie; None: WEIGHTREGIONS_PAPER_DATA, or the cache
-) -> Path:
+    folder: str | Path | None = None,  # None: WEIGHTREGIONS_PAPER_DATA, or the cache
+) -> Path:  # where the two files lie
     "The folder in which the published matrices are looked for."
-    cache = (
-        Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        / "weightregions"
-        / "original"
-    )
-    return Path(folder or os.environ.get("WEIGHTREGIONS_PAPER_DATA") or cache)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    chosen = folder or os.environ.get("WEIGHTREGIONS_PAPER_DATA")
+    return Path(chosen or cache / "weightregions" / "original")
 
 # %% ../nbs/16_original.ipynb #9ed8ee31
 def load_original(
-    folder: str
-    | Path
-    | None = None,  # where the two files lie; None: WEIGHTREGIONS_PAPER_DATA, or the cache
+    folder: str | Path | None = None,  # None: WEIGHTREGIONS_PAPER_DATA, or the cache
     fetch: bool = False,  # get what is missing from the authors' repository
-) -> tuple[
-    pd.DataFrame, pd.DataFrame, pd.Series
-]:  # cosines (70, 70), Euclidean distances (70, 70), dataset of each model (70,)
+) -> tuple:  # cosines (70, 70), Euclidean distances (70, 70), dataset of each model (70,)
     "The published matrices of 70 RoBERTa-base models, checked by their checksums."
     folder, matrices = original_folder(folder), []
     for name in SHA256:
@@ -117,14 +75,43 @@ def load_original(
             _fetch(name, folder)
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{name} is not in {folder}: set WEIGHTREGIONS_PAPER_DATA to the folder that holds it, or fetch it"
+                f"{name} is not in {folder}: set WEIGHTREGIONS_PAPER_DATA to the folder that"
+                " holds it, or fetch it"
             )
-        _checked((folder / name).read_bytes(), name, str(folder / name))
+        _require_published((folder / name).read_bytes(), name, str(folder / name))
         matrices.append(read_matrix(folder / name))
     cosine, squared = matrices
     euclidean = np.sqrt(squared.where(~np.eye(len(squared), dtype=bool), 0.0))
-    return (
-        cosine,
-        euclidean,
-        pd.Series(cosine.index.str.rsplit("-", n=1).str[0], cosine.index, name="dataset"),
-    )
+    datasets = cosine.index.str.rsplit("-", n=1).str[0]
+    return cosine, euclidean, pd.Series(datasets, cosine.index, name="dataset")
+
+# %% ../nbs/16_original.ipynb #ab24fb87
+def _model_names(file: Path, header: str) -> list[str]:
+    "Our names for the columns of a published matrix."
+    columns = header.strip().strip('"').split(",")
+    parts = [re.fullmatch(r"seed_(\d+)_data_(\d+)", column.strip()) for column in columns]
+    if None in parts:
+        raise ValueError(
+            f"{file}: column {parts.index(None) + 1} of the header is not of the form"
+            " seed_S_data_D"
+        )
+    return [f"{DATASETS[int(part[2])]}-{part[1]}" for part in parts]
+
+# %% ../nbs/16_original.ipynb #476cf05b
+def _require_published(content: bytes, name: str, where: str) -> bytes:
+    "The content, if it is what the authors published."
+    sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 != SHA256[name]:
+        raise ValueError(
+            f"{where}: sha256 is {sha256[:12]}..., but the published file has"
+            f" {SHA256[name][:12]}..."
+        )
+    return content
+
+
+def _fetch(name: str, folder: Path) -> None:
+    "Bring one file from the pinned commit into `folder`."
+    with urllib.request.urlopen(SOURCE + name, timeout=60) as answer:
+        content = _require_published(answer.read(), name, SOURCE + name)
+    with whole_file(folder / name) as f:
+        f.write(content)

@@ -36,7 +36,8 @@ html_math_renderer = "mathml"
 
 
 def mathml(self, node):
-    "Formulas as MathML, which browsers draw by themselves: no script from elsewhere, and the book reads offline."
+    """Formulas as MathML, which browsers draw by themselves: no script from elsewhere, and the
+    book reads offline."""
     formula = convert(
         node.astext(), display="block" if isinstance(node, nodes.math_block) else "inline"
     )

@@ -1,7 +1,10 @@
-"""What the package costs, beside the floor and what a user would do today: one run, one table, one file of rows. `make bench` calls this.
+"""What the package costs, beside the floor and what a user would do today.
 
-Each measurement is a process of its own, so that its peak of anonymous memory is its own; the ways of one operation take turns, and the
-medians are reported. Rows of operations that are not measured stay in the file, and are said to be of earlier runs. Checkpoints are random, written once, into memory (a tmpfs) where there is one with room, and removed at the end.
+One run gives one table and one file of rows; `make bench` calls this. Each measurement is a
+process of its own, so that its peak of anonymous memory is its own; the ways of one operation
+take turns, and the medians are reported. Rows of operations that are not measured stay in the
+file, and are said to be of earlier runs. Checkpoints are random, written once, into memory (a
+tmpfs) where there is one with room, and removed at the end.
 """
 
 import argparse
@@ -92,7 +95,8 @@ class Bench:
         return self.call(way, script, **arguments, device=self.device)
 
     def rounds(self, ways, rounds=None):
-        "Subject -> medians of some measurements that take turns; of a peer that is missing or fails, what there is to say."
+        """Subject -> medians of some measurements that take turns; of a peer that is missing or
+        fails, what there is to say."""
         found = {subject: [] for subject in ways}
         for i in range(rounds or self.a.rounds):
             for subject, call in list(ways.items())[:: 1 if i % 2 == 0 else -1]:
@@ -121,7 +125,8 @@ class Bench:
         return self.call(name, script="peers.py", **arguments)
 
     def add(self, operation, found, floor=None, errors=(), clock=None, n=None, params=None):
-        "Rows of one operation; `clock` says which of the times that were measured, if not that of the operation."
+        """Rows of one operation; `clock` says which of the times that were measured, if not
+        that of the operation."""
         clock = clock or {"wall": "seconds", "cpu": "cpu"}[self.a.clock]
         least, before = found[floor][clock] if floor else nan, len(self.rows)
         for subject, said in found.items():
@@ -220,7 +225,8 @@ def similarity(b):
         )
     if b.device == "cpu" and (need := 8 * n * b.params) > 0.9 * free_memory():
         ways["load, stack, multiply"] = said(
-            f"not measured, it takes {need / 1e9:.1f} GB and {free_memory() / 1e9:.1f} GB are free"
+            f"not measured, it takes {need / 1e9:.1f} GB and {free_memory() / 1e9:.1f} GB are"
+            " free"
         )
     found = b.rounds(ways)
     b.call("cosines_float64", models=models, base=start, out=file("exact"))
@@ -310,7 +316,10 @@ def growth(b):
         need, free = (n + 1 - b.written) * 4 * b.params, free_memory()
         if need > 0.8 * free:
             print(
-                f"similarity of {n} models is left out: it takes {need / 1e9:.1f} GB more of checkpoints, and {free / 1e9:.1f} GB of memory are free",
+                (
+                    f"similarity of {n} models is left out: it takes {need / 1e9:.1f} GB more"
+                    f" of checkpoints, and {free / 1e9:.1f} GB of memory are free"
+                ),
                 flush=True,
             )
         else:
@@ -461,7 +470,10 @@ def main():
         "--base",
         choices=("minilm", "random"),
         default="minilm",
-        help="what is probed and fine-tuned: MiniLM, or a RoBERTa of random weights, RoBERTa-base's size if checkpoints have it",
+        help=(
+            "what is probed and fine-tuned: MiniLM, or a RoBERTa of random weights,"
+            " RoBERTa-base's size if checkpoints have it"
+        ),
     )
     p.add_argument(
         "--only",
@@ -495,9 +507,12 @@ def main():
         prefix="weightregions-bench-", dir=a.store or room(a.size)
     ) as work:
         b = Bench(a, Path(work))
+        place = "memory" if work.startswith("/dev/shm") else "a folder"
+        devices = "; ".join(dict.fromkeys([device_name(), device_name(a.device)]))
+        clock = "by the clock" if a.clock == "wall" else "of the processor"
+        peers = "installed" if b.peers else "not installed: make bench PEERS=1"
         print(
-            f"{a.size} checkpoints in {'memory' if work.startswith('/dev/shm') else 'a folder'}, {'; '.join(dict.fromkeys([device_name(), device_name(a.device)]))}, "
-            f"seconds {'by the clock' if a.clock == 'wall' else 'of the processor'}; peers {'installed' if b.peers else 'not installed: make bench PEERS=1'}",
+            f"{a.size} checkpoints in {place}, {devices}, seconds {clock}; peers {peers}",
             flush=True,
         )
         for part, measure in PARTS.items():

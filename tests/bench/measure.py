@@ -41,7 +41,9 @@ class Run:
 
     seconds: float  # by the clock, from its start to its end
     cpu_seconds: float  # of the processors, its children's included
-    peak_mb: float  # most anonymous memory at a time, in 10^6 bytes, children included; NaN where the system does not tell
+    # most anonymous memory at a time, in 10^6 bytes, children included; NaN where the system
+    # does not tell
+    peak_mb: float
     output: str  # what it wrote
 
 
@@ -70,7 +72,8 @@ def alone(
         output = said.read().decode(errors="replace")
     if process.returncode:
         raise ValueError(
-            f"{Path(command[0]).name} ended with {process.returncode}: {(output.strip().splitlines() or ['no message'])[-1]}"
+            f"{Path(command[0]).name} ended with {process.returncode}:"
+            f" {(output.strip().splitlines() or ['no message'])[-1]}"
         )
     return Run(seconds, used.ru_utime + used.ru_stime, peak / 1e6 or nan, output)
 

@@ -1,4 +1,5 @@
-"""What the peers do, run by the interpreter of their own environment: python peers.py WAY ARGUMENTS, the arguments as JSON."""
+"""What the peers do, run by the interpreter of their own environment: python peers.py WAY
+ARGUMENTS, the arguments as JSON."""
 
 import json
 import sys
@@ -26,7 +27,8 @@ def merge(models, out):
 
 
 def walk(a, b, points, out, device="cpu"):
-    "loss-landscapes' walk from one model to another, with a metric that costs nothing; a second walk keeps what it passes at half way."
+    """loss-landscapes' walk from one model to another, with a metric that costs nothing; a
+    second walk keeps what it passes at half way."""
     import loss_landscapes
     import torch
     from loss_landscapes.metrics.metric import Metric
@@ -59,7 +61,8 @@ def walk(a, b, points, out, device="cpu"):
 
 
 def took(begin):
-    "Seconds by the clock, and of the processor, since `begin`; what a GPU was asked to do is done."
+    """Seconds by the clock, and of the processor, since `begin`; what a GPU was asked to do is
+    done."""
     if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return {"seconds": time.perf_counter() - begin[0], "cpu": time.process_time() - begin[1]}

@@ -111,7 +111,8 @@ def beside(
 def _value(
     rows: pd.DataFrame, operation: str, subject: str, column: str = "seconds", **where
 ) -> float:
-    "One number of the rows, of a subject or of what its name begins with; NaN if it was not measured."
+    """One number of the rows, of a subject or of what its name begins with; NaN if it was not
+    measured."""
     found = rows[
         (rows.operation == operation)
         & ((rows.subject == subject) | rows.subject.str.startswith(f"{subject} "))
@@ -123,8 +124,11 @@ def _value(
 
 def rates(
     rows: pd.DataFrame,  # with the columns of FIELDS; those of "ceiling" are taken
-) -> pd.DataFrame:  # a row a ceiling: GB/s, or GFLOP/s of a product, and the share of similarity's seconds that it takes alone
-    "How fast the machine reads, copies and multiplies."
+) -> pd.DataFrame:  # one row per ceiling
+    """How fast the machine reads, copies and multiplies.
+
+    In GB/s, or GFLOP/s of a product; and the share of similarity's seconds that it takes alone.
+    """
     found = rows[rows.operation == "ceiling"]
     vectors, product = found.n + 1, found.subject.str.startswith("product")
     work = (4 * vectors * found.params).where(~product, 2 * vectors**2 * found.params)
@@ -143,7 +147,7 @@ def rates(
 
 def throughput(
     rows: pd.DataFrame,  # with the columns of FIELDS; those of a zoo are taken
-) -> pd.DataFrame:  # a row a way: models an hour, and how many times those of the fastest plain Trainer of either padding
+) -> pd.DataFrame:  # one row per way: models an hour, and times the fastest plain Trainer
     "Models an hour of each way to make a zoo."
     found = rows[rows.operation.str.startswith("a model of a zoo") & rows.seconds.notna()]
     shown = found[["operation", "subject", "seconds"]].assign(
@@ -164,7 +168,8 @@ def throughput(
 
 
 def _sweeps(rows: pd.DataFrame) -> dict:
-    "The two sweeps of similarity as it grows: over N, of whole models; and over P, of equally many models."
+    """The two sweeps of similarity as it grows: over N, of whole models; and over P, of equally
+    many models."""
     rows = rows[
         (rows.operation == "similarity, growing") & (rows.subject == "weightregions")
     ].sort_values(["n", "params"])
@@ -175,7 +180,7 @@ def _sweeps(rows: pd.DataFrame) -> dict:
 def straightness(
     rows: pd.DataFrame,  # of one sweep, the package's
     column: str = "seconds",  # what grows
-) -> tuple:  # R squared of a straight line in N x P, and the largest residual as a share of what was measured; NaN for less than three points
+) -> tuple:  # R squared in N x P, and the largest residual's share; NaN below three points
     "How straight a line the cost is in the numbers read."
     x, y = (rows.n * rows.params).to_numpy(float), rows[column].to_numpy(float)
     if len(x) < 3:
@@ -304,7 +309,8 @@ def growth_figure(
     rows: pd.DataFrame,  # with the columns of FIELDS; those of "similarity, growing" are drawn
     axes: Sequence[Axes] | None = None,  # two, for time and memory
 ) -> Sequence[Axes]:  # the two
-    "Seconds and peak memory of similarity against the numbers read, with the floor of each sweep."
+    """Seconds and peak memory of similarity against the numbers read, with the floor of each
+    sweep."""
     sweeps = {what: part for what, part in _sweeps(rows).items() if len(part)}
     if not sweeps:
         raise ValueError("bench: no rows of 'similarity, growing' by weightregions")

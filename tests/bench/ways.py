@@ -1,8 +1,11 @@
-"""Every way that `make bench` measures, each called in a process of its own: python ways.py WAY ARGUMENTS RESULT, the arguments as JSON.
+"""Every way that `make bench` measures, each called in a process of its own.
 
-A way returns seconds by the clock and of the processor, of the operation alone: not of starting Python and importing. What a user would
-do today is written as a user would write it. A floor is the least that any way has to do: read the bytes once, multiply once, write once.
-What computes on a device takes its name, "cpu" or "cuda".
+    python ways.py WAY ARGUMENTS RESULT        the arguments as JSON
+
+A way returns seconds by the clock and of the processor, of the operation alone: not of starting
+Python and importing. What a user would do today is written as a user would write it. A floor is
+the least that any way has to do: read the bytes once, multiply once, write once. What computes
+on a device takes its name, "cpu" or "cuda".
 """
 
 import json
@@ -27,7 +30,8 @@ THREADS = min(torch.get_num_threads(), 8)
 
 
 def now(device="cpu"):
-    "Where the clocks stand; what transformers imports late is imported before they start, and a GPU has started."
+    """Where the clocks stand; what transformers imports late is imported before they start, and
+    a GPU has started."""
     if "transformers" in sys.modules:
         from transformers import RobertaForMaskedLM, RobertaModel  # noqa: F401
     for dtype in (torch.float32, torch.float64):
@@ -42,13 +46,14 @@ def weights(folder):
 
 
 def in_threads(work, tasks):
-    "Call `work` for all tasks, in as many threads as the package would use, each computing in one."
+    """Call `work` for all tasks, in as many threads as the package would use, each computing in
+    one."""
     torch.set_num_threads(1)
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(work, tasks))
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------
+# --- checkpoints ------------------------------------------------------------------------------
 
 CONFIGS = {
     "base": dict(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1),
@@ -65,7 +70,8 @@ CONFIGS = {
 
 
 def write(folder, size, first, stop):
-    "Random RoBERTas, number 0 the start, the others a little away from it in every weight; as masked-language models, which mergekit knows."
+    """Random RoBERTas, number 0 the start, the others a little away from it in every weight; as
+    masked-language models, which mergekit knows."""
     from safetensors.torch import save_file
     from transformers import RobertaConfig, RobertaForMaskedLM
 
@@ -104,7 +110,7 @@ class Part:
         )
 
 
-# --- (a) and (f): similarity -----------------------------------------------------------------------------------------
+# --- (a) and (f): similarity ------------------------------------------------------------------
 
 
 def similarity(models, base, out=None, layers=None, device="cpu"):
@@ -266,7 +272,7 @@ def similarity_floor(models, base, params, dtype, device="cpu"):
     return {k: (sum if device == "cpu" else max)(one[k] for one in alone) for k in alone[0]}
 
 
-# --- (b): average ----------------------------------------------------------------------------------------------------
+# --- (b): average -----------------------------------------------------------------------------
 
 
 def average(models, out):
@@ -326,11 +332,12 @@ def average_error(out, models):
     return {"error": worst}
 
 
-# --- (c): a point on a line ------------------------------------------------------------------------------------------
+# --- (c): a point on a line -------------------------------------------------------------------
 
 
 def each(path, go, device):
-    "Seconds of going to a point in the middle of a path, the median; the two ends are mere copies."
+    """Seconds of going to a point in the middle of a path, the median; the two ends are mere
+    copies."""
     spent = []
     for place in path:
         begin = now(device)
@@ -345,7 +352,8 @@ def keep(model, out):
 
 
 def stand(a, b, points, out, held=True, device="cpu"):
-    "The package's: one scratch model, refilled in place from two models in memory, or from their files."
+    """The package's: one scratch model, refilled in place from two models in memory, or from
+    their files."""
     from weightregions.checkpoints import open_checkpoint
     from weightregions.traversal import ScratchModel, load_in_memory, line
 
@@ -432,11 +440,12 @@ def line_error(out, a, b):
     return {"error": worst}
 
 
-# --- (d): the probe --------------------------------------------------------------------------------------------------
+# --- (d): the probe ---------------------------------------------------------------------------
 
 
 def base_model(size, folder, kind="minilm"):
-    "MiniLM where it is to be had, else, or if small, the tiny base; or a RoBERTa of random weights, with its size; the folder."
+    """MiniLM where it is to be had, else, or if small, the tiny base; or a RoBERTa of random
+    weights, with its size; the folder."""
     from weightregions.bases import minilm, plain_texts, tiny_base, tiny_tokenizer
 
     if kind == "random":
@@ -484,7 +493,8 @@ def probe(base, size, device="cpu"):
 
 
 def probe_by_sgd(base, size, device="cpu"):
-    "A linear layer on the frozen encoder, trained by Adam on 200 batches of 32 rows, each encoded when it is its turn."
+    """A linear layer on the frozen encoder, trained by Adam on 200 batches of 32 rows, each
+    encoded when it is its turn."""
     from weightregions.probing import sgd_probe
 
     model, target, about = probed(base, size, device)
@@ -504,7 +514,7 @@ def probe_floor(base, size, device="cpu"):
     return took(begin) | about
 
 
-# --- (e): a zoo ------------------------------------------------------------------------------------------------------
+# --- (e): a zoo -------------------------------------------------------------------------------
 
 SEEDS = 1, 2
 
@@ -539,7 +549,8 @@ def zoo(
     like_length=True,
     device="cpu",
 ):
-    "The package's: batches of like length, several processes of one thread each; their start, once a zoo, is part of it. One process can do without either."
+    """The package's: batches of like length, several processes of one thread each; their start,
+    once a zoo, is part of it. One process can do without either."""
     from shutil import rmtree
     from transformers import Trainer
     from weightregions import finetuning
@@ -565,7 +576,8 @@ def zoo(
 
 
 def trainer(base, size, folder, dtype, padding, device="cpu"):
-    "A plain Trainer, one model after the other in all threads, rows padded to the longest allowed or to the longest of the batch."
+    """A plain Trainer, one model after the other in all threads, rows padded to the longest
+    allowed or to the longest of the batch."""
     from shutil import rmtree
     from transformers import (
         AutoModelForSequenceClassification,
