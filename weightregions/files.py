@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAME_RULE', 'LONGEST_NAME', 'OUR_FILES', 'OUR_WORDS', 'whole_file', 'write_whole', 'append_line', 'flush',
-           'whole_folder', 'file_sha256', 'as_json', 'read_text', 'read_json', 'check_name', 'read_table',
+           'whole_folder', 'file_sha256', 'as_json', 'read_bytes', 'read_text', 'read_json', 'check_name', 'read_table',
            'cells_of_any_length', 'remove_leftovers']
 
 # %% ../nbs/01_files.ipynb #cd774115
@@ -106,21 +106,28 @@ def as_json(
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 # %% ../nbs/01_files.ipynb #4e4c0676
+def read_bytes(
+    file: Path,  # a file that somebody else may have written
+    most: int = 2**26,  # bytes that it may have
+) -> bytes:  # its content
+    "The bytes of a regular file."
+    if not os.path.exists(file):
+        raise FileNotFoundError(f"{file}: there is no such file")
+    if not os.path.isfile(file):
+        raise ValueError(f"{file}: is no regular file")
+    if os.path.getsize(file) > most:
+        raise ValueError(f"{file}: has more than {most:,} bytes")
+    with open(file, "rb") as f:
+        return f.read(most)
+
+
 def read_text(
     file: Path,  # a file that somebody else may have written
     most: int = 2**26,  # bytes that it may have
 ) -> str:  # its content
     "The text of a regular file."
-    if not os.path.exists(file):
-        raise FileNotFoundError(f"{file}: there is no such file")
-    if not os.path.isfile(file):
-        raise ValueError(f"{file}: is no regular file")
-    with open(file, "rb") as f:
-        data = f.read(most + 1)
-    if len(data) > most:
-        raise ValueError(f"{file}: has more than {most:,} bytes")
     try:
-        return data.decode("utf-8")
+        return read_bytes(file, most).decode("utf-8")
     except UnicodeDecodeError as e:
         raise ValueError(f"{file}: is not UTF-8 from byte {e.start} on") from None
 
@@ -130,12 +137,15 @@ def read_json(
     most: int = 2**26,  # bytes that it may have
 ) -> dict:  # the object in it
     "The object in a JSON file."
+    text = read_text(file, most)
     try:
-        value = json.loads(read_text(file, most))
+        value = json.loads(text)
     except RecursionError:
         raise ValueError(f"{file}: not JSON (nested too deep)") from None
     except json.JSONDecodeError as e:
         raise ValueError(f"{file}: not JSON (line {e.lineno}: {e.msg})") from None
+    except ValueError:
+        raise ValueError(f"{file}: holds a number of thousands of digits") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file}: a JSON {type(value).__name__}, not an object")
     return value
@@ -175,7 +185,7 @@ def read_table(
 ):  # a DataFrame with one row for each row of the file
     "Read a table and guess nothing."
     try:
-        content = Path(file).read_bytes().decode("utf-8-sig")
+        content = read_bytes(file, 2**30).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 at byte {error.start}") from None
     header = _columns(file, content, needs)
