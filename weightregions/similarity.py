@@ -594,7 +594,7 @@ def save(
 ) -> Path:
     "Keep the products in a file, written beside and renamed."
     with whole_file(file) as f:
-        np.savez(
+        _put_arrays(
             f,
             names=json.dumps(self.names),
             labels=json.dumps(list(self.cells)),
@@ -613,11 +613,30 @@ def _kept(file: str | Path, what: str, made_of: Callable):
         if unpacked > Path(file).stat().st_size:
             raise ValueError(unpacked)  # `save` packs nothing
         with np.load(file, allow_pickle=False) as kept:
-            return made_of(kept)
+            arrays = dict(kept)
+        digest = str(arrays.pop("sha256", ""))  # files of former versions have none
+        made = made_of(arrays)
     except FileNotFoundError:
         raise
     except Exception as e:
         raise ValueError(f"{file}: not a file of {what} ({type(e).__name__})") from None
+    if digest not in ("", _digest(arrays)):
+        raise ValueError(f"{file}: was changed after it was measured; measure it again")
+    return made
+
+
+def _put_arrays(f, **arrays) -> None:
+    "Write arrays and their digest, by which a cell that is changed later is seen."
+    np.savez(f, **arrays, sha256=_digest(arrays))
+
+
+def _digest(arrays: Mapping) -> str:
+    "The SHA-256 of named arrays."
+    sha256 = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.asarray(arrays[name])
+        sha256.update(f"{name} {array.dtype.str} {array.shape} ".encode() + array.tobytes())
+    return sha256.hexdigest()
 
 
 def _names(kept: Mapping) -> tuple[str, ...]:
@@ -784,7 +803,7 @@ def save(
 ) -> Path:
     "Keep the sketch in a file, written beside and renamed."
     with whole_file(file) as f:
-        np.savez(
+        _put_arrays(
             f,
             names=json.dumps(self.names),
             values=self.values,

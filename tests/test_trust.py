@@ -1,0 +1,420 @@
+"What a stranger tries: each input ends with the right value, or with one line that says why not."
+
+import json
+import math
+import os
+import shutil
+import warnings
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from test_architectures import loaded, quiet  # noqa: F401
+from test_shapes import DECODER, SMALL, configure
+
+from weightregions.anatomy import is_pooler
+from weightregions.bases import tiny_base
+from weightregions.building import build_zoo
+from weightregions.checkpoints import copy_tokenizer, open_checkpoint
+from weightregions.cli import main
+from weightregions.comparison import Measurements
+from weightregions.corpora import load_corpora
+from weightregions.files import read_json, read_table
+from weightregions.finetuning import Recipe, train
+from weightregions.similarity import gram, load_gram, load_sketch, sketch
+from weightregions.traversal import read_rows
+
+
+def resaved(folder, edit):
+    "The tensors of a folder, changed."
+    state = {k: t.contiguous().clone() for k, t in edit(load_file(folder)).items()}
+    save_file(state, folder, metadata={"format": "pt"})
+
+
+def one_line(error, *parts):
+    "An error's message: one line that holds these parts."
+    text = str(error.value)
+    assert "\n" not in text and all(str(part) in text for part in parts), text
+
+
+# --- shards that disagree with their index ---------------------------------------------------------------------------
+
+
+def sharded(folder):
+    hf.BertForMaskedLM(hf.BertConfig(**SMALL)).save_pretrained(folder, max_shard_size="12KB")
+    index = folder / "model.safetensors.index.json"
+    where = json.loads(index.read_text())["weight_map"]
+    return index, where, [folder / name for name in sorted(set(where.values()))]
+
+
+def not_listed(index, where, shards):
+    resaved(shards[0], lambda s: s | {"bert.embeddings.position_ids": torch.arange(20)[None]})
+
+
+def body_not_listed(index, where, shards):
+    where.pop("bert.encoder.layer.0.output.dense.bias")
+
+
+def listed_but_absent(index, where, shards):
+    where["cls.seq_relationship.weight"] = shards[0].name
+
+
+def in_two_shards(index, where, shards):
+    name = next(n for n, shard in where.items() if shard == shards[0].name)
+    twice = load_file(shards[0])[name] + 1
+    resaved(shards[-1], lambda s: s | {name: twice})
+
+
+@pytest.mark.parametrize(
+    "change", [not_listed, body_not_listed, listed_but_absent, in_two_shards]
+)
+def test_shards_are_read_as_transformers_reads_them(change, tmp_path, tried):
+    index, where, shards = sharded(tmp_path / "model")
+    change(index, where, shards)
+    index.write_text(json.dumps({"weight_map": where, "metadata": {}}))
+    theirs = {n: p for n, p in loaded(tmp_path / "model").items() if not is_pooler(n)}
+    ours = open_checkpoint(tmp_path / "model")
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+    what = change.__name__.replace("_", " ")
+    tried(f"shards and index: {what}", "checkpoints", 1, "opened with AutoModel's numbers")
+
+
+# --- a zoo, its base, and what is done to them ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    "A base and a zoo of two datasets with two seeds."
+    root = tmp_path_factory.mktemp("trust")
+    tiny_base(root / "base", steps=2)
+    corpora = load_corpora("builtin", ["films", "meals"])
+    build_zoo(root / "zoo", root / "base", corpora, Recipe(steps=3, rows=50), range(1, 3), 1)
+    return root
+
+
+@pytest.fixture
+def here(made, tmp_path):
+    shutil.copytree(made, tmp_path / "w")
+    return tmp_path / "w"
+
+
+def command(capsys, *words):
+    "Exit code and all that was printed."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        code = main(list(map(str, words)))
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
+
+
+def centre(capsys, here, *words):
+    folders = "center", here / "zoo", "--base", here / "base", "--out", here / "c"
+    return command(capsys, *folders, *words)
+
+
+def similarity(capsys, here):
+    folders = "similarity", here / "zoo", "--base", here / "base", "--out", here / "s"
+    return command(capsys, *folders)
+
+
+def moved(state):
+    name = next(n for n in state if n.endswith("query.weight"))
+    return state | {name: state[name] + 0.01}
+
+
+def other_tokens(file):
+    file.write_text(file.read_text() + "\n")
+
+
+CENTRES = {
+    "weights that moved": ("model.safetensors", lambda f: resaved(f, moved)),
+    "another configuration": (
+        "config.json",
+        lambda f: configure(f.parent, num_attention_heads=1),
+    ),
+    "another tokenizer": ("tokenizer.json", other_tokens),
+    "no tokenizer": ("tokenizer.json", os.remove),
+}
+
+
+@pytest.mark.parametrize("what", CENTRES)
+def test_a_centroid_that_was_changed_is_not_taken_for_the_same(what, here, capsys, tried):
+    assert centre(capsys, here)[0] == 0
+    code, said = centre(capsys, here)
+    assert code == 0 and "is there already, of the same models" in said
+    name, change = CENTRES[what]
+    change(here / "c" / name)
+    code, said = centre(capsys, here)
+    assert code == 2 and f"its {name} is not what these models make" in said
+    assert not list(here.glob(".c-*"))
+    tried(f"a centroid with {what}", "center", 1, "refused in one line that names the file")
+
+
+SETTINGS = [("num_attention_heads", 1), ("hidden_act", "relu"), ("layer_norm_eps", 0.5)]
+
+
+@pytest.mark.parametrize("field, value", SETTINGS)
+def test_models_that_compute_differently_are_refused(field, value, here, capsys, tried):
+    configure(here / "zoo" / "films" / "seed-1", **{field: value})
+    code, said = similarity(capsys, here)
+    assert code == 2 and f"compute differently: {field} is {value!r} and" in said
+    tried(f"a model with another {field}", "similarity", 1, "refused with the reason")
+
+
+def test_settings_that_change_no_number_may_differ(here, capsys):
+    changes = dict(architectures=["RobertaModel"], hidden_dropout_prob=0.5, use_cache=False)
+    configure(here / "zoo" / "films" / "seed-1", **changes, classifier_dropout=0.1)
+    assert similarity(capsys, here)[0] == 0
+
+
+@pytest.mark.parametrize("place", ["base", "zoo/films/seed-1"])
+def test_an_adapter_beside_weights_is_named(place, here, capsys, tried):
+    (here / place / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    for run in (similarity, centre):
+        code, said = run(capsys, here)
+        assert code == 2 and "an adapter lies beside the weights" in said
+    tried("an adapter beside whole weights", "similarity and center", 2, "refused in one line")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", ["base", "zoo/films/seed-1"])
+def test_what_is_no_number_is_named_before_strangers_are(value, place, here, tried):
+    def spoilt(state):
+        name = next(n for n in state if n.endswith("query.weight"))
+        state[name][0, 3] = value
+        return state
+
+    resaved(here / place / "model.safetensors", spoilt)
+    base, model = (open_checkpoint(here / p) for p in ("base", "zoo/films/seed-1"))
+    with pytest.raises(ValueError) as error:
+        model.require_started_from(base)
+    one_line(error, f"{place.split('/')[-1]}: encoder.layer.0.attention.self.query.weight")
+    tried("a value that is no number", "started from", 1, "model and tensor are named")
+
+
+@pytest.mark.parametrize("word", ["--base", "--out", "--data", "--target"])
+def test_an_empty_word_is_no_folder(word, here, capsys, tried):
+    words = {"--base": here / "base", "--data": "builtin", "--target": "films", "--out": "t"}
+    pairs = [w for pair in (words | {word: ""}).items() for w in pair]
+    code, said = command(capsys, "recommend", here / "zoo", *pairs)
+    assert code == 2 and f"{word[2:]}: is empty" in said
+    tried("an empty word for a folder", "recommend", 1, "refused in one line")
+
+
+# --- texts and tokens ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_length_without_room_for_a_text_is_refused(length, here, tried):
+    films = load_corpora("builtin", ["films"])["films"]
+    with pytest.raises(ValueError) as error:
+        train(here / "base", films, Recipe(steps=1, rows=20, max_length=length), 1)
+    one_line(error, f"max_length {length} leaves no token of a text beside the 2 special ones")
+    tried("a length without room for a text", "tokens", 1, "refused in one line")
+
+
+ESCAPED = '"auto\\u005fmap": {"AutoTokenizer": ["code.Tokenizer", null]}'
+PLAIN = '"auto_map": {"AutoTokenizer": ["code.Tokenizer", null]}'
+
+
+@pytest.mark.parametrize("words", [PLAIN, ESCAPED])
+def test_no_tokenizer_is_copied_with_the_name_of_its_code(words, here, tmp_path, tried):
+    file = here / "base" / "tokenizer_config.json"
+    file.write_text(f"{file.read_text().rstrip()[:-1]}, {words}}}")
+    assert "auto_map" in read_json(file)
+    (tmp_path / "there").mkdir()
+    copy_tokenizer(here / "base", tmp_path / "there")
+    copied = read_json(tmp_path / "there" / file.name)
+    assert copied == {k: v for k, v in read_json(file).items() if k != "auto_map"}
+    tried("code named in a tokenizer's settings", "copy of a tokenizer", 1, "left out")
+
+
+def decoder(folder, config, model):
+    "A decoder that names no padding token, with the tokenizer of another model."
+    model(config).save_pretrained(folder, save_original_format=True)
+    configure(folder, pad_token_id=None)
+
+
+SIZES = DECODER | {"vocab_size": 2000, "max_position_embeddings": 64}
+BASES = {
+    "a Llama without a padding token": (
+        lambda f: decoder(f, hf.LlamaConfig(**SIZES), hf.LlamaModel),
+        "LlamaForSequenceClassification: config.json names no pad_token_id",
+    ),
+    "a GPT-2 without a padding token": (
+        lambda f: decoder(f, hf.GPT2Config(vocab_size=2000, n_embd=16, n_head=2), hf.GPT2Model),
+        "GPT2ForSequenceClassification: config.json names no pad_token_id",
+    ),
+    "a model that gives tuples": (
+        lambda f: configure(f, return_dict=False),
+        "RobertaForSequenceClassification: AttributeError",
+    ),
+    "too few positions": (
+        lambda f: (
+            configure(f, max_position_embeddings=8),
+            resaved(
+                f / "model.safetensors",
+                lambda s: {
+                    n: t[:8] if n.endswith("position_embeddings.weight") else t
+                    for n, t in s.items()
+                },
+            ),
+        ),
+        "RobertaForSequenceClassification: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BASES)
+def test_a_base_that_cannot_be_trained_is_one_line(what, here, tried):
+    make, says = BASES[what]
+    make(here / "base")
+    films = load_corpora("builtin", ["films"])["films"]
+    with pytest.raises(ValueError) as error:
+        train(here / "base", films, Recipe(steps=1, rows=40), 1)
+    one_line(error, here / "base", "cannot be trained as", says)
+    tried(what, "fine-tuning", 1, "refused in one line that names the folder")
+
+
+def test_a_base_that_once_predicted_numbers_tells_classes(here, tried):
+    configure(here / "base", problem_type="regression", id2label={"0": "score"})
+    films = load_corpora("builtin", ["films"])["films"]
+    model, _, metrics = train(here / "base", films, Recipe(steps=1, rows=40), 1)
+    assert model.config.problem_type == "single_label_classification"
+    assert metrics["loss"] < 1
+    tried("a base that predicted numbers", "fine-tuning", 1, "trained on classes")
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def pipe(file):
+    os.mkfifo(file)
+
+
+def nowhere(file):
+    file.symlink_to("nowhere")
+
+
+def endless(file):
+    with open(file, "wb") as f:
+        f.truncate(2**40)
+
+
+def folder_there(file):
+    file.mkdir()
+
+
+def datasets(file):
+    folder = file.parent
+    (folder / "x").mkdir(exist_ok=True)
+    for split in ("train", "test"):
+        rows = folder / "x" / f"{split}.csv"
+        if not os.path.lexists(rows):
+            rows.write_text("text,label\na,0\nb,1\n")
+    return load_corpora(folder)
+
+
+READ = {
+    "datasets.json": datasets,
+    "families.csv": datasets,
+    "line.jsonl": read_rows,
+    "measurements.csv": Measurements,
+    "products.npz": load_gram,
+    "table.csv": read_table,
+    "some.json": read_json,
+}
+
+
+@pytest.mark.parametrize("put", [pipe, folder_there, endless])
+@pytest.mark.parametrize("name", READ)
+def test_every_reader_refuses_what_is_no_regular_file(name, put, tmp_path, tried):
+    if (name, put) == ("products.npz", endless):
+        pytest.skip("of an archive only its end is read")
+    put(tmp_path / name)
+    with pytest.raises((ValueError, OSError)) as error:
+        READ[name](tmp_path / name)
+    one_line(error, name)
+    tried(f"{put.__name__} as a file", name, 1, "refused in one line that names the file")
+
+
+@pytest.mark.parametrize("name", ["datasets.json", "families.csv"])
+def test_a_list_that_leads_nowhere_is_not_passed_over(name, tmp_path, tried):
+    nowhere(tmp_path / name)
+    with pytest.raises((ValueError, OSError), match=name):
+        datasets(tmp_path / name)
+    tried("a link that leads nowhere", name, 1, "refused in one line that names the file")
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_rows_without_end_are_refused(ending, tmp_path, tried):
+    datasets(tmp_path / "datasets.list")
+    (tmp_path / "x" / "train.csv").unlink()
+    endless(tmp_path / "x" / f"train.{ending}")
+    with pytest.raises((ValueError, OSError)) as error:
+        load_corpora(tmp_path)
+    one_line(error, f"train.{ending}: has more than")
+    tried("a terabyte of rows", f"rows in {ending}", 1, "refused at once")
+
+
+def test_a_number_of_thousands_of_digits_is_named(tmp_path, tried):
+    (tmp_path / "a.json").write_text('{"n": %s}' % ("9" * 5000))
+    with pytest.raises(ValueError) as error:
+        read_json(tmp_path / "a.json")
+    one_line(error, tmp_path / "a.json", "thousands of digits")
+    tried("a number of 5,000 digits", "JSON", 1, "refused in one line that names the file")
+
+
+NESTED = {
+    "lists": pa.array([[0], [1]] * 4),
+    "structs": pa.array([{"a": 1}, {"a": 2}] * 4),
+}
+
+
+@pytest.mark.parametrize("column", ["text", "label"])
+@pytest.mark.parametrize("kind", NESTED)
+def test_nested_columns_are_named(kind, column, tmp_path, tried):
+    flat = {"text": list("abcdefgh"), "label": np.arange(8) % 2}
+    (tmp_path / "x").mkdir()
+    for split in ("train", "test"):
+        table = pa.table(flat | {column: NESTED[kind]})
+        pq.write_table(table, tmp_path / "x" / f"{split}.parquet")
+    with pytest.raises(ValueError) as error:
+        load_corpora(tmp_path)
+    one_line(error, "train.parquet", f"column {column!r} is of type")
+    tried(f"{kind} in a Parquet column", "corpora", 1, "refused in one line that names it")
+
+
+# --- kept tables ------------------------------------------------------------------------------------------------------
+
+
+def one_cell(arrays):
+    name = "cells" if "cells" in arrays else "values"
+    changed = arrays[name].copy()
+    changed.reshape(-1)[1] *= 1.5
+    return {name: changed}
+
+
+def other_names(arrays):
+    return {"names": json.dumps(json.loads(str(arrays["names"]))[::-1])}
+
+
+@pytest.mark.parametrize("change", [one_cell, other_names])
+@pytest.mark.parametrize("measure, load", [(gram, load_gram), (sketch, load_sketch)])
+def test_products_that_were_changed_are_refused(measure, load, change, here, tmp_path, tried):
+    base = open_checkpoint(here / "base")
+    models = [open_checkpoint(here / "zoo" / "films" / s) for s in ("seed-1", "seed-2")]
+    file = measure(models, base, progress=False).save(tmp_path / "kept.npz")
+    load(file)
+    arrays = dict(np.load(file, allow_pickle=False))
+    np.savez(file, **arrays | change(arrays))
+    with pytest.raises(ValueError) as error:
+        load(file)
+    one_line(error, file, "was changed after it was measured")
+    what = change.__name__.replace("_", " ")
+    tried(f"{what} in kept products", measure.__name__, 1, "refused in one line")
