@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .anatomy import Anatomy, anatomy, as_loaded, built
-from .anatomy import _conversions, _policy, is_pooler, placed
+from .anatomy import conversions, require_pooler_policy, is_pooler, placed
 from .files import read_json, whole_folder
 from .space import Layout, _short, dot, patch
 from .stored import InMemoryTensor, one_line
@@ -109,7 +109,7 @@ class Checkpoint(Mapping):
             places.head,
             places.aside,
         )
-        drop = _policy(pooler) == "drop"
+        drop = require_pooler_policy(pooler) == "drop"
         dropped = {n: t for n, t in body.items() if is_pooler(n) and drop}
         self._body = {n: body[n] for n in sorted(body.keys() - dropped.keys())}
         self._along = dropped | buffers  # no part of the body, but written with it
@@ -151,7 +151,7 @@ def open_checkpoint(
     pooler: str = "drop",  # "drop" the pooler from the body, or "keep" it
 ) -> Checkpoint:
     "Open a checkpoint; of files, only the headers are read."
-    _policy(pooler)
+    require_pooler_policy(pooler)
     if isinstance(source, Checkpoint):
         return source
     if not isinstance(source, (str, Path)):
@@ -221,7 +221,7 @@ def _anatomy_of(model_type: str, config: str) -> Anatomy:
     "The anatomy of the class that a configuration (as JSON) names, built without weights."
     config = transformers.CONFIG_MAPPING[model_type].from_dict(json.loads(config))
     model = built(config)
-    converts = bool(_conversions(getattr(model, "base_model", model)))
+    converts = bool(conversions(getattr(model, "base_model", model)))
     return replace(anatomy(model), converts=converts)
 
 # %% ../nbs/02_checkpoints.ipynb #7a87189b
