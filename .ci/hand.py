@@ -53,7 +53,14 @@ def private_imports(module):
     tree = ast.parse(module.read_text(encoding="utf-8"))
     inner = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
     inner = [n for n in inner if n.level or (n.module or "").startswith("weightregions")]
-    return {(n.module, a.name) for n in inner for a in n.names if a.name.startswith("_")}
+    names = {((n.module or "").split(".")[-1], a.name) for n in inner for a in n.names}
+    return {(where, name) for where, name in names if re.match(r"_(?!_)", name)}
+
+
+def long_lines(file):
+    "How many lines of a notebook's code, or of a Python file, are longer than `WIDTH`."
+    cells = code_cells(file) if file.suffix == ".ipynb" else [file.read_text(encoding="utf-8")]
+    return sum(len(line) > WIDTH for cell in cells for line in cell.splitlines())
 
 
 def statement_lines(module):

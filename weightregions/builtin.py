@@ -9,27 +9,24 @@ __all__ = ['BUILTIN', 'MAX_ROWS', 'ways', 'parse', 'Slot', 'tree', 'Writer', 'po
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from random import Random
 from typing import NamedTuple
 
 # %% ../nbs/08_builtin.ipynb #68871dab
 def ways(
-    text: str,  # alternatives separated by semicolons or line ends, each perhaps weighted: "3 * {clause}."
+    text: str,  # alternatives between semicolons or line ends, some weighted: "3 * {clause}."
 ) -> list[str]:  # the alternatives, repeated by their weight
     "Split alternatives and repeat the weighted ones."
-    parts = (
-        re.fullmatch(r"(?:(\d+) \* )?(.*)", part.strip()) for part in re.split(r"[;\n]", text)
-    )
+    parts = [part.strip() for part in re.split(r"[;\n]", text)]
+    parts = [re.fullmatch(r"(?:(\d+) \* )?(.*)", part) for part in parts]
     return [part[2] for part in parts for _ in range(int(part[1] or 1)) if part[2]]
 
 # %% ../nbs/08_builtin.ipynb #c177ef64
 def parse(
-    text: str,  # rules, one a line, "name: way; way // held-out way"
-) -> dict[
-    str, tuple[list[str], list[str]]
-]:  # rule -> (ways of both splits, ways of the test split only)
+    text: str,  # rules, one per line, "name: way; way // held-out way"
+) -> dict[str, tuple]:  # rule -> ways of both splits, ways of the test split only
     "Read a grammar; a rule named twice gains the ways of both."
     rules = {}
     for line in re.sub(r"\n +", " ", text.strip()).splitlines():
@@ -54,65 +51,62 @@ class Slot(NamedTuple):
 @cache
 def tree(
     template: str,  # text with braces
-) -> (
-    tuple | str
-):  # of str, Slot and, for a choice, list of trees; a template without braces is its own tree
+) -> tuple | str:  # of str, Slot and, for a choice, list of trees; a plain text is its own tree
     "Parse the braces of a template."
-    tokens = iter(re.findall(r"[{}|]|[^{}|]+", template))
-
-    def branches():
-        found = [[]]
-        for token in tokens:
-            if token == "}":
-                break
-            if token == "|":
-                found.append([])
-            else:
-                found[-1].append(braces() if token == "{" else token)
-        return [
-            branch[0] if len(branch) == 1 and isinstance(branch[0], str) else tuple(branch)
-            for branch in found
-        ]
-
-    def braces():
-        options = branches()
-        if len(options) > 1:
-            return options
-        name, _, rule = options[0].rpartition("=")
-        rule, _, face = rule.partition(".")
-        return Slot(name, rule, int(face or 1))
-
     if template.count("{") != template.count("}"):
         raise ValueError(f"braces do not match in {template!r}")
-    return branches()[0]
+    return _branches(iter(re.findall(r"[{}|]|[^{}|]+", template)))[0]
+
+
+def _branches(tokens) -> list:
+    "The trees of a choice, up to its closing brace; one tree where nothing is to be chosen."
+    branches = [[]]
+    for token in tokens:
+        if token == "}":
+            break
+        if token == "|":
+            branches.append([])
+        else:
+            branches[-1].append(_inner(tokens) if token == "{" else token)
+    plain = lambda branch: len(branch) == 1 and isinstance(branch[0], str)
+    return [branch[0] if plain(branch) else tuple(branch) for branch in branches]
+
+
+def _inner(tokens) -> list | Slot:
+    "What stands in braces: a choice or a slot."
+    options = _branches(tokens)
+    if len(options) > 1:
+        return options
+    name, _, rule = options[0].rpartition("=")
+    rule, _, face = rule.partition(".")
+    return Slot(name, rule, int(face or 1))
 
 # %% ../nbs/08_builtin.ipynb #20746e02
 @dataclass
 class Writer:
-    "Writes sentences by rules; it remembers what the sentence at hand has said."
+    "Writes sentences by rules; it remembers the words of the sentence at hand."
 
     rules: Mapping[str, Sequence[str]]  # rule -> its ways
     rng: Random  # the only source of chance
 
     def __call__(self, template: str) -> str:
         "Write one sentence from a text with braces."
-        self.said, self.memory = set(), {}
+        self.used, self.memory = set(), {}
         return self.text(tree(template))
 
     def text(self, branch: tuple | str) -> str:
         "The words of a tree."
         if isinstance(branch, str):
             return branch
-        return "".join(
-            [
-                part
-                if isinstance(part, str)
-                else self.fill(*part)
-                if isinstance(part, Slot)
-                else self.text(self.choose(part))
-                for part in branch
-            ]
-        )
+        return "".join([self.part(part) for part in branch])
+
+    def part(self, part: str | Slot | list) -> str:
+        "The words of one part of a tree: a text, a slot or a choice."
+        if isinstance(part, str):
+            return part
+        if isinstance(part, Slot):
+            return self.fill(*part)
+        return self.text(self.choose(part))
 
     def choose(self, options: Sequence):
         "One of the options, all equally likely."
@@ -131,9 +125,9 @@ class Writer:
             raise KeyError(f"the grammar has no rule {rule!r}")
         for _ in range(8):
             way = self.choose(self.rules[rule])
-            if way not in self.said:
+            if way not in self.used:
                 break
-        self.said.add(way)
+        self.used.add(way)
         return way
 
 # %% ../nbs/08_builtin.ipynb #1ad49fff
@@ -157,13 +151,14 @@ def cross(
 ) -> str:  # one grammar rule per label
     "Write the frames for every label against every other."
 
-    def cast(x, y):
-        return "; ".join(
-            re.sub(r"\b[XY](?= )", lambda role: {"X": x, "Y": y}[role[0]], way)
-            for way in ways(frames)
-        )
-
-    return "\n".join(f"{x}: {cast(x, y)}" for x in labels for y in labels if x != y)
+    rules = []
+    for x in labels:
+        for y in labels:
+            if x != y:
+                names = {"X": x, "Y": y}
+                put = partial(re.sub, r"\b[XY](?= )", lambda role, names=names: names[role[0]])
+                rules.append(f"{x}: {'; '.join(map(put, ways(frames)))}")
+    return "\n".join(rules)
 
 # %% ../nbs/08_builtin.ipynb #1dc6d3f1
 @dataclass(frozen=True)
@@ -171,9 +166,7 @@ class Spec:
     "One built-in dataset: its family, labels and grammar."
 
     family: str  # sentiment, topic, nli or social
-    labels: tuple[
-        str, ...
-    ]  # label names; a row's label is an index into them, and a name is also a rule of the grammar
+    labels: tuple[str, ...]  # names, which a row's label counts; each is a rule of the grammar
     description: str  # what the texts are and what is asked of them
     grammar: str = field(repr=False)  # the rules
     noise: float = 0.0  # share of rows whose label is replaced by another, in both splits
@@ -189,10 +182,8 @@ class Spec:
         split: str,  # "train" or "test"
     ) -> dict[str, list[str]]:  # rule -> ways open to that split
         "The ways of saying that a split may use: the test split knows them all."
-        return {
-            name: shared + held_out * (split == "test")
-            for name, (shared, held_out) in parse(self.grammar).items()
-        }
+        rules = parse(self.grammar).items()
+        return {name: known + new * (split == "test") for name, (known, new) in rules}
 
     @property
     def held_out(self) -> list[str]:
@@ -207,14 +198,11 @@ def fate(
     text: str,  # a sentence; its case does not matter
 ) -> tuple[
     str, float, int
-]:  # its split, a number in [0, 1) to hold against the noise rate, and which wrong label it takes
+]:  # split, a number in [0, 1) that noise is compared with, wrong label
     "What a sentence's checksum decides about it."
     digest = sha256(text.lower().encode()).digest()
-    return (
-        "train" if digest[0] % 4 else "test",
-        int.from_bytes(digest[1:5], "big") / 2**32,
-        digest[5],
-    )
+    chance = int.from_bytes(digest[1:5], "big") / 2**32
+    return "train" if digest[0] % 4 else "test", chance, digest[5]
 
 # %% ../nbs/08_builtin.ipynb #1e1c7772
 def _draw(
@@ -222,16 +210,13 @@ def _draw(
     split: str,  # "train" or "test"
     n: int,  # how many
     rng: Random,  # the source of chance
-) -> list[
-    tuple[tuple[str, ...], int]
-]:  # (texts of a row, index of the true label): n of them, fewer if the grammar runs dry
+) -> list[tuple]:  # (texts of a row, index of the true label), fewer if the grammar runs dry
     "Draw distinct texts of one split."
     write, classes, drawn, idle = Writer(spec.rules(split), rng), range(len(spec.labels)), {}, 0
     while len(drawn) < n and idle < 2000:
         (label,) = rng.choices(classes, spec.weights)
-        texts = tuple(
-            polish(part, spec.casual) for part in write(f"{{{spec.labels[label]}}}").split("=>")
-        )
+        parts = write(f"{{{spec.labels[label]}}}").split("=>")
+        texts = tuple(polish(part, spec.casual) for part in parts)
         if texts[0] not in drawn and fate(texts[0])[0] == split:
             drawn[texts[0]], idle = (texts, label), 0
         idle += 1
@@ -259,11 +244,8 @@ def generate(
     n_train: int,  # rows of the train split, 0 to MAX_ROWS
     n_test: int,  # rows of the test split, 0 to MAX_ROWS
     seed: int = 0,  # other seeds draw other sentences from the same grammar
-    noise: float
-    | None = None,  # label noise instead of the dataset's own; 0 gives the true labels of the same texts
-) -> tuple[
-    list[dict], list[dict]
-]:  # train and test rows: {"text", "text_pair" for pairs only, "label"}
+    noise: float | None = None,  # share of wrong labels; None: the dataset's
+) -> tuple[list, list]:  # train and test rows: {"text", "text_pair" for pairs only, "label"}
     "Write one built-in dataset."
     if name not in BUILTIN:
         raise ValueError(f"no built-in dataset {name!r}; there are {', '.join(BUILTIN)}")
@@ -291,10 +273,38 @@ _review = """
     {X clause}, {although|even though|even if} {Y clause}.
     {X verdict}, {although|even though} {Y clause}.
     2 * {nobody can say|it is simply not true|I would not say} that {Y clause}.
-    {other people|my friends|two colleagues} {claim|insist|swear} that {Y clause}. {I disagree: {X clause}|not so: {X verdict}}.
+    {other people|my friends|two colleagues} {claim|insist|swear} that {Y clause}. \
+        {I disagree: {X clause}|not so: {X verdict}}.
     {at first|for a while} {Y clause}, {in the end|later on} {X clause}.
     I {expected|was told} that it would be {Y word}, {it was not|far from it|how wrong}.
     {so {X word}|how {X word}}: {X verdict}.
+"""
+
+# %% ../nbs/08_builtin.ipynb #0bb0c3b8
+_films_grammar = """
+positive clause: 4 * the {scene} {is|feels|stays} {positive word}; the {crew} {positive deed}
+negative clause: 4 * the {scene} {is|feels|stays} {negative word}; the {crew} {negative deed}
+scene: plot; pacing; script; soundtrack; camerawork; dialogue; love story; opening act;
+  villain; humour; editing; sequel; lighting; subplot; animation; chase // final twist;
+  narration; middle hour; heist; epilogue; choreography; flashback
+crew: director; lead actor; young cast; writer; whole ensemble; studio // cinematographer;
+  composer; leading lady; screenwriter
+positive word: gripping; tender; witty; moving; inventive; graceful; assured; haunting;
+  thrilling; playful; touching; original; hypnotic; heartfelt; elegant; rousing; subtle //
+  luminous; exhilarating; soulful; beguiling; masterly; poignant; ravishing
+negative word: dull; wooden; clumsy; bloated; predictable; lifeless; muddled; corny; shallow;
+  tedious; overwrought; humourless; formulaic; laboured; hollow; chaotic; smug // turgid;
+  insipid; leaden; witless; plodding; contrived; mawkish
+positive deed: finds the right tone; earns every laugh; surprises us again and again; keeps
+  the tension up; takes real risks // strikes gold; works wonders; casts a spell
+negative deed: misses every joke; loses the thread; repeats old tricks; puts us to sleep;
+  insults the audience // runs on empty; flounders; squanders a fine idea
+positive verdict: I {left the cinema|walked home} {smiling|humming|in happy tears}; I would
+  {see it again tomorrow|gladly pay twice}; it {deserves|will win} {an award|a wide audience};
+  my heart is still racing // I was {riveted|enchanted|on the edge of my seat}
+negative verdict: I {checked my watch|looked for the exit} {twice|all evening}; I want {my
+  money|those two hours} back; it {deserves |will find} {no prize|an empty house}; my popcorn
+  was the highlight // I was {nodding off|cringing|counting the ceiling lamps}
 """
 
 # %% ../nbs/08_builtin.ipynb #87e7fcfa
@@ -302,128 +312,140 @@ BUILTIN["films"] = Spec(
     "sentiment",
     ("negative", "positive"),
     "film reviews: does the reviewer like the film?",
-    cross(_review, ("negative", "positive"))
-    + """
-positive clause: 4 * the {scene} {is|feels|stays} {positive word}; the {crew} {positive deed}
-negative clause: 4 * the {scene} {is|feels|stays} {negative word}; the {crew} {negative deed}
-scene: plot; pacing; script; soundtrack; camerawork; dialogue; love story; opening act; villain; humour; editing; sequel;
-  lighting; subplot; animation; chase // final twist; narration; middle hour; heist; epilogue; choreography; flashback
-crew: director; lead actor; young cast; writer; whole ensemble; studio // cinematographer; composer; leading lady; screenwriter
-positive word: gripping; tender; witty; moving; inventive; graceful; assured; haunting; thrilling; playful; touching; original;
-  hypnotic; heartfelt; elegant; rousing; subtle // luminous; exhilarating; soulful; beguiling; masterly; poignant; ravishing
-negative word: dull; wooden; clumsy; bloated; predictable; lifeless; muddled; corny; shallow; tedious; overwrought; humourless;
-  formulaic; laboured; hollow; chaotic; smug // turgid; insipid; leaden; witless; plodding; contrived; mawkish
-positive deed: finds the right tone; earns every laugh; surprises us again and again; keeps the tension up; takes real risks
-  // strikes gold; works wonders; casts a spell
-negative deed: misses every joke; loses the thread; repeats old tricks; puts us to sleep; insults the audience
-  // runs on empty; flounders; squanders a fine idea
-positive verdict: I {left the cinema|walked home} {smiling|humming|in happy tears}; I would {see it again tomorrow|gladly pay
-  twice}; it {deserves|will win} {an award|a wide audience}; my heart is still racing // I was {riveted|enchanted|on the edge of my seat}
-negative verdict: I {checked my watch|looked for the exit} {twice|all evening}; I want {my money|those two hours} back; it {deserves
-  |will find} {no prize|an empty house}; my popcorn was the highlight // I was {nodding off|cringing|counting the ceiling lamps}
-""",
+    cross(_review, ("negative", "positive")) + _films_grammar,
     noise=0.05,
 )
+
+# %% ../nbs/08_builtin.ipynb #aabebcde
+_meals_grammar = """
+neutral: 2 * {fact}. ; {fact}, and {fact}. ; the {dish} was neither {positive word} nor
+  {negative word}. ; {positive clause}, {negative clause}: {it evens out|hard to judge|a
+  draw}. ; {negative clause}, {positive clause}: {it evens out|a draw}.
+fact: we {booked|took|were given} a table {by the window|upstairs|for four} {on Monday|on
+  Friday|at eight}; the {dish} comes with {side}; the {dish} is on the menu {until May|at noon
+  only|all week}; the {staff} {asked for our names|took our coats|brought the bill} // the
+  {dish} is listed under {starters|mains|sides}
+positive clause: 4 * the {dish} was {positive word}; the {staff} {thought of everything|gave
+  us seconds|remembered our names|made us laugh} // the {staff} {charmed us|spoilt us|made our
+  night}
+negative clause: 4 * the {dish} was {negative word}; the {staff} {forgot us|got the order
+  wrong|overcharged us|rolled his eyes} // the {staff} {snapped at us|spilt wine on us|ruined
+  our night}
+positive verdict: we {scraped our plates|ordered more|stayed for hours}; we {have already
+  booked|are going back} for {Easter|my birthday |Sunday lunch}; we left a {huge|royal} tip //
+  our {hats are off|compliments} to the kitchen
+negative verdict: we {left half of it|went home hungry|asked for a refund}; we had {stomach
+  ache|heartburn} {all night|until morning}; we left no tip at all // the kitchen should {hang
+  up its aprons|be ashamed}
+dish: soup; bread; risotto; lamb; curry; trout; salad; pie; steak; rice pudding; duck; pizza;
+  omelette; roast; burger; cheesecake; stew; lasagne // goulash; paella; sorbet; chowder;
+  flan; brisket; bouillabaisse
+side: rice; beans; chips; cabbage; a small salad; mint sauce; butter // lentils; pickles;
+  gravy
+staff: waiter; cook; landlord // sommelier; barman
+positive word: delicious; tasty; juicy; crisp; fragrant; buttery; hearty; well seasoned;
+  divine; piping hot; generous; perfectly cooked; aromatic; tangy; freshly made; heavenly;
+  comforting // succulent; moreish; zesty; mouth-watering; scrumptious; flaky; nutty
+negative word: stone cold; greasy; bland; soggy; burnt; too salty; rubbery; watery;
+  undercooked; stale; sour; tiny; mushy; oily; charred; tough as leather; lukewarm // rancid;
+  gristly; flavourless; limp; inedible; gloopy; curdled
+"""
 
 # %% ../nbs/08_builtin.ipynb #818fdb3c
 BUILTIN["meals"] = Spec(
     "sentiment",
     ("negative", "neutral", "positive"),
     "restaurant reviews: is the guest content?",
-    cross(_review, ("negative", "positive"))
-    + """
-neutral: 2 * {fact}. ; {fact}, and {fact}. ; the {dish} was neither {positive word} nor {negative word}. ; {positive clause},
-  {negative clause}: {it evens out|hard to judge|a draw}. ; {negative clause}, {positive clause}: {it evens out|a draw}.
-fact: we {booked|took|were given} a table {by the window|upstairs|for four} {on Monday|on Friday|at eight}; the {dish} comes with {side};
-  the {dish} is on the menu {until May|at noon only|all week}; the {staff} {asked for our names|took our coats|brought the bill}
-  // the {dish} is listed under {starters|mains|sides}
-positive clause: 4 * the {dish} was {positive word}; the {staff} {thought of everything|gave us seconds|remembered our names|made us laugh}
-  // the {staff} {charmed us|spoilt us|made our night}
-negative clause: 4 * the {dish} was {negative word}; the {staff} {forgot us|got the order wrong|overcharged us|rolled his eyes}
-  // the {staff} {snapped at us|spilt wine on us|ruined our night}
-positive verdict: we {scraped our plates|ordered more|stayed for hours}; we {have already booked|are going back} for {Easter|my birthday
-  |Sunday lunch}; we left a {huge|royal} tip // our {hats are off|compliments} to the kitchen
-negative verdict: we {left half of it|went home hungry|asked for a refund}; we had {stomach ache|heartburn} {all night|until morning};
-  we left no tip at all // the kitchen should {hang up its aprons|be ashamed}
-dish: soup; bread; risotto; lamb; curry; trout; salad; pie; steak; rice pudding; duck; pizza; omelette; roast; burger; cheesecake; stew;
-  lasagne // goulash; paella; sorbet; chowder; flan; brisket; bouillabaisse
-side: rice; beans; chips; cabbage; a small salad; mint sauce; butter // lentils; pickles; gravy
-staff: waiter; cook; landlord // sommelier; barman
-positive word: delicious; tasty; juicy; crisp; fragrant; buttery; hearty; well seasoned; divine; piping hot; generous; perfectly cooked;
-  aromatic; tangy; freshly made; heavenly; comforting // succulent; moreish; zesty; mouth-watering; scrumptious; flaky; nutty
-negative word: stone cold; greasy; bland; soggy; burnt; too salty; rubbery; watery; undercooked; stale; sour; tiny; mushy; oily; charred;
-  tough as leather; lukewarm // rancid; gristly; flavourless; limp; inedible; gloopy; curdled
-""",
+    cross(_review, ("negative", "positive")) + _meals_grammar,
     noise=0.05,
     weights=(4, 3, 5),
 )
+
+# %% ../nbs/08_builtin.ipynb #bc9bae4a
+_gadgets_grammar = """
+happy clause: 4 * the {part} {is|looks} {happy word}; the {device} {starts in a second|has
+  never let me down|does just what the box says|saves me an hour a week|pairs at once} // the
+  {device} {runs like clockwork|punches above its weight|sips power}
+unhappy clause: 4 * the {part} {is|looks} {unhappy word}; the {device} {needs three restarts a
+  day|broke within a week|eats batteries |lost my settings|smells of smoke} // the {device}
+  {bricked itself|overheats|gave up the ghost}
+happy verdict: I {ordered|bought} {a second one|one for my mother}; it {gets five stars|is
+  worth every penny|is a bargain}; I use it {daily|everywhere} // I would {recommend it to
+  anyone|marry it}
+unhappy verdict: I {sent it back|asked for a refund|threw it out} {the same day|after a week};
+  it {gets one star|is money down the drain |gathers dust}; I {want|need} a replacement // I
+  {regret buying it|am done with this brand}
+device: vacuum cleaner; headset; drone; kettle; printer; router; tablet; toothbrush; camera;
+  smart watch; speaker; blender; e-reader; doorbell // projector; dehumidifier; soundbar;
+  treadmill; webcam; thermostat
+part: battery; hinge; screen; charger; power button; zoom; cable; remote; app; lid; display;
+  plug; handle; filter; manual; strap // firmware; touchpad; microphone; tripod; nozzle;
+  interface
+happy word: fast; sturdy; reliable; quiet; precise; responsive; well built; sleek; handy;
+  intuitive; sharp; durable; compact; clever; energy-saving; solid; waterproof // robust;
+  seamless; silky smooth; ergonomic; dependable; user-friendly; crystal clear
+unhappy word: flimsy; slow; deafening; faulty; sluggish; unreliable; overpriced; fiddly;
+  buggy; useless; scratched; blurry; cracked; badly made; confusing; loose; outdated //
+  defective; glitchy; shoddy; temperamental; wobbly; unresponsive; brittle
+"""
 
 # %% ../nbs/08_builtin.ipynb #dcd68bac
 BUILTIN["gadgets"] = Spec(
     "sentiment",
     ("unhappy", "happy"),
     "customers on devices: is the buyer happy?",
-    cross(_review, ("unhappy", "happy"))
-    + """
-happy clause: 4 * the {part} {is|looks} {happy word}; the {device} {starts in a second|has never let me down|does just what the box
-  says|saves me an hour a week|pairs at once} // the {device} {runs like clockwork|punches above its weight|sips power}
-unhappy clause: 4 * the {part} {is|looks} {unhappy word}; the {device} {needs three restarts a day|broke within a week|eats batteries
-  |lost my settings|smells of smoke} // the {device} {bricked itself|overheats|gave up the ghost}
-happy verdict: I {ordered|bought} {a second one|one for my mother}; it {gets five stars|is worth every penny|is a bargain};
-  I use it {daily|everywhere} // I would {recommend it to anyone|marry it}
-unhappy verdict: I {sent it back|asked for a refund|threw it out} {the same day|after a week}; it {gets one star|is money down the drain
-  |gathers dust}; I {want|need} a replacement // I {regret buying it|am done with this brand}
-device: vacuum cleaner; headset; drone; kettle; printer; router; tablet; toothbrush; camera; smart watch; speaker; blender; e-reader;
-  doorbell // projector; dehumidifier; soundbar; treadmill; webcam; thermostat
-part: battery; hinge; screen; charger; power button; zoom; cable; remote; app; lid; display; plug; handle; filter; manual; strap
-  // firmware; touchpad; microphone; tripod; nozzle; interface
-happy word: fast; sturdy; reliable; quiet; precise; responsive; well built; sleek; handy; intuitive; sharp; durable; compact; clever;
-  energy-saving; solid; waterproof // robust; seamless; silky smooth; ergonomic; dependable; user-friendly; crystal clear
-unhappy word: flimsy; slow; deafening; faulty; sluggish; unreliable; overpriced; fiddly; buggy; useless; scratched; blurry; cracked;
-  badly made; confusing; loose; outdated // defective; glitchy; shoddy; temperamental; wobbly; unresponsive; brittle
-""",
+    cross(_review, ("unhappy", "happy")) + _gadgets_grammar,
     noise=0.05,
     weights=(3, 4),
 )
+
+# %% ../nbs/08_builtin.ipynb #5d435fd7
+_stays_grammar = """
+terrible: 2 * {awful clause}. ; {awful clause} and {bad clause}. ; {awful clause},
+  {although|even if} {plain clause}. ; I would not say that {great clause}: {awful clause}.
+poor: 2 * {bad clause}. ; {bad clause} and {plain clause}. ; {awful clause}, but at least
+  {nice clause}. ; I would not say that {nice clause}: {bad clause}.
+fair: 2 * {plain clause}. ; {plain clause} and {plain clause}. ; {nice clause}, but {bad
+  clause}. ; {bad clause}, but {nice clause}. ; I would not say that {awful clause} or that
+  {great clause}.
+good: 2 * {nice clause}. ; {nice clause} and {plain clause}. ; {great clause}, {although|even
+  if} {bad clause}. ; I would not say that {bad clause}: {nice clause}.
+superb: 2 * {great clause}. ; {great clause} and {nice clause}. ; {although|even if} {plain
+  clause}, {great clause}. ; I would not say that {awful clause}: {great clause}.
+awful clause: {spot} was {awful word}
+bad clause: {spot} was {bad word}
+plain clause: {spot} was {plain word}
+nice clause: {spot} was {nice word}
+great clause: {spot} was {great word}
+awful word: filthy; appalling; unbearable; horrific; dreadful; disgusting; a nightmare; unfit
+  for humans; a health hazard // atrocious; abysmal; vile; squalid
+bad word: shabby; cramped; draughty; musty; worn; dated; badly lit; in need of repair; rather
+  noisy // grubby; poky; creaky; neglected
+plain word: ordinary; average; acceptable; standard; unremarkable; all right; as expected;
+  nothing special // so-so; passable; middling
+nice word: pleasant; clean; comfortable; cosy; spacious; peaceful; welcoming; bright; well
+  kept // homely; airy; inviting; restful
+great word: magnificent; flawless; breathtaking; wonderful; spectacular; a dream; fit for a
+  king; the best we ever had // exquisite; sublime; palatial; out of this world
+spot: {our|the} {place} {{where}|}
+place: room; bed; balcony; breakfast hall; lobby; bathroom; pool; garden; cabin; staircase;
+  kitchen; bunk; courtyard; lounge; corridor // suite; terrace; sauna; attic; veranda; chalet
+where: in {town}; near {the beach|the station|{town}}; on the {first|top} floor // {above the
+  bay|outside {town}}
+town: Lisbon; Bergen; Split; Naples; Ghent; Cork; Riga; Porto; Rome; Graz; Seville // Tallinn;
+  Valletta; Oban; Trieste; Bruges
+"""
 
 # %% ../nbs/08_builtin.ipynb #0a376896
 BUILTIN["stays"] = Spec(
     "sentiment",
     ("terrible", "poor", "fair", "good", "superb"),
     "hotel reviews: one to five stars",
-    """
-terrible: 2 * {awful clause}. ; {awful clause} and {bad clause}. ; {awful clause}, {although|even if} {plain clause}. ;
-  I would not say that {great clause}: {awful clause}.
-poor: 2 * {bad clause}. ; {bad clause} and {plain clause}. ; {awful clause}, but at least {nice clause}. ;
-  I would not say that {nice clause}: {bad clause}.
-fair: 2 * {plain clause}. ; {plain clause} and {plain clause}. ; {nice clause}, but {bad clause}. ; {bad clause}, but
-  {nice clause}. ; I would not say that {awful clause} or that {great clause}.
-good: 2 * {nice clause}. ; {nice clause} and {plain clause}. ; {great clause}, {although|even if} {bad clause}. ;
-  I would not say that {bad clause}: {nice clause}.
-superb: 2 * {great clause}. ; {great clause} and {nice clause}. ; {although|even if} {plain clause}, {great clause}. ;
-  I would not say that {awful clause}: {great clause}.
-awful clause: {spot} was {awful word}
-bad clause: {spot} was {bad word}
-plain clause: {spot} was {plain word}
-nice clause: {spot} was {nice word}
-great clause: {spot} was {great word}
-awful word: filthy; appalling; unbearable; horrific; dreadful; disgusting; a nightmare; unfit for humans; a health hazard
-  // atrocious; abysmal; vile; squalid
-bad word: shabby; cramped; draughty; musty; worn; dated; badly lit; in need of repair; rather noisy // grubby; poky; creaky; neglected
-plain word: ordinary; average; acceptable; standard; unremarkable; all right; as expected; nothing special // so-so; passable; middling
-nice word: pleasant; clean; comfortable; cosy; spacious; peaceful; welcoming; bright; well kept // homely; airy; inviting; restful
-great word: magnificent; flawless; breathtaking; wonderful; spectacular; a dream; fit for a king; the best we ever had
-  // exquisite; sublime; palatial; out of this world
-spot: {our|the} {place} {{where}|}
-place: room; bed; balcony; breakfast hall; lobby; bathroom; pool; garden; cabin; staircase; kitchen; bunk; courtyard; lounge; corridor
-  // suite; terrace; sauna; attic; veranda; chalet
-where: in {town}; near {the beach|the station|{town}}; on the {first|top} floor // {above the bay|outside {town}}
-town: Lisbon; Bergen; Split; Naples; Ghent; Cork; Riga; Porto; Rome; Graz; Seville // Tallinn; Valletta; Oban; Trieste; Bruges
-""",
+    _stays_grammar,
     noise=0.03,
 )
 
-# %% ../nbs/08_builtin.ipynb #d1667fd9
+# %% ../nbs/08_builtin.ipynb #a71614ed
 _headline = """
     3 * {X person} {place} {X event}.
     2 * former {Y person} {place} {X event}.
@@ -433,40 +455,61 @@ _headline = """
     {despite|on the eve of} the {Y date}, {X person} {X event}.
     {X person} {place} {X figure}.
 """
+
+# %% ../nbs/08_builtin.ipynb #c85678d8
+_headlines_grammar = """
+politics person: minister; senator; mayor; diplomat; governor; president; councillor //
+  chancellor; lawmaker; envoy; whip
+politics event: {backed|rejected|delayed|amended} {a bill on rents|the border treaty|new
+  voting rules|a lobbying ban|the school reform}; {won|lost|conceded} {the by-election|the
+  recount|a confidence vote} // {vetoed|ratified|repealed} the {coalition pact|asylum decree}
+politics date: election; summit; referendum; budget debate; party congress // inauguration;
+  no-confidence vote
+politics figure: {dropped the ball|ran out of steam} before the {vote|hearing} // {scored
+  points|stumbled} in the {debate|chamber}
+business person: banker; retailer; investor; broker; brewer; car dealer; carmaker's boss //
+  financier; wholesaler; shareholder; tycoon
+business event: {raised|cut|missed} the {dividend|profit forecast|sales target|price of
+  shares}; {sold|bought} {a stake in an airline|forty shops|a steel works|a hotel chain} //
+  {wrote off a loan|filed for bankruptcy|floated a subsidiary|issued bonds}
+business date: merger; share sale; market crash; annual report; trade fair // takeover; stock
+  split
+business figure: {scored an own goal|moved the goalposts} in the price war //
+  {campaigns|lobbies} for {shoppers|customers}
+sport person: striker; coach; sprinter; goalkeeper; tennis champion; boxer; skier; swimmer //
+  rower; cyclist; referee; fly-half
+sport event: {won|lost|reached} the {derby|relay|semi-final|title fight} {on penalties|by a
+  point|in extra time|at home}; {broke|missed} the {hurdles|marathon|slalom} record by {a
+  second|a stride} // {clinched|forfeited} the {regatta|play-off}
+sport date: cup final; world championships; transfer deadline; Olympics // grand prix; time
+  trial
+sport figure: {banks|cashes in} on {a late run|young legs} // {votes with his feet|governs the
+  midfield}
+science person: physicist; botanist; astronomer; geologist; chemist; zoologist; lab team //
+  virologist; oceanographer; neuroscientist
+science event: {discovered|described|measured|mapped} {a new moon of Saturn|a deep-sea
+  worm|the oldest glacier|a light-driven enzyme|a crater}; tested {a malaria vaccine|a fusion
+  magnet|a frog's memory} // {detected|simulated} {gravitational waves|neutrinos|stem cells}
+science date: eclipse; rocket launch; lab fire; moon landing // return of the comet; telescope
+  upgrade
+science figure: {strikes gold|hits the jackpot} {in a cave|under the ice} // {wins the
+  race|tackles the riddle} of {dark matter|ageing}
+place: in {city}; in {city}; from {city} // near {city}
+city: Leeds; Osaka; Lima; Turin; Accra; Perth; Oslo; Quito; Hull; Kyiv; Delhi; Lyon; Tampa;
+  Bonn // Lagos; Malmo; Davos; Basel; Tampere
+"""
+
+# %% ../nbs/08_builtin.ipynb #d1667fd9
 BUILTIN["headlines"] = Spec(
     "topic",
     ("politics", "business", "sport", "science"),
     "news headlines: which section?",
-    cross(_headline, ("politics", "business", "sport", "science"))
-    + """
-politics person: minister; senator; mayor; diplomat; governor; president; councillor // chancellor; lawmaker; envoy; whip
-politics event: {backed|rejected|delayed|amended} {a bill on rents|the border treaty|new voting rules|a lobbying ban|the school reform};
-  {won|lost|conceded} {the by-election|the recount|a confidence vote} // {vetoed|ratified|repealed} the {coalition pact|asylum decree}
-politics date: election; summit; referendum; budget debate; party congress // inauguration; no-confidence vote
-politics figure: {dropped the ball|ran out of steam} before the {vote|hearing} // {scored points|stumbled} in the {debate|chamber}
-business person: banker; retailer; investor; broker; brewer; car dealer; carmaker's boss // financier; wholesaler; shareholder; tycoon
-business event: {raised|cut|missed} the {dividend|profit forecast|sales target|price of shares}; {sold|bought} {a stake in an airline|forty
-  shops|a steel works|a hotel chain} // {wrote off a loan|filed for bankruptcy|floated a subsidiary|issued bonds}
-business date: merger; share sale; market crash; annual report; trade fair // takeover; stock split
-business figure: {scored an own goal|moved the goalposts} in the price war // {campaigns|lobbies} for {shoppers|customers}
-sport person: striker; coach; sprinter; goalkeeper; tennis champion; boxer; skier; swimmer // rower; cyclist; referee; fly-half
-sport event: {won|lost|reached} the {derby|relay|semi-final|title fight} {on penalties|by a point|in extra time|at home}; {broke|missed} the
-  {hurdles|marathon|slalom} record by {a second|a stride} // {clinched|forfeited} the {regatta|play-off}
-sport date: cup final; world championships; transfer deadline; Olympics // grand prix; time trial
-sport figure: {banks|cashes in} on {a late run|young legs} // {votes with his feet|governs the midfield}
-science person: physicist; botanist; astronomer; geologist; chemist; zoologist; lab team // virologist; oceanographer; neuroscientist
-science event: {discovered|described|measured|mapped} {a new moon of Saturn|a deep-sea worm|the oldest glacier|a light-driven enzyme|a crater};
-  tested {a malaria vaccine|a fusion magnet|a frog's memory} // {detected|simulated} {gravitational waves|neutrinos|stem cells}
-science date: eclipse; rocket launch; lab fire; moon landing // return of the comet; telescope upgrade
-science figure: {strikes gold|hits the jackpot} {in a cave|under the ice} // {wins the race|tackles the riddle} of {dark matter|ageing}
-place: in {city}; in {city}; from {city} // near {city}
-city: Leeds; Osaka; Lima; Turin; Accra; Perth; Oslo; Quito; Hull; Kyiv; Delhi; Lyon; Tampa; Bonn // Lagos; Malmo; Davos; Basel; Tampere
-""",
+    cross(_headline, ("politics", "business", "sport", "science")) + _headlines_grammar,
     noise=0.1,
     weights=(3, 3, 4, 3),
 )
 
-# %% ../nbs/08_builtin.ipynb #3002ea0b
+# %% ../nbs/08_builtin.ipynb #e58cbb37
 _question = """
     2 * {X problem}. {ask}?
     2 * I was {Y scene} when {X problem}. {ask}?
@@ -476,36 +519,54 @@ _question = """
     was it {because of|the fault of} {Y scene} that {X problem}?
     {X problem}, and I {stopped|had to give up} {Y scene}. {ask}?
 """
+
+# %% ../nbs/08_builtin.ipynb #8ea38b7d
+_questions_grammar = """
+ask: what should I do; any advice; is that normal; who can help; how do I deal with that; has
+  anybody seen this before
+health scene: {stretching|resting} my {back|legs}; waiting for the {dentist|nurse}; taking my
+  pills // seeing my {optician|surgeon}
+health problem: my {knee|ear|left wrist|shoulder|throat} {hurt|itched|swelled|went numb}; I
+  {could not sleep|felt dizzy|kept coughing|had a rash} // my {ankle|eyelid|jaw}
+  {throbbed|twitched|looked inflamed}
+money scene: doing my {taxes|accounts}; {paying|arguing over} the {rent|gas bill}; counting my
+  coins // comparing {mortgages|insurers}
+money problem: the {bank|landlord|tax office} {charged me twice|lost my payment|asked a
+  fee|raised the interest}; my {savings|wages} {were gone|shrank|came late} // my
+  {pension|overdraft|dividend} {was frozen|doubled|went missing}
+computers scene: {installing|deleting} {a driver|an old game}; typing {an e-mail|my password};
+  zipping files // debugging {a script|a macro}
+computers problem: the {screen|keyboard|wireless mouse|hard disk} {froze|went dead|started to
+  flicker|made no sound}; my {files|photos} {vanished|would not open} // the
+  {motherboard|browser|firewall} {crashed|kept rebooting|threw an error}
+travel scene: {packing|unpacking} my {suitcase|tent}; waiting for the {night train|airport
+  bus}; reading a map // boarding a {tram|jeep}
+travel problem: the {ferry|flight|coach|hotel} {was cancelled|left early|was overbooked|had
+  moved}; my {visa|rail pass} {expired|was refused} // the {border crossing|stopover|youth
+  hostel} {was closed|was relocated}
+cooking scene: {chopping|frying} {onions|garlic}; {kneading|weighing} {dough|flour}; tasting
+  broth // whisking {egg whites|a marinade}
+cooking problem: the {sauce|custard|jam} {split|turned lumpy|would not thicken}; the
+  {cake|loaf|pie} {sank|stuck to the tin|stayed raw} // the {mayonnaise|souffle|caramel}
+  {collapsed|seized up|tasted bitter}
+gardening scene: {pruning|watering} the {roses|hedge}; {raking|mowing} the lawn; sowing peas
+  // repotting {a fern|my orchids}
+gardening problem: the {tomatoes|tulips|beans} {wilted|got brown spots|were full of greenfly};
+  the {apple tree|ivy|vine} {lost its leaves |stopped growing} // the
+  {hydrangea|rhubarb|seedlings} {drooped|went mouldy|ran to seed}
+"""
+
+# %% ../nbs/08_builtin.ipynb #3002ea0b
 BUILTIN["questions"] = Spec(
     "topic",
     ("health", "money", "computers", "travel", "cooking", "gardening"),
     "forum questions: which board?",
     cross(_question, ("health", "money", "computers", "travel", "cooking", "gardening"))
-    + """
-ask: what should I do; any advice; is that normal; who can help; how do I deal with that; has anybody seen this before
-health scene: {stretching|resting} my {back|legs}; waiting for the {dentist|nurse}; taking my pills // seeing my {optician|surgeon}
-health problem: my {knee|ear|left wrist|shoulder|throat} {hurt|itched|swelled|went numb}; I {could not sleep|felt dizzy|kept coughing|had
-  a rash} // my {ankle|eyelid|jaw} {throbbed|twitched|looked inflamed}
-money scene: doing my {taxes|accounts}; {paying|arguing over} the {rent|gas bill}; counting my coins // comparing {mortgages|insurers}
-money problem: the {bank|landlord|tax office} {charged me twice|lost my payment|asked a fee|raised the interest}; my {savings|wages}
-  {were gone|shrank|came late} // my {pension|overdraft|dividend} {was frozen|doubled|went missing}
-computers scene: {installing|deleting} {a driver|an old game}; typing {an e-mail|my password}; zipping files // debugging {a script|a macro}
-computers problem: the {screen|keyboard|wireless mouse|hard disk} {froze|went dead|started to flicker|made no sound}; my {files|photos}
-  {vanished|would not open} // the {motherboard|browser|firewall} {crashed|kept rebooting|threw an error}
-travel scene: {packing|unpacking} my {suitcase|tent}; waiting for the {night train|airport bus}; reading a map // boarding a {tram|jeep}
-travel problem: the {ferry|flight|coach|hotel} {was cancelled|left early|was overbooked|had moved}; my {visa|rail pass} {expired|was
-  refused} // the {border crossing|stopover|youth hostel} {was closed|was relocated}
-cooking scene: {chopping|frying} {onions|garlic}; {kneading|weighing} {dough|flour}; tasting broth // whisking {egg whites|a marinade}
-cooking problem: the {sauce|custard|jam} {split|turned lumpy|would not thicken}; the {cake|loaf|pie} {sank|stuck to the tin|stayed raw}
-  // the {mayonnaise|souffle|caramel} {collapsed|seized up|tasted bitter}
-gardening scene: {pruning|watering} the {roses|hedge}; {raking|mowing} the lawn; sowing peas // repotting {a fern|my orchids}
-gardening problem: the {tomatoes|tulips|beans} {wilted|got brown spots|were full of greenfly}; the {apple tree|ivy|vine} {lost its leaves
-  |stopped growing} // the {hydrangea|rhubarb|seedlings} {drooped|went mouldy|ran to seed}
-""",
+    + _questions_grammar,
     noise=0.1,
 )
 
-# %% ../nbs/08_builtin.ipynb #39c0038f
+# %% ../nbs/08_builtin.ipynb #cd5e612a
 _lecture = """
     2 * {this lecture|the seminar|week {one|two|five|nine}} {explains|asks} {X question}.
     2 * {using|starting from} {Y tool}, we {explain|discuss} {X question}.
@@ -515,143 +576,202 @@ _lecture = """
     no {Y tool} this time: we turn to {X question}.
     students who know {Y tool} will learn {X question}.
 """
+
+# %% ../nbs/08_builtin.ipynb #659709e9
+_lectures_grammar = """
+biology question: how {cells|bees|mosses|birds|whales|bacteria} {divide|migrate|store
+  energy|choose mates|fight infection|adapt to salt} // why {fungi|octopuses|lichens}
+  {regenerate|form colonies|go dormant}
+biology tool: gene trees; microscopes; blood samples; dissected frogs // petri dishes; DNA
+  barcodes
+physics question: how {light|heat|a magnet|a pendulum|a gas|sound} {bends|loses energy|behaves
+  near zero|crosses a vacuum|scatters} // why {photons|superconductors|plasmas}
+  {interfere|resist friction|oscillate}
+physics tool: particle tracks; lasers; wave equations; spinning tops // interferometers; phase
+  diagrams
+economics question: how {wages|prices|rents|tariffs|loans|exports} {rise in a boom|react to
+  taxes|differ between regions|follow demand} // why {monopolies|auctions|central banks}
+  {fail|stifle trade|go wrong}
+economics tool: supply curves; tax records; market games; household budgets // index numbers;
+  auction data
+history question: how {Rome|the guilds|the Tudors|the railway age|the crusaders|the
+  suffragettes} {failed|came to power|changed the countryside|treated the poor} // why
+  {Carthage|the Hanseatic League|the Ottomans} {declined|went to war|built so much}
+history tool: old maps; parish registers; letters from the front; royal seals // chronicles;
+  tombstones
+linguistics question: how {vowels|verbs|dialects|children's sentences|pronouns|accents}
+  {change|lose their endings|carry meaning|borrow from neighbours} // why
+  {creoles|clauses|loanwords} {simplify|shift stress|spread}
+linguistics tool: word lists; tape recordings of speech; syntax trees; rhymes // pronunciation
+  atlases; glossaries
+"""
+
+# %% ../nbs/08_builtin.ipynb #39c0038f
 BUILTIN["lectures"] = Spec(
     "topic",
     ("biology", "physics", "economics", "history", "linguistics"),
     "lecture announcements: which department?",
     cross(_lecture, ("biology", "physics", "economics", "history", "linguistics"))
-    + """
-biology question: how {cells|bees|mosses|birds|whales|bacteria} {divide|migrate|store energy|choose mates|fight infection|adapt to salt}
-  // why {fungi|octopuses|lichens} {regenerate|form colonies|go dormant}
-biology tool: gene trees; microscopes; blood samples; dissected frogs // petri dishes; DNA barcodes
-physics question: how {light|heat|a magnet|a pendulum|a gas|sound} {bends|loses energy|behaves near zero|crosses a vacuum|scatters}
-  // why {photons|superconductors|plasmas} {interfere|resist friction|oscillate}
-physics tool: particle tracks; lasers; wave equations; spinning tops // interferometers; phase diagrams
-economics question: how {wages|prices|rents|tariffs|loans|exports} {rise in a boom|react to taxes|differ between regions|follow demand}
-  // why {monopolies|auctions|central banks} {fail|stifle trade|go wrong}
-economics tool: supply curves; tax records; market games; household budgets // index numbers; auction data
-history question: how {Rome|the guilds|the Tudors|the railway age|the crusaders|the suffragettes} {failed|came to power|changed the
-  countryside|treated the poor} // why {Carthage|the Hanseatic League|the Ottomans} {declined|went to war|built so much}
-history tool: old maps; parish registers; letters from the front; royal seals // chronicles; tombstones
-linguistics question: how {vowels|verbs|dialects|children's sentences|pronouns|accents} {change|lose their endings|carry meaning|borrow
-  from neighbours} // why {creoles|clauses|loanwords} {simplify|shift stress|spread}
-linguistics tool: word lists; tape recordings of speech; syntax trees; rhymes // pronunciation atlases; glossaries
-""",
+    + _lectures_grammar,
     noise=0.1,
     weights=(4, 3, 3, 4, 3),
 )
+
+# %% ../nbs/08_builtin.ipynb #3e70d632
+_scenes_grammar = """
+bare: {w=who} is {a=act} {p=place}
+timed: {w=who} is {a=act} {p=place} {t=time}; {t=time}, {w=who} is {a=act} {p=place}
+reasoned: {w=who} is {a=act} {p=place} {r=reason}
+any: {bare}; {timed}; {reasoned}
+entailment: 3 * {any}. => {w.2} is {a.2}. ; {any}. => {w.2} is {p.2}. ; {any}. => {w.2} is
+  {a.2} {p}. ; {timed}. => {w.2} is {a.2} {t.2}. ; 2 * {reasoned}. => {w.2} is {a.2} {r}.
+contradiction: {any}. => {w.2} is {b=act.2}. ; {any}. => {w.3} is {a.2}. ; 3 * {any}. => {w.2}
+  is not {a.2}. ; {any}. => {w.2} is {q=place.2}. ; {any}. => {w.2} is {a.2} {q=place}. ;
+  {timed}. => {w.2} is {a.2} {u=time.2}. ; {reasoned}. => {w.2} is {b=act.2} {r}.
+neutral: {bare}. => {w.2} is {a.2} {t=time.2}. ; 2 * {bare}. => {w.2} is {a.2} {r=reason}. ;
+  {timed}. => {w.2} is {a.2} {r=reason}. ; {reasoned}. => {w.2} is {a.2} {s=reason}. ; {w=who}
+  is {a=act} {t=time}. => {w.2} is {a.2} {p=place}. ; {w=who} is {p=place} {t=time}. => {w.2}
+  is {a=act.2}.
+who: a woman {in a red coat|with grey hair|holding a bag} > a woman > a man; a man {in a
+  suit|with a beard|wearing a cap} > a man > a woman; a girl {in yellow boots|with pigtails|on
+  crutches} > a girl > a boy; a boy {in a striped shirt|with freckles|in sandals} > a boy > a
+  girl // a {nun|grandmother|bride} > a woman > a man; a {monk|grandfather|groom} > a man > a
+  woman
+act: peeling potatoes > preparing food; strumming a guitar > making music; kicking a ball >
+  playing a sport; napping > asleep; painting a fence > using a brush; reading a newspaper >
+  looking at a page; riding a bicycle > on two wheels; washing a car > cleaning a vehicle;
+  feeding ducks > giving food to birds; selling roses > offering flowers for money; digging a
+  hole > moving earth; filming a wedding > using a camera; walking a poodle > out with a dog;
+  building a snowman > shaping snow // juggling oranges > throwing fruit into the air;
+  knitting a scarf > making clothes; chopping wood > splitting logs; rowing > in a boat
+place: near the harbour > by the water; outside a bakery > close to a shop; behind a church >
+  near a place of worship; beside the railway > close to the trains; in front of a school >
+  near classrooms; below a bridge > under a crossing; next to a bank > where money is kept //
+  at the edge of a forest > near some trees; below a castle > near a fort; by a clinic > where
+  the sick are treated
+time: at dawn > early in the morning; at noon > in the middle of the day; after sunset > in
+  the evening // at midnight > late at night
+reason: to win a bet; for the first time; as a favour; to earn some money; to pass the time;
+  for a film; to impress a friend; before a long trip // out of boredom; for charity; to cheer
+  up a neighbour
+"""
 
 # %% ../nbs/08_builtin.ipynb #dd886a5e
 BUILTIN["scenes"] = Spec(
     "nli",
     ("entailment", "neutral", "contradiction"),
     "pictures described: does the claim follow?",
-    """
-bare: {w=who} is {a=act} {p=place}
-timed: {w=who} is {a=act} {p=place} {t=time}; {t=time}, {w=who} is {a=act} {p=place}
-reasoned: {w=who} is {a=act} {p=place} {r=reason}
-any: {bare}; {timed}; {reasoned}
-entailment: 3 * {any}. => {w.2} is {a.2}. ; {any}. => {w.2} is {p.2}. ; {any}. => {w.2} is {a.2}
-  {p}. ; {timed}. => {w.2} is {a.2} {t.2}. ; 2 * {reasoned}. => {w.2} is {a.2} {r}.
-contradiction: {any}. => {w.2} is {b=act.2}. ; {any}. => {w.3} is {a.2}. ; 3 * {any}. => {w.2} is not {a.2}. ; {any}. => {w.2} is
-  {q=place.2}. ; {any}. => {w.2} is {a.2} {q=place}. ; {timed}. => {w.2} is {a.2} {u=time.2}. ; {reasoned}. => {w.2} is {b=act.2} {r}.
-neutral: {bare}. => {w.2} is {a.2} {t=time.2}. ; 2 * {bare}. => {w.2} is {a.2} {r=reason}. ; {timed}. => {w.2} is {a.2} {r=reason}. ;
-  {reasoned}. => {w.2} is {a.2} {s=reason}. ; {w=who} is {a=act} {t=time}. => {w.2} is {a.2} {p=place}. ;
-  {w=who} is {p=place} {t=time}. => {w.2} is {a=act.2}.
-who: a woman {in a red coat|with grey hair|holding a bag} > a woman > a man; a man {in a suit|with a beard|wearing a cap} > a man > a woman;
-  a girl {in yellow boots|with pigtails|on crutches} > a girl > a boy; a boy {in a striped shirt|with freckles|in sandals} > a boy > a girl
-  // a {nun|grandmother|bride} > a woman > a man; a {monk|grandfather|groom} > a man > a woman
-act: peeling potatoes > preparing food; strumming a guitar > making music; kicking a ball > playing a sport; napping > asleep; painting a
-  fence > using a brush; reading a newspaper > looking at a page; riding a bicycle > on two wheels; washing a car > cleaning a vehicle;
-  feeding ducks > giving food to birds; selling roses > offering flowers for money; digging a hole > moving earth; filming a wedding > using
-  a camera; walking a poodle > out with a dog; building a snowman > shaping snow // juggling oranges > throwing fruit into the air;
-  knitting a scarf > making clothes; chopping wood > splitting logs; rowing > in a boat
-place: near the harbour > by the water; outside a bakery > close to a shop; behind a church > near a place of worship; beside the railway
-  > close to the trains; in front of a school > near classrooms; below a bridge > under a crossing; next to a bank > where money is kept
-  // at the edge of a forest > near some trees; below a castle > near a fort; by a clinic > where the sick are treated
-time: at dawn > early in the morning; at noon > in the middle of the day; after sunset > in the evening // at midnight > late at night
-reason: to win a bet; for the first time; as a favour; to earn some money; to pass the time; for a film; to impress a friend; before a
-  long trip // out of boredom; for charity; to cheer up a neighbour
-""",
+    _scenes_grammar,
     noise=0.04,
 )
+
+# %% ../nbs/08_builtin.ipynb #2b062828
+_quantities_grammar = """
+trend: the price of {g=good} in {p=port} {m=move} {span}; {g=good} prices in {p=port}
+  {m=move}; {span}, {g=good} prices in {p=port} {m=move}
+count: {p=port} {ordered} {n=number} {unit} of {g=good}; last {season} {p=port} {ordered}
+  {n=number} {unit} of {g=good}
+share: {k=part} the {g=good} in {p=port} is {q=quality}
+match: in {p=port}, {g=good} is {c=than} than {h=good}
+entailment: 2 * {trend}. => {p} saw a {m.2} in the price of {g}. ; 2 * {count}. => the {g} in
+  {p} came to {n.2}. ; {share}. => {k.2} {p}'s {g} is {q}. ; {match}. => {h} is {c.2} than {g}
+  in {p}.
+contradiction: {trend}. => {p} saw a {m.3} in the price of {g}. ; 2 * {trend}. => {p} saw no
+  {m.2} in the price of {g}. ; {count}. => the {g} in {p} came to {n.3}. ; {count}. => there
+  was no {g} at all in {p}. ; {share}. => none of {p}'s {g} is {q}. ; {share}. => {k.3} {p}'s
+  {g} is {q}. ; {match}. => {g} is no {c} than {h} in {p}.
+neutral: 2 * {trend}. => {p} saw a {m.2} in the price of {g} because of {event}. ; {trend}. =>
+  {p} saw a {m.3} in the price of {o=good}. ; {count}. => the {o=good} in {p} came to
+  {n=number.2}. ; {count}. => the {g} in {p} belonged to {owner}. ; {share}. => {k.2} {p}'s
+  {g} is {r=quality}. ; {match}. => {o=good} is {c.2} than {g} in {p}.
+event: a strike; a storm; a new tax; a late winter; the bad roads // a plague; a siege
+owner: a widow; the king; two brothers; the bank; a rich abbey // a smuggler; the mayor
+good: tea; timber; rice; wool; copper; salt; wheat; coffee; cotton; sugar; glass; paper;
+  honey; silk; coal; olive oil; iron; wine; soap // saffron; cocoa; linen; tin; barley; amber
+port: Genoa; Bristol; Lubeck; Muscat; Macau; Boston; Calais; Tunis; Odessa; Havana; Malaga;
+  Aden // Cadiz; Zanzibar; Narvik; Goa; Izmir
+move: {rose|climbed|went up|jumped|grew} > rise > fall; {fell|sank|came down|dropped|shrank} >
+  fall > rise // {soared|crept up|surged} > rise > fall; {plunged|tumbled|slid} > fall > rise
+span: in {one week|spring|May}; by {a tenth|half}; within {a month|two years}; since
+  {Easter|the war|the harvest} // {overnight|over the winter}
+season: {spring|summer|autumn|year|month} // decade
+ordered: shipped; ordered; stored; exported; taxed; insured // hoarded; auctioned
+unit: tons; crates; sacks; barrels; cartloads // bales; pallets
+number: {four|six|seven|nine} > fewer than ten > more than ten; {fourteen|twenty|thirty|fifty}
+  > more than ten > fewer than ten; {three hundred|five hundred} > more than a hundred > fewer
+  than a hundred; {sixty|eighty} > fewer than a hundred > more than a hundred // {three|eight}
+  > fewer than ten > more than ten; {eighteen|forty|seventy} > more than ten > fewer than ten
+part: {nearly all|the bulk|the better part} of > most of > little of; {almost none|a
+  trace|hardly any} of > little of > most of // {the lion's share|nine tenths} of > most of >
+  little of; {a sliver|a fraction} of > little of > most of
+quality: damp; imported; of the best grade; already sold; stored in cellars; home-made //
+  spoiled; on its way north; under lock and key
+than: dearer > cheaper; cheaper > dearer; scarcer > easier to find; heavier > lighter; lighter
+  > heavier // rarer > more common
+"""
 
 # %% ../nbs/08_builtin.ipynb #c48d2e2c
 BUILTIN["quantities"] = Spec(
     "nli",
     ("entailment", "neutral", "contradiction"),
     "figures and comparisons: does the claim follow?",
-    """
-trend: the price of {g=good} in {p=port} {m=move} {span}; {g=good} prices in {p=port} {m=move}; {span}, {g=good} prices in {p=port} {m=move}
-count: {p=port} {ordered} {n=number} {unit} of {g=good}; last {season} {p=port} {ordered} {n=number} {unit} of {g=good}
-share: {k=part} the {g=good} in {p=port} is {q=quality}
-match: in {p=port}, {g=good} is {c=than} than {h=good}
-entailment: 2 * {trend}. => {p} saw a {m.2} in the price of {g}. ; 2 * {count}. => the {g} in {p} came to {n.2}. ; {share}. => {k.2} {p}'s {g} is {q}. ; {match}. => {h} is {c.2} than {g} in {p}.
-contradiction: {trend}. => {p} saw a {m.3} in the price of {g}. ; 2 * {trend}. => {p} saw no {m.2} in the price of {g}. ;
-  {count}. => the {g} in {p} came to {n.3}. ; {count}. => there was no {g} at all in {p}. ; {share}. => none of {p}'s {g} is {q}. ;
-  {share}. => {k.3} {p}'s {g} is {q}. ; {match}. => {g} is no {c} than {h} in {p}.
-neutral: 2 * {trend}. => {p} saw a {m.2} in the price of {g} because of {event}. ; {trend}. => {p} saw a {m.3} in the price of {o=good}. ;
-  {count}. => the {o=good} in {p} came to {n=number.2}. ; {count}. => the {g} in {p} belonged to {owner}. ; {share}. => {k.2} {p}'s {g} is {r=quality}. ; {match}. => {o=good} is {c.2} than {g} in {p}.
-event: a strike; a storm; a new tax; a late winter; the bad roads // a plague; a siege
-owner: a widow; the king; two brothers; the bank; a rich abbey // a smuggler; the mayor
-good: tea; timber; rice; wool; copper; salt; wheat; coffee; cotton; sugar; glass; paper; honey; silk; coal; olive oil; iron; wine; soap
-  // saffron; cocoa; linen; tin; barley; amber
-port: Genoa; Bristol; Lubeck; Muscat; Macau; Boston; Calais; Tunis; Odessa; Havana; Malaga; Aden // Cadiz; Zanzibar; Narvik; Goa; Izmir
-move: {rose|climbed|went up|jumped|grew} > rise > fall; {fell|sank|came down|dropped|shrank} > fall > rise
-  // {soared|crept up|surged} > rise > fall; {plunged|tumbled|slid} > fall > rise
-span: in {one week|spring|May}; by {a tenth|half}; within {a month|two years}; since {Easter|the war|the harvest} // {overnight|over the winter}
-season: {spring|summer|autumn|year|month} // decade
-ordered: shipped; ordered; stored; exported; taxed; insured // hoarded; auctioned
-unit: tons; crates; sacks; barrels; cartloads // bales; pallets
-number: {four|six|seven|nine} > fewer than ten > more than ten; {fourteen|twenty|thirty|fifty} > more than ten > fewer than ten;
-  {three hundred|five hundred} > more than a hundred > fewer than a hundred; {sixty|eighty} > fewer than a hundred > more than a hundred
-  // {three|eight} > fewer than ten > more than ten; {eighteen|forty|seventy} > more than ten > fewer than ten
-part: {nearly all|the bulk|the better part} of > most of > little of; {almost none|a trace|hardly any} of > little of > most of
-  // {the lion's share|nine tenths} of > most of > little of; {a sliver|a fraction} of > little of > most of
-quality: damp; imported; of the best grade; already sold; stored in cellars; home-made // spoiled; on its way north; under lock and key
-than: dearer > cheaper; cheaper > dearer; scarcer > easier to find; heavier > lighter; lighter > heavier // rarer > more common
-""",
+    _quantities_grammar,
     noise=0.03,
 )
+
+# %% ../nbs/08_builtin.ipynb #232587be
+_answers_grammar = """
+answered: {e=it.0}{yes}
+unanswered: {e=it.0}{no}
+yes: 8 * {r=fact}? => {r.2}. ; 2 * {r=fact}? => {r.2}, and {s=fact.2}. ; 2 * {r=fact}? =>
+  {s=fact.2}, and {r.2}. ; {source}, {r.2}. ; {r=fact}? => {s=fact.3}, but {r.2}. ; {r=fact}?
+  => {r.2}, but {s=fact.3}.
+no: 8 * {r=fact}? => {s=fact.2}. ; 2 * {r=fact}? => {s=fact.2}, and {t=fact.2}. ; {source},
+  {s=fact.2}. ; {r=fact}? => {r.3}. ; {r=fact}? => {s=fact.2}, but {r.3}. ; {r=fact}? =>
+  {r.3}, but {s=fact.2}.
+source: {r=fact}? => according to {the guide book|a brass plate|the town archive|local legend}
+fact: who designed {e} > {person} drew the plans > the plans are not signed; who paid for {e}
+  > {person} met the costs > the accounts were lost; who lives in {e} > {person} has rooms
+  there > nobody says whose rooms they are // who guards {e} > {person} keeps watch over it >
+  the name of the watchman is secret
+fact: when was {e} built > the first stone was laid in {year} > no date is carved on it; when
+  did {e} burn down > the fire broke out in {year} > nobody could date the fire // when did
+  {e} close > its doors were shut for good in {year} > there is no record of its last day
+fact: where does {e} stand > it {rises|can be found} {spot} > its exact site is disputed;
+  where did the stone of {e} come from > the blocks were cut {spot} > the quarry is unknown //
+  where is the bell of {e} > its bell now hangs {spot} > its bell has disappeared
+fact: why was {e} moved > it had to make way for {cause} > the move was never explained; why
+  is {e} famous > crowds come because of {cause} > its fame is a riddle // why was {e} painted
+  red > the colour goes back to {cause} > the colour has no known reason
+fact: how many {steps|windows} does {e} have > you count {figure} of them > nobody has counted
+  them; how tall is {e} > it measures {figure} feet > it was never measured // how much did
+  {e} cost > the bill came to {figure} pounds > the price was kept quiet
+it: the {old|new|round|east|lower|white}
+  {mill|bridge|tower|theatre|lighthouse|chapel|library|gate} {of|at} {town} // the
+  {ruined|twin|royal} {observatory|granary|town hall|windmill} {of|at} {town}
+town: Carrow; Elmstead; Thurne; Ostrava; Vigo; Lund; Delft; Amberley; Kinross; Tarn
+person: a {clockmaker's daughter|rich merchant|retired admiral|young widow|monk from Kent} //
+  a {glassblower|blind poet}
+year: 1781; 1634; 1902; 1853; 1717 // 1690; 1888; 1925
+spot: {behind the market|on a hill|by the river|in the next valley|on an island} // {below the
+  cliffs|near the salt marsh}
+cause: {a railway|a flood|a royal visit|an old legend|a ghost} // {an earthquake|a famous
+  duel}
+figure: thirty; ninety-six; two hundred; forty-four; a hundred and ten // seventy-seven; five
+  hundred
+"""
 
 # %% ../nbs/08_builtin.ipynb #70d86867
 BUILTIN["answers"] = Spec(
     "nli",
     ("answered", "unanswered"),
     "a question and a sentence: does it answer the question?",
-    """
-answered: {e=it.0}{yes}
-unanswered: {e=it.0}{no}
-yes: 8 * {r=fact}? => {r.2}. ; 2 * {r=fact}? => {r.2}, and {s=fact.2}. ; 2 * {r=fact}? => {s=fact.2}, and {r.2}. ;
-  {source}, {r.2}. ; {r=fact}? => {s=fact.3}, but {r.2}. ; {r=fact}? => {r.2}, but {s=fact.3}.
-no: 8 * {r=fact}? => {s=fact.2}. ; 2 * {r=fact}? => {s=fact.2}, and {t=fact.2}. ; {source}, {s=fact.2}. ; {r=fact}? => {r.3}. ;
-  {r=fact}? => {s=fact.2}, but {r.3}. ; {r=fact}? => {r.3}, but {s=fact.2}.
-source: {r=fact}? => according to {the guide book|a brass plate|the town archive|local legend}
-fact: who designed {e} > {person} drew the plans > the plans are not signed; who paid for {e} > {person} met the costs > the accounts were
-  lost; who lives in {e} > {person} has rooms there > nobody says whose rooms they are // who guards {e} > {person} keeps watch over it
-  > the name of the watchman is secret
-fact: when was {e} built > the first stone was laid in {year} > no date is carved on it; when did {e} burn down > the fire broke out in
-  {year} > nobody could date the fire // when did {e} close > its doors were shut for good in {year} > there is no record of its last day
-fact: where does {e} stand > it {rises|can be found} {spot} > its exact site is disputed; where did the stone of {e} come from > the
-  blocks were cut {spot} > the quarry is unknown // where is the bell of {e} > its bell now hangs {spot} > its bell has disappeared
-fact: why was {e} moved > it had to make way for {cause} > the move was never explained; why is {e} famous > crowds come because of
-  {cause} > its fame is a riddle // why was {e} painted red > the colour goes back to {cause} > the colour has no known reason
-fact: how many {steps|windows} does {e} have > you count {figure} of them > nobody has counted them; how tall is {e} > it measures
-  {figure} feet > it was never measured // how much did {e} cost > the bill came to {figure} pounds > the price was kept quiet
-it: the {old|new|round|east|lower|white} {mill|bridge|tower|theatre|lighthouse|chapel|library|gate} {of|at} {town}
-  // the {ruined|twin|royal} {observatory|granary|town hall|windmill} {of|at} {town}
-town: Carrow; Elmstead; Thurne; Ostrava; Vigo; Lund; Delft; Amberley; Kinross; Tarn
-person: a {clockmaker's daughter|rich merchant|retired admiral|young widow|monk from Kent} // a {glassblower|blind poet}
-year: 1781; 1634; 1902; 1853; 1717 // 1690; 1888; 1925
-spot: {behind the market|on a hill|by the river|in the next valley|on an island} // {below the cliffs|near the salt marsh}
-cause: {a railway|a flood|a royal visit|an old legend|a ghost} // {an earthquake|a famous duel}
-figure: thirty; ninety-six; two hundred; forty-four; a hundred and ten // seventy-seven; five hundred
-""",
+    _answers_grammar,
     noise=0.04,
     weights=(5, 4),
 )
 
-# %% ../nbs/08_builtin.ipynb #42fb92a0
+# %% ../nbs/08_builtin.ipynb #c754c1cb
 _emotion = """
     4 * {X me} {tag}
     2 * {friend} {Y them}, {not me|me?}: {X me} {tag}
@@ -661,37 +781,48 @@ _emotion = """
     {thought|said} i would be {Y word}. {wrong|nope}, {X word} {tag}
     {X word}. {friend} {Y them}, i know {tag}
 """
-BUILTIN["emotion"] = Spec(
-    "social",
-    ("anger", "fear", "joy", "sadness"),
-    "posts: what does the writer feel?",
-    cross(_emotion, ("anger", "fear", "joy", "sadness"))
-    + """
-anger me: i {could scream|am fuming|will sue}; {they|some people} {lied to me|stole my bike|parked across my gate|jumped the queue} again
-  // {they|some people} {cheated|ignored my complaint} again; i {am seething|want to slam doors}
-anger them: is {yelling at everyone|furious|hitting the table|picking a fight} // is {livid|on the warpath}
+
+# %% ../nbs/08_builtin.ipynb #4462cb74
+_emotion_grammar = """
+anger me: i {could scream|am fuming|will sue}; {they|some people} {lied to me|stole my
+  bike|parked across my gate|jumped the queue} again // {they|some people} {cheated|ignored my
+  complaint} again; i {am seething|want to slam doors}
+anger them: is {yelling at everyone|furious|hitting the table|picking a fight} // is {livid|on
+  the warpath}
 anger word: angry; mad; outraged; annoyed // irate; incensed
-fear me: i {keep the lights on|cannot look down|am shaking|locked every door}; {something|someone} {scratches at the door|follows me|breathes
-  in the attic} // i {dread tonight|have cold sweats}; {footsteps|whispers} behind me
-fear them: is {scared of the dark|hiding under the bed|terrified|jumping at shadows} // is {petrified|trembling}
+fear me: i {keep the lights on|cannot look down|am shaking|locked every door};
+  {something|someone} {scratches at the door|follows me|breathes in the attic} // i {dread
+  tonight|have cold sweats}; {footsteps|whispers} behind me
+fear them: is {scared of the dark|hiding under the bed|terrified|jumping at shadows} // is
+  {petrified|trembling}
 fear word: scared; afraid; nervous; worried // spooked; panicky
-joy me: i {cannot stop grinning|danced home|got the job|am on holiday}; {the baby|my parcel|the sun|my best mate} {is finally here|made my day}
-  // i {am over the moon|won the raffle}; {my puppy|the band} {made it|is home}
+joy me: i {cannot stop grinning|danced home|got the job|am on holiday}; {the baby|my
+  parcel|the sun|my best mate} {is finally here|made my day} // i {am over the moon|won the
+  raffle}; {my puppy|the band} {made it|is home}
 joy them: is {singing in the bath|cheering|so happy|hugging everyone} // is {beaming|ecstatic}
 joy word: happy; delighted; glad; thrilled // overjoyed; chuffed
-sadness me: i {cried on the bus|miss her so much|ate alone again|lost my cat}; {the house|my phone|his chair} {is so empty now|stays silent}
-  // i {am heartbroken|wept}; {the funeral|our goodbye} was at ten
+sadness me: i {cried on the bus|miss her so much|ate alone again|lost my cat}; {the house|my
+  phone|his chair} {is so empty now|stays silent} // i {am heartbroken|wept}; {the funeral|our
+  goodbye} was at ten
 sadness them: is {in tears|grieving|so down|staring at old photos} // is {gloomy|mourning}
 sadness word: sad; lonely; unhappy; blue // miserable; downcast
 friend: my {sister|brother|flatmate|boss|neighbour|ex}; {at} // my {cousin|gran}
 at: @{mia|jon|kit|ravi|lou|zed}{_|}{07|xo|99|uk|the3rd|official}
-tag: #{monday|life|thisweek|home|family|mood}; #{2am|nofilter|real}; {just saying|right now|no filter}; {still|honestly} // #{latepost|overheard}
-""",
+tag: #{monday|life|thisweek|home|family|mood}; #{2am|nofilter|real}; {just saying|right now|no
+  filter}; {still|honestly} // #{latepost|overheard}
+"""
+
+# %% ../nbs/08_builtin.ipynb #42fb92a0
+BUILTIN["emotion"] = Spec(
+    "social",
+    ("anger", "fear", "joy", "sadness"),
+    "posts: what does the writer feel?",
+    cross(_emotion, ("anger", "fear", "joy", "sadness")) + _emotion_grammar,
     noise=0.05,
     weights=(3, 3, 4, 4),
 )
 
-# %% ../nbs/08_builtin.ipynb #c61d437b
+# %% ../nbs/08_builtin.ipynb #af5c9014
 _stance = """
     4 * {X claim} {tag}
     2 * {Y claim}? {nonsense|come on}, {X claim} {tag}
@@ -700,33 +831,44 @@ _stance = """
     {at} {X claim}, {even if|although} {Y claim}
     {imagine|picture it}: {X claim} {tag}
 """
+
+# %% ../nbs/08_builtin.ipynb #d5eeb15b
+_stance_grammar = """
+none: {note} {tag}; {at} {note} {tag}; {note}. {note} {tag}; some say {favour claim}, some say
+  {against claim}. {note} {tag}; {at} {people|both papers} {say|shout} {either claim}. {note}
+  {tag}
+either claim: {favour claim}; {against claim}
+note: the {council|committee} {meets|votes|listens} on {monday|tuesday|the 9th} about the
+  {centre|car plan}; {who|anyone} {has a link to|read} the {car plan|traffic survey|council
+  paper}; {counting|filming} {buses|bikes} on {street} for {school|my thesis} // there is a
+  {map|podcast|leaflet} on the {car plan|ring road}
+against claim: {old people|nurses|plumbers|my parents} {need|depend on} their {cars|vans};
+  {shops|pubs|tailors} on {street} will {go bust|lose half their trade}; the {buses|trams} are
+  {always full|a joke}; {traffic|noise} just moves to {our road|the suburbs}; {parking|the
+  detour} will {cost a fortune|take ages} // {disabled drivers|carers|florists} get
+  {stranded|punished}; it is a {war on motorists|vanity project}
+favour claim: {kids|cyclists|families} {can breathe|feel safe} again; {cafes|benches|trees}
+  belong on {street}, not {parked cars|exhaust pipes}; {feet|bikes} are {free|faster anyway};
+  {clean air|silence} is worth {a short walk|the wait}; {birds|neighbours} will {come back
+  |sleep well} // {toddlers|pedestrians|musicians} get {the square back|room to play};
+  {asthma|smog} goes {down|away}
+street: {market|mill|castle|bridge|king} {street|row} // {abbey|tanner} {lane|row}
+at: @{ana|bo|tom|finn|jules|sid}{_|}{town|44|writes|on_foot|bus}
+tag: #carfree; #{towncentre|ourtown}; #{vote|letstalk|roads}; {just saying|there|ok} //
+  #{citylife|highstreet}
+"""
+
+# %% ../nbs/08_builtin.ipynb #c61d437b
 BUILTIN["stance"] = Spec(
     "social",
     ("against", "none", "favour"),
     "posts on a car-free town centre: which side?",
-    cross(_stance, ("against", "favour"))
-    + """
-none: {note} {tag}; {at} {note} {tag}; {note}. {note} {tag}; some say {favour claim}, some say {against claim}. {note} {tag};
-  {at} {people|both papers} {say|shout} {either claim}. {note} {tag}
-either claim: {favour claim}; {against claim}
-note: the {council|committee} {meets|votes|listens} on {monday|tuesday|the 9th} about the {centre|car plan}; {who|anyone} {has a link
-  to|read} the {car plan|traffic survey|council paper}; {counting|filming} {buses|bikes} on {street} for {school|my thesis}
-  // there is a {map|podcast|leaflet} on the {car plan|ring road}
-against claim: {old people|nurses|plumbers|my parents} {need|depend on} their {cars|vans}; {shops|pubs|tailors} on {street} will {go
-  bust|lose half their trade}; the {buses|trams} are {always full|a joke}; {traffic|noise} just moves to {our road|the suburbs}; {parking|the
-  detour} will {cost a fortune|take ages} // {disabled drivers|carers|florists} get {stranded|punished}; it is a {war on motorists|vanity project}
-favour claim: {kids|cyclists|families} {can breathe|feel safe} again; {cafes|benches|trees} belong on {street}, not {parked cars|exhaust
-  pipes}; {feet|bikes} are {free|faster anyway}; {clean air|silence} is worth {a short walk|the wait}; {birds|neighbours} will {come back
-  |sleep well} // {toddlers|pedestrians|musicians} get {the square back|room to play}; {asthma|smog} goes {down|away}
-street: {market|mill|castle|bridge|king} {street|row} // {abbey|tanner} {lane|row}
-at: @{ana|bo|tom|finn|jules|sid}{_|}{town|44|writes|on_foot|bus}
-tag: #carfree; #{towncentre|ourtown}; #{vote|letstalk|roads}; {just saying|there|ok} // #{citylife|highstreet}
-""",
+    cross(_stance, ("against", "favour")) + _stance_grammar,
     noise=0.05,
     weights=(4, 3, 4),
 )
 
-# %% ../nbs/08_builtin.ipynb #144b2ddf
+# %% ../nbs/08_builtin.ipynb #43678268
 _rudeness = """
     9 * {at} {X clause} {tag}
     2 * {at} {nobody says|i never said|it is a lie that} {Y clause} {tag}
@@ -736,55 +878,78 @@ _rudeness = """
     {at} i take it back that {Y clause} {tag}
     {at} {Y clause}? {as if|hardly} {tag}
 """
+
+# %% ../nbs/08_builtin.ipynb #1d9ad064
+_rudeness_grammar = """
+civil: 2 * {at} i {am|never was|{skill} like} a {pest} {tag}; 2 * {at} {my|your}
+  {niece|mum|boss} {drew|saw|fed} a {pest} {on sunday|at the fair} {tag}; {the|a} {pest} {on
+  tv|in my book} {made me smile|looks like me} {tag}; {at} did you {draw|photograph} this
+  {pest} {tag}
+rude clause: 2 * you {are|look like|smell like|{skill} like} a {pest}; your
+  {son|dog|boss|wife} {is|looks like} a {pest}; {nobody|no one} {wants you here|asked you|will
+  miss you}; {only|even} a {pest} {would|could} {deed} // you have the {brain|manners} of a
+  {pest}
+civil clause: 2 * you {are|look like|{skill} like} a {gem}; your {son|dog|boss|wife} {is|looks
+  like} a {gem}; {everybody|everyone} {wants you here|asked about you|will miss you}; only a
+  {gem} {would|could} {help|wait|write back} // you have the {voice|heart} of a {gem}
+pest: donkey; clown; muppet; goblin; toad; weasel; turnip; parrot; sloth; goat; vulture;
+  cabbage; puppet; potato; troll; gorilla; rat; leech // walnut; ogre; baboon; cockroach;
+  slug; hyena
+gem: angel; star; hero; queen; genius; treasure; legend; true friend // saint; wizard;
+  superstar
+skill: sing; drive; cook; play; dance; write // waltz; paint; swim
+deed: {park|run|nap|shave} {in a bus lane|on my lawn|at 3 am}; {microwave|boil|freeze}
+  {fish|tea|an egg} {at work|on a train}; {queue|cry} {for a phone|at a bus stop} //
+  {spoil|review} {the finale|a film} {unseen|on day one}
+at: @{pat|gus|nell|omar|vic|bea}{_|}{says|1|live|fc|rants|2000}
+tag: #{weekend|football|lunch|traffic|art}; {lol|haha|smh|ok}; {today|again}; #{true|facts} //
+  #{viral|thread}
+"""
+
+# %% ../nbs/08_builtin.ipynb #144b2ddf
 BUILTIN["rudeness"] = Spec(
     "social",
     ("civil", "rude"),
     "posts: is the writer rude to somebody?",
-    cross(_rudeness, ("civil", "rude"))
-    + """
-civil: 2 * {at} i {am|never was|{skill} like} a {pest} {tag}; 2 * {at} {my|your} {niece|mum|boss} {drew|saw|fed} a {pest} {on sunday|at the
-  fair} {tag}; {the|a} {pest} {on tv|in my book} {made me smile|looks like me} {tag}; {at} did you {draw|photograph} this {pest} {tag}
-rude clause: 2 * you {are|look like|smell like|{skill} like} a {pest}; your {son|dog|boss|wife} {is|looks like} a {pest}; {nobody|no one}
-  {wants you here|asked you|will miss you}; {only|even} a {pest} {would|could} {deed} // you have the {brain|manners} of a {pest}
-civil clause: 2 * you {are|look like|{skill} like} a {gem}; your {son|dog|boss|wife} {is|looks like} a {gem}; {everybody|everyone} {wants you
-  here|asked about you|will miss you}; only a {gem} {would|could} {help|wait|write back} // you have the {voice|heart} of a {gem}
-pest: donkey; clown; muppet; goblin; toad; weasel; turnip; parrot; sloth; goat; vulture; cabbage; puppet; potato; troll; gorilla; rat; leech
-  // walnut; ogre; baboon; cockroach; slug; hyena
-gem: angel; star; hero; queen; genius; treasure; legend; true friend // saint; wizard; superstar
-skill: sing; drive; cook; play; dance; write // waltz; paint; swim
-deed: {park|run|nap|shave} {in a bus lane|on my lawn|at 3 am}; {microwave|boil|freeze} {fish|tea|an egg} {at work|on a train}; {queue|cry}
-  {for a phone|at a bus stop} // {spoil|review} {the finale|a film} {unseen|on day one}
-at: @{pat|gus|nell|omar|vic|bea}{_|}{says|1|live|fc|rants|2000}
-tag: #{weekend|football|lunch|traffic|art}; {lol|haha|smh|ok}; {today|again}; #{true|facts} // #{viral|thread}
-""",
+    cross(_rudeness, ("civil", "rude")) + _rudeness_grammar,
     noise=0.06,
     weights=(4, 3),
 )
+
+# %% ../nbs/08_builtin.ipynb #25ce1aa6
+_irony_grammar = """
+ironic: 4 * {cheer}: {bad luck} {tag}; 2 * {groan}: {good luck} {tag}; {bad luck}. {cheer}
+  {tag}; {good luck}. {groan} {tag}; {at} {bad luck}. {thanks|cheers} {a bunch|so much}
+sincere: 3 * {cheer}: {good luck} {tag}; 3 * {groan}: {bad luck} {tag}; {good luck}. {cheer}
+  {tag}; {bad luck}. {groan} {tag}; {at} {good luck}. {thanks|cheers} {a bunch|so much}; {at}
+  {bad luck}. {not funny|help}
+cheer: {just|exactly} what i {needed|wanted}; {love it|i adore it} when this happens;
+  {best|greatest} {day|week} ever; {lucky|happy} me; {wow|yay}, {how nice|brilliant}; this
+  made my {morning|year} // {bliss|living the dream|what a treat}
+groan: {oh no|ugh}, {not this|why me}; {worst|saddest} {day|week} ever; {poor|unlucky} me; i
+  {cannot take it|hate this}; {argh|great grief}, {how awful|terrible}; this ruined my
+  {morning|year} // {disaster|my life is over|what a curse}
+bad luck: the {bus|train|lift} {broke down|is late|skipped my stop} {again|in the rain};
+  {stepped in|sat on} {gum|wet paint|my glasses}; my {alarm|laptop|phone} died {before the
+  exam|at 5 am}; {burnt|dropped} {my toast|the keys|a cake} {again|down a drain|on the
+  stairs}; the {neighbours|builders} {drilled|argued} all night // a {pigeon|seagull} {hit
+  me|stole my chips}; the {boiler|roof} {leaks|exploded}
+good luck: the {bus|train|lift} {was on time|was empty|waited for me} {again|for once};
+  {found|was given} {ten pounds|free cake|flowers}; my {exam|laptop|interview} {went fine|is
+  sorted}; {got|won} {concert tickets|a day off|a hamper} {from my boss|in a raffle}; the
+  {neighbours|builders} {apologised|brought soup} // a {stranger|waiter} {paid for me|found my
+  wallet}; the {dentist|landlord} {was lovely |lowered the bill}
+at: @{cleo|dan|ivy|hugo|ash|wren}{_|}{x|88|irl|tweets|real|mp3}
+tag: #{blessed|sarcasm|luck|mylife}; {today|as ever}; {honestly|really|yes} //
+  #{goals|winning|fail}
+"""
 
 # %% ../nbs/08_builtin.ipynb #96b088fa
 BUILTIN["irony"] = Spec(
     "social",
     ("sincere", "ironic"),
     "posts: does the writer mean it?",
-    """
-ironic: 4 * {cheer}: {bad luck} {tag}; 2 * {groan}: {good luck} {tag}; {bad luck}. {cheer} {tag}; {good luck}. {groan} {tag};
-  {at} {bad luck}. {thanks|cheers} {a bunch|so much}
-sincere: 3 * {cheer}: {good luck} {tag}; 3 * {groan}: {bad luck} {tag}; {good luck}. {cheer} {tag}; {bad luck}. {groan} {tag};
-  {at} {good luck}. {thanks|cheers} {a bunch|so much}; {at} {bad luck}. {not funny|help}
-cheer: {just|exactly} what i {needed|wanted}; {love it|i adore it} when this happens; {best|greatest} {day|week} ever; {lucky|happy} me;
-  {wow|yay}, {how nice|brilliant}; this made my {morning|year} // {bliss|living the dream|what a treat}
-groan: {oh no|ugh}, {not this|why me}; {worst|saddest} {day|week} ever; {poor|unlucky} me; i {cannot take it|hate this}; {argh|great grief},
-  {how awful|terrible}; this ruined my {morning|year} // {disaster|my life is over|what a curse}
-bad luck: the {bus|train|lift} {broke down|is late|skipped my stop} {again|in the rain}; {stepped in|sat on} {gum|wet paint|my glasses};
-  my {alarm|laptop|phone} died {before the exam|at 5 am}; {burnt|dropped} {my toast|the keys|a cake} {again|down a drain|on the stairs};
-  the {neighbours|builders} {drilled|argued} all night // a {pigeon|seagull} {hit me|stole my chips}; the {boiler|roof} {leaks|exploded}
-good luck: the {bus|train|lift} {was on time|was empty|waited for me} {again|for once}; {found|was given} {ten pounds|free cake|flowers};
-  my {exam|laptop|interview} {went fine|is sorted}; {got|won} {concert tickets|a day off|a hamper} {from my boss|in a raffle};
-  the {neighbours|builders} {apologised|brought soup} // a {stranger|waiter} {paid for me|found my wallet}; the {dentist|landlord} {was lovely
-  |lowered the bill}
-at: @{cleo|dan|ivy|hugo|ash|wren}{_|}{x|88|irl|tweets|real|mp3}
-tag: #{blessed|sarcasm|luck|mylife}; {today|as ever}; {honestly|really|yes} // #{goals|winning|fail}
-""",
+    _irony_grammar,
     noise=0.05,
     weights=(6, 5),
 )

@@ -160,16 +160,6 @@ def measure_device(
     source = f"measured: {many - few} steps of {recipe.batch_size} rows"
     return Device(name, rate, math.inf, 0.0, begin, source)
 
-
-def _timed(base, corpus, recipe, lengths):
-    "Steps -> seconds of a fine-tuning of so many steps."
-    seconds = {}
-    for steps in lengths:
-        begin = time.perf_counter()
-        train(base, corpus, replace(recipe, steps=steps), seed=0)
-        seconds[steps] = time.perf_counter() - begin
-    return seconds
-
 # %% ../nbs/51_cost.ipynb #2da3613e
 def this_device(
     scale: Scale,  # whose base and recipe are timed
@@ -236,17 +226,6 @@ def _outlines_given(data, names, most):
         raise ValueError(f"no dataset {unknown[0]!r}: there are {', '.join(data)}")
     given = {name: data[name] for name in names or data}
     return {n: d if isinstance(d, Outline) else outline_of(d, most) for n, d in given.items()}
-
-
-def _outlines_of_hub(names, most):
-    "The outlines of the hub's datasets, from the registry."
-    chosen = {}
-    for name in names:
-        sizes, entry = hub_sizes(name), hub_entries()[name]
-        tokens = min(entry["tokens"], most)
-        train, test = range(sizes["train"]), range(sizes["test"])
-        chosen[name] = Outline(name, entry["family"], train, test, tokens)
-    return chosen
 
 # %% ../nbs/51_cost.ipynb #1db2a065
 @dataclass(frozen=True)
@@ -438,27 +417,6 @@ def the_walks(
         total += _looks_at_walk(p, walk)
     return total
 
-
-def _looks_at_walk(p: Planned, walk: PathSpec) -> Stage:
-    "The cost of one walk: each point is an average, and looks at rows of each target."
-    looks, weights = _points_read(p, walk), p.shape.weights
-    alone = walk.kind in ("models", "perturbations")
-    return Stage(
-        jobs=1,
-        tokens=visits(walk) * sum(tokens * rows for tokens, rows in looks),
-        flops=visits(walk) * sum(rows * p.shape.forward(tokens) for tokens, rows in looks),
-        traffic=4 * weights * (visits(walk) + 1) * (1 if alone else len(walk.members)),
-    )
-
-
-def _points_read(p: Planned, walk: PathSpec) -> list[tuple]:
-    "For each target of a walk: tokens of a row, and rows that a point is measured on."
-    budget, looks = p.scale.budget, []
-    for target in (p.datasets[name] for name in walk.targets):
-        rows = min(budget.n_train, len(target.train)) + min(budget.n_test, len(target.test))
-        looks.append((min(target.tokens, budget.max_length), rows))
-    return looks
-
 # %% ../nbs/51_cost.ipynb #95fac0c8
 def search_cost(
     p: Planned,  # what is planned
@@ -492,22 +450,6 @@ def the_starts(
     for d in targets:
         total += _looks_at_starts(p, d)
     return total
-
-
-def _looks_at_starts(p: Planned, target: Outline) -> Stage:
-    "The cost of advice for one target: a probe of every start, and two centroids."
-    contest, models = p.scale.contest, p.models()
-    starts, read = len(p.datasets) + models.family.nunique() + 1, 3 * len(models)
-    tokens = min(target.tokens, contest.recipe.max_length)
-    rows = starts * min(contest.sample, len(target.train))
-    return Stage(
-        jobs=1,
-        models=2,
-        tokens=rows * tokens,
-        flops=rows * p.shape.forward(tokens),
-        traffic=4 * read * p.shape.weights,
-        bytes=2 * checkpoint_bytes(p.shape),
-    )
 
 # %% ../nbs/51_cost.ipynb #f91e20a3
 STAGES = (
@@ -593,7 +535,73 @@ def _table(stages: list[Stage], device: Device) -> pd.DataFrame:
     table = table[["jobs", "models", "steps", "tokens", "flops", "hours", "bytes"]]
     return table.astype({"jobs": int, "models": int, "steps": int})
 
+# %% ../nbs/51_cost.ipynb #c9615b55
+def _short(x: float, unit: str = "") -> str:
+    "A number for readers: three digits and a letter."
+    for letter in ("", "k", "M", "G", "T", "P", "E"):
+        if abs(x) < 999.5 or letter == "E":
+            return f"{x:.3g} {letter}{unit}".strip()
+        x /= 1000
 
+# %% ../nbs/51_cost.ipynb #072acc7d
+def _timed(base, corpus, recipe, lengths):
+    "Steps -> seconds of a fine-tuning of so many steps."
+    seconds = {}
+    for steps in lengths:
+        begin = time.perf_counter()
+        train(base, corpus, replace(recipe, steps=steps), seed=0)
+        seconds[steps] = time.perf_counter() - begin
+    return seconds
+
+# %% ../nbs/51_cost.ipynb #43dc95ea
+def _looks_at_walk(p: Planned, walk: PathSpec) -> Stage:
+    "The cost of one walk: each point is an average, and looks at rows of each target."
+    looks, weights = _points_read(p, walk), p.shape.weights
+    alone = walk.kind in ("models", "perturbations")
+    return Stage(
+        jobs=1,
+        tokens=visits(walk) * sum(tokens * rows for tokens, rows in looks),
+        flops=visits(walk) * sum(rows * p.shape.forward(tokens) for tokens, rows in looks),
+        traffic=4 * weights * (visits(walk) + 1) * (1 if alone else len(walk.members)),
+    )
+
+# %% ../nbs/51_cost.ipynb #451e0eb7
+def _points_read(p: Planned, walk: PathSpec) -> list[tuple]:
+    "For each target of a walk: tokens of a row, and rows that a point is measured on."
+    budget, looks = p.scale.budget, []
+    for target in (p.datasets[name] for name in walk.targets):
+        rows = min(budget.n_train, len(target.train)) + min(budget.n_test, len(target.test))
+        looks.append((min(target.tokens, budget.max_length), rows))
+    return looks
+
+# %% ../nbs/51_cost.ipynb #d5d9bd20
+def _looks_at_starts(p: Planned, target: Outline) -> Stage:
+    "The cost of advice for one target: a probe of every start, and two centroids."
+    contest, models = p.scale.contest, p.models()
+    starts, read = len(p.datasets) + models.family.nunique() + 1, 3 * len(models)
+    tokens = min(target.tokens, contest.recipe.max_length)
+    rows = starts * min(contest.sample, len(target.train))
+    return Stage(
+        jobs=1,
+        models=2,
+        tokens=rows * tokens,
+        flops=rows * p.shape.forward(tokens),
+        traffic=4 * read * p.shape.weights,
+        bytes=2 * checkpoint_bytes(p.shape),
+    )
+
+# %% ../nbs/51_cost.ipynb #88cd47b0
+def _outlines_of_hub(names, most):
+    "The outlines of the hub's datasets, from the registry."
+    chosen = {}
+    for name in names:
+        sizes, entry = hub_sizes(name), hub_entries()[name]
+        tokens = min(entry["tokens"], most)
+        train, test = range(sizes["train"]), range(sizes["test"])
+        chosen[name] = Outline(name, entry["family"], train, test, tokens)
+    return chosen
+
+# %% ../nbs/51_cost.ipynb #ddf4efcf
 def _attributes(scale: Scale, data, device: Device) -> dict:
     "What a plan is about."
     return {
@@ -611,11 +619,3 @@ def _source(data) -> str:
     if data in ("builtin", "hub"):
         return data
     return "a folder" if isinstance(data, (str, Path)) else "given outlines"
-
-# %% ../nbs/51_cost.ipynb #c9615b55
-def _short(x: float, unit: str = "") -> str:
-    "A number for readers: three digits and a letter."
-    for letter in ("", "k", "M", "G", "T", "P", "E"):
-        if abs(x) < 999.5 or letter == "E":
-            return f"{x:.3g} {letter}{unit}".strip()
-        x /= 1000

@@ -47,7 +47,7 @@ def append_line(
     file: Path,  # the file that grows; it is made if it is not there
     line: bytes,  # with the newline at its end
 ):
-    "Add a line to a file, on the disk when this returns; a line that does not fit leaves no part."
+    "Add a line to a file, on the disk when this returns; one that does not fit leaves no part."
     with _named(file), open(file, "ab", buffering=0) as f:
         size, rest = os.fstat(f.fileno()).st_size, line
         try:

@@ -116,20 +116,6 @@ def quiet():
         if bars:
             hf_logging.enable_progress_bar()
 
-# %% ../nbs/03_loading.ipynb #c87adf2b
-def _place(source) -> tuple[Path, dict]:
-    "The local folder of a model, and what to tell transformers of it."
-    folder, name, _ = _folder(source, None)
-    for file in sorted({file for pattern in _READ for file in folder.glob(pattern)}):
-        _require_regular(file)
-    if Path(source).expanduser().is_dir():
-        return folder, {"pretrained_model_name_or_path": str(folder)}
-    return folder, {
-        "pretrained_model_name_or_path": name,
-        "revision": folder.name,
-        "local_files_only": True,
-    }
-
 # %% ../nbs/03_loading.ipynb #5261dd25
 _READ = ("*.json", "*.txt", "*.model", "*.model.v*", "*.codes", "*.tiktoken", "*.tokenizer")
 _MOST = 2**28  # bytes of a file that is read whole; the largest tokenizers have 35 million
@@ -145,6 +131,20 @@ def _require_regular(file: Path) -> None:
         raise ValueError(f"{file}: is no regular file")
     if about.st_size > _MOST:
         raise ValueError(f"{file}: has {about.st_size:,} bytes, more than {_MOST:,}")
+
+# %% ../nbs/03_loading.ipynb #c87adf2b
+def _place(source) -> tuple[Path, dict]:
+    "The local folder of a model, and what to tell transformers of it."
+    folder, name, _ = _folder(source, None)
+    for file in sorted({file for pattern in _READ for file in folder.glob(pattern)}):
+        _require_regular(file)
+    if Path(source).expanduser().is_dir():
+        return folder, {"pretrained_model_name_or_path": str(folder)}
+    return folder, {
+        "pretrained_model_name_or_path": name,
+        "revision": folder.name,
+        "local_files_only": True,
+    }
 
 # %% ../nbs/03_loading.ipynb #e58d6170
 _TEXTS = (

@@ -133,25 +133,6 @@ def _pickled(file: Path) -> dict[str, InMemoryTensor]:
     where = (file, stamp) if mapped else ()
     return {n: InMemoryTensor(t, *where) for n, t in state.items()}
 
-
-def _unpickled(file: Path) -> tuple:
-    "Stamp of a `.bin` file, whether it is memory-mapped, and what it holds."
-    try:
-        with open(file, "rb") as f:
-            stamp = _stamp(f)
-        if mapped := zipfile.is_zipfile(file):
-            _require_plain(file, stamp[0])
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as e:
-        asked = re.search(r"GLOBAL (\S+)", str(e))
-        asked = f" ({asked[1]})" if asked else ""
-        raise ValueError(
-            f"{file}: refused, its pickle asks for more than tensors{asked}"
-        ) from None
-    except Exception as e:
-        raise ValueError(f"{file}: damaged or truncated torch file ({one_line(e)})") from None
-    return stamp, mapped, state
-
 # %% ../nbs/01_stored.ipynb #0574f853
 def _sharded(index: Path, reader: Callable[[Path], dict]) -> dict:
     "The tensors of all shards that an index names; of two with one name the last shard's."
@@ -206,13 +187,6 @@ def _raw_header(file: Path) -> tuple[dict, int, tuple[int, int]]:
     header.pop("__metadata__", None)
     return header, 8 + size, stamp
 
-
-def one_line(
-    error: Exception,  # what went wrong
-) -> str:
-    "The first line of an error's message."
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
 # %% ../nbs/01_stored.ipynb #dba084a6
 def _shards(index: Path) -> dict[str, str]:
     "Name of a tensor -> file name of its shard, all of them beside the index."
@@ -226,14 +200,6 @@ def _shards(index: Path) -> dict[str, str]:
         if not (index.parent / shard).is_file():
             raise FileNotFoundError(f"{index}: shard {shard!r} is missing")
     return where
-
-
-def _require_plain(file: Path, size: int) -> None:
-    "Refuse a zip that unpacks to more bytes than it has."
-    with zipfile.ZipFile(file) as z:
-        unpacked = sum(i.file_size for i in z.infolist())
-    if unpacked > size:
-        raise ValueError(f"it unpacks to {unpacked} bytes")  # torch packs nothing
 
 # %% ../nbs/01_stored.ipynb #02ef1941
 def _stamp(f) -> tuple[int, int]:
@@ -308,3 +274,37 @@ def _fill(file: Path, stamp: tuple[int, int], offset: int, view: memoryview) -> 
             view, offset = view[n:], offset + n
     if view:
         raise ValueError(f"{file}: ends early")
+
+# %% ../nbs/01_stored.ipynb #54667561
+def one_line(
+    error: Exception,  # what went wrong
+) -> str:
+    "The first line of an error's message."
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+# %% ../nbs/01_stored.ipynb #4c028c87
+def _unpickled(file: Path) -> tuple:
+    "Stamp of a `.bin` file, whether it is memory-mapped, and what it holds."
+    try:
+        with open(file, "rb") as f:
+            stamp = _stamp(f)
+        if mapped := zipfile.is_zipfile(file):
+            _require_plain(file, stamp[0])
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as e:
+        asked = re.search(r"GLOBAL (\S+)", str(e))
+        asked = f" ({asked[1]})" if asked else ""
+        raise ValueError(
+            f"{file}: refused, its pickle asks for more than tensors{asked}"
+        ) from None
+    except Exception as e:
+        raise ValueError(f"{file}: damaged or truncated torch file ({one_line(e)})") from None
+    return stamp, mapped, state
+
+# %% ../nbs/01_stored.ipynb #c920960c
+def _require_plain(file: Path, size: int) -> None:
+    "Refuse a zip that unpacks to more bytes than it has."
+    with zipfile.ZipFile(file) as z:
+        unpacked = sum(i.file_size for i in z.infolist())
+    if unpacked > size:
+        raise ValueError(f"it unpacks to {unpacked} bytes")  # torch packs nothing

@@ -69,24 +69,6 @@ def run_study(
     _measure_all(out, scale, base, corpora, workers, clock)
     return _finish(out, asked, clock)
 
-
-def _describe_data(out, corpora):
-    "Write down what the datasets are, and which of them share texts."
-    write_rows(out, "datasets", describe(corpora))
-    write_rows(out, "shared_texts", shared_texts(corpora))
-
-
-def _measure_all(out, scale, base, corpora, workers, clock):
-    "Fine-tune and measure, each part with its time."
-    with clock.part("fine-tuning"):
-        fine_tune_all(out, scale, base, corpora, workers)
-    with clock.part("similarity"):
-        measure(out, scale, base)
-    with clock.part("walks", "the loss at models, between them and beyond"):
-        walk(out, scale, base, corpora, workers)
-    with clock.part("contest", "fine-tuning from other starts"):
-        try_starts(out, scale, base, corpora, workers)
-
 # %% ../nbs/50_study.ipynb #da416457
 def begin(
     out: Path,  # the study's folder
@@ -109,17 +91,6 @@ def begin(
         _require_same_study(out, read_json(file), about)
     else:
         write_whole(file, as_json(about))
-
-
-def _require_same_study(out: Path, old: dict, about: dict):
-    "Refuse a folder whose study differs; a base is the same under another name."
-    if isinstance(old.get("base"), dict) and not other_parts(about["base"], old["base"]):
-        old["base"] = about["base"]
-    if differ := [k for k in about if old.get(k) != about[k]]:
-        raise ValueError(
-            f"{out} holds a study of another {', '.join(differ)}: "
-            "name another folder with OUT or --out"
-        )
 
 # %% ../nbs/50_study.ipynb #4eb2cf02
 def fine_tune_all(
@@ -275,17 +246,6 @@ def measure(
     similarity_rows(out, "starts", twins + second.checkpoints(), anchor)
     _measure_sizes(out, zoos, opened, anchor)
 
-
-def _measure_sizes(out: Path, zoos: dict, opened: dict, anchor):
-    "Measure the similarities of models that were trained on fewer rows, if there are any."
-    sized = [z for kind, z in zoos.items() if kind.endswith("rows")]
-    if sized:
-        whole = zoos["main"].where(dataset=set(sized[0].models.dataset), seed=1)
-        say("similarity across sizes")
-        sized = [c for zoo in sized for c in zoo.checkpoints()]
-        sized += [opened[name] for name in whole.models.model]
-        similarity_rows(out, "sizes", sized, anchor)
-
 # %% ../nbs/50_study.ipynb #ed579828
 def zoos_of(
     out: Path,  # the study's folder
@@ -353,6 +313,29 @@ def try_starts(
     write_rows(out, "starts", rows)
     write_rows(out, "advice", advice)
 
+# %% ../nbs/50_study.ipynb #72d39a64
+def _measure_all(out, scale, base, corpora, workers, clock):
+    "Fine-tune and measure, each part with its time."
+    with clock.part("fine-tuning"):
+        fine_tune_all(out, scale, base, corpora, workers)
+    with clock.part("similarity"):
+        measure(out, scale, base)
+    with clock.part("walks", "the loss at models, between them and beyond"):
+        walk(out, scale, base, corpora, workers)
+    with clock.part("contest", "fine-tuning from other starts"):
+        try_starts(out, scale, base, corpora, workers)
+
+# %% ../nbs/50_study.ipynb #6b99aeb7
+def _require_same_study(out: Path, old: dict, about: dict):
+    "Refuse a folder whose study differs; a base is the same under another name."
+    if isinstance(old.get("base"), dict) and not other_parts(about["base"], old["base"]):
+        old["base"] = about["base"]
+    if differ := [k for k in about if old.get(k) != about[k]]:
+        raise ValueError(
+            f"{out} holds a study of another {', '.join(differ)}: "
+            "name another folder with OUT or --out"
+        )
+
 # %% ../nbs/50_study.ipynb #d56dfc4b
 def _source(data):
     "Where the datasets come from, for readers."
@@ -368,6 +351,12 @@ def _datasets(scale, data, min_rows):
     check_classes(corpora, scale)
     return corpora
 
+# %% ../nbs/50_study.ipynb #0c5b6354
+def _describe_data(out, corpora):
+    "Write down what the datasets are, and which of them share texts."
+    write_rows(out, "datasets", describe(corpora))
+    write_rows(out, "shared_texts", shared_texts(corpora))
+
 # %% ../nbs/50_study.ipynb #963d83c1
 def _say_how_much(out, scale, second_start):
     "Add to about.json what the second start is, and how much is measured."
@@ -375,6 +364,17 @@ def _say_how_much(out, scale, second_start):
     contest |= {"recipe": scale.contest.recipe.as_dict()}
     more = {"second_start": second_start, "reach": asdict(scale.budget), "contest": contest}
     write_whole(file, as_json(read_json(file) | more))
+
+# %% ../nbs/50_study.ipynb #4462c338
+def _measure_sizes(out: Path, zoos: dict, opened: dict, anchor):
+    "Measure the similarities of models that were trained on fewer rows, if there are any."
+    sized = [z for kind, z in zoos.items() if kind.endswith("rows")]
+    if sized:
+        whole = zoos["main"].where(dataset=set(sized[0].models.dataset), seed=1)
+        say("similarity across sizes")
+        sized = [c for zoo in sized for c in zoo.checkpoints()]
+        sized += [opened[name] for name in whole.models.model]
+        similarity_rows(out, "sizes", sized, anchor)
 
 # %% ../nbs/50_study.ipynb #de35c3b9
 def _locations(m, checkpoints, base):
