@@ -63,13 +63,34 @@ def _require_paths(options):
         raise FileNotFoundError(f"{folders[0]}: there is no such folder")
     for word in (
         *(folders if len(folders) > 1 else ()),
-        *map(words.get, ("base", "checkpoint")),
+        *map(words.get, ("base", "checkpoint", "start")),
     ):
         if word:
             _require_model(word)
-    for data in (words.get("data"), (words.get("target") or "").rpartition(":")[0]):
-        if data and data not in ("builtin", "hub") and not os.path.isdir(data):
-            raise ValueError(f"source {data!r} is neither 'builtin' nor 'hub' nor a folder")
+    for data in (words.get("data"), _parted(words.get("unseen") or "")[0]):
+        if data:
+            _require_data(data)
+
+
+def _require_data(word):
+    "Refuse a word that names no source of datasets."
+    if word in ("builtin", "hub") or os.path.exists(os.path.expanduser(word)):
+        return
+    neither = f"source {word!r} is neither 'builtin' nor 'hub' nor a folder or file"
+    if not re.fullmatch(_HUB_DATA, word):
+        raise ValueError(neither)
+    if _is_offline() and not any(place.is_dir() for place in _data_caches(word)):
+        raise ValueError(f"{neither}, and no dataset in the hub's cache (offline)")
+
+
+_HUB_DATA = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-]+)?"  # OWNER/NAME, perhaps a part
+
+
+def _parted(word):
+    "DATA:NAME in two; of a folder or file alone, or a hub id, no name."
+    data, _, name = word.rpartition(":")
+    alone = not data or os.path.exists(os.path.expanduser(word))
+    return (word, None) if alone else (data, name)
 
 
 def _require_model(word):
@@ -95,6 +116,18 @@ def _hub_cache():
     place = at("HF_HUB_CACHE") or at("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
     return Path(os.path.expandvars(os.path.expanduser(place)))
 
+
+def _data_caches(word):
+    "Where datasets of this id are kept, by the two libraries that keep them."
+    owner, name = word.split("/")[:2]
+    home = os.environ.get("HF_HOME") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"
+    )
+    kept = os.environ.get("HF_DATASETS_CACHE") or os.path.join(home, "datasets")
+    yield Path(os.path.expanduser(kept)) / f"{owner}___{name.lower()}"
+    yield Path(os.path.expanduser(kept)) / f"{owner}___{name}"
+    yield _hub_cache() / f"datasets--{owner}--{name}"
+
 # %% ../nbs/52_cli.ipynb #8190cfe4
 def parser() -> argparse.ArgumentParser:
     "The commands and their options."
@@ -106,10 +139,16 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (f, arguments) in _COMMANDS.items():
         one = commands.add_parser(name, help=f.__doc__, description=f.__doc__)
-        for names, how in arguments:
+        for names, how in (*arguments, *_ALWAYS):
             said = " (default: %(default)s)" * (how.get("default") is not None)
             one.add_argument(*names, **how | {"help": how["help"] + said})
     return top
+
+
+_ALWAYS = (
+    _flag("--json", "write one JSON object to standard output, in place of tables"),
+    _flag("--quiet", "no progress bars, and no line for each file that is written"),
+)
 
 # %% ../nbs/52_cli.ipynb #6c3e81d5
 def _say(text):
@@ -142,7 +181,7 @@ def main(
 def _run(options, alone):
     "The exit code of a command."
     try:
-        with _orderly_end(alone):
+        with _orderly_end(alone), _shown(options):
             _COMMANDS[options.command][0](options)
     except (ValueError, OSError) as e:
         _say(e)
@@ -153,6 +192,62 @@ def _run(options, alone):
         _say(f"{what}; run the same command again to go on")
         return 128 + number
     return 0
+
+# %% ../nbs/52_cli.ipynb #08e32782
+class _Shown:
+    "What a command has to show, and how."
+
+    def __init__(self, options):
+        self.as_json, self.quiet, self.kept = options.json, options.quiet, {}
+
+
+_SHOWN = []  # of the command that runs
+
+
+@contextmanager
+def _shown(options):
+    "Show tables and sentences as the options ask."
+    _SHOWN.append(_Shown(options))
+    bars = os.environ.get("TQDM_DISABLE")
+    if options.quiet:
+        os.environ["TQDM_DISABLE"] = "1"  # before the library of bars is imported
+    try:
+        if not options.json:
+            yield
+            return
+        with redirect_stdout(sys.stderr):
+            yield
+        print(_as_json({"command": options.command} | _SHOWN[-1].kept))
+    finally:
+        _SHOWN.pop()
+        if options.quiet and bars is None:
+            del os.environ["TQDM_DISABLE"]
+
+
+def _as_json(value):
+    "JSON of tables and texts; what is no finite number is null."
+    import json
+    import math
+
+    def plain(v):
+        if hasattr(v, "to_dict"):
+            v = v.astype(object).where(v.notna(), None).to_dict("records")
+        if isinstance(v, dict):
+            return {str(key): plain(inner) for key, inner in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [plain(inner) for inner in v]
+        v = v.item() if hasattr(v, "item") else v
+        unfit = isinstance(v, float) and not math.isfinite(v)
+        return None if unfit else v if isinstance(v, (int, float, type(None))) else str(v)
+
+    return json.dumps(plain(value), ensure_ascii=False, indent=1)
+
+
+def _note_written(file):
+    "Say that a file is written."
+    _SHOWN[-1].kept.setdefault("written", []).append(str(file))
+    if not _SHOWN[-1].quiet:
+        print(f"written: {file}", file=sys.stderr)
 
 # %% ../nbs/52_cli.ipynb #868b584d
 _ENDINGS = {
@@ -243,16 +338,40 @@ def _kept_output(alone):
 
 # %% ../nbs/52_cli.ipynb #b71d05e3
 _FOLDERS = (
-    "a zoo, a folder with models.csv or that table, a folder of checkpoint folders"
-    " (NAME or DATASET/NAME), or several checkpoints and hub ids"
+    "a zoo, a folder of checkpoint folders (NAME or DATASET/NAME), several checkpoints and hub"
+    " ids, or a models.csv or the folder with it: its column 'model' names a folder beside it"
+    " or a hub id; the columns dataset, family, seed, accuracy, n_train, revision are optional"
 )
 _PRETRAINED = "the pretrained model: a folder, a hub id or 'minilm'"
 _FOLDER = _arg("folder", nargs="+", metavar="FOLDER", help=_FOLDERS)
 _STEPS = _flag("--all-checkpoints", "take every checkpoint-N of a run, not only its last")
 _BASE = _arg("--base", required=True, metavar="MODEL", help=_PRETRAINED)
-_DATA = _arg("--data", required=True, help="'builtin', 'hub', or a folder of datasets")
-_TARGET = _arg("--target", required=True, metavar="NAME", help="the dataset to measure on")
-_BY = _arg("--by", default="dataset", choices=("dataset", "family"), help="what makes a group")
+_SOURCES = (
+    "'builtin', 'hub', a CSV, TSV, JSONL or Parquet file, a folder of such files, of datasets or"
+    " of datasets.save_to_disk, or a dataset's id on the hub (OWNER/NAME or OWNER/NAME/CONFIG);"
+    " where nothing tests, a fifth of each class is held out"
+)
+_DATA = _arg("--data", required=True, help=_SOURCES)
+_TARGET = _arg(
+    "--target", metavar="NAME", help="the dataset (not needed where the data are just one)"
+)
+_COLUMNS = tuple(
+    _arg(f"--{part}-column", metavar="COLUMN", help=f"of files, the column of {what}")
+    for part, what in {
+        "text": "texts (default: 'text', or the one with an obvious name)",
+        "pair": "second texts, where a row is a pair (default: 'text_pair', or an obvious one)",
+        "label": "labels (default: 'label', or the one with an obvious name)",
+    }.items()
+)
+_BY = _arg(
+    "--by",
+    choices=("dataset", "family", "cluster"),
+    help="what makes a group; cluster: whatever lies together (default: dataset, or cluster"
+    " where no dataset has two models)",
+)
+_FORMAT = _arg(
+    "--format", default="png", choices=("png", "svg", "pdf"), help="format of the figures"
+)
 _WORKERS = _count(
     "--workers",
     "jobs at a time (default: one a core, one a GPU, or all that a Ray cluster has room for)",
@@ -283,11 +402,33 @@ def _opened(options):
     return zoo.checked(base), base
 
 
-def _corpus(data, name):
-    "One dataset of a source."
-    from weightregions.corpora import load_corpora
+def _columns_of(options):
+    "The columns that the options name."
+    from weightregions.corpora import Columns
 
-    return load_corpora(data, [name])[name]
+    return Columns(options.text_column, options.pair_column, options.label_column)
+
+
+def _corpus(data, name, columns):
+    "One dataset of a source; without a name the only one."
+    from weightregions.corpora import load_corpora, sources
+
+    names = list(sources(data, 0, 2000, 500, columns))
+    if name is None and len(names) > 1:
+        raise ValueError(
+            f"{data} has {len(names)} datasets; name one: {', '.join(names)[:200]}"
+        )
+    return next(iter(load_corpora(data, name and [name], columns=columns).values()))
+
+
+def _by(options, models):
+    "What makes a group, as asked, or as the table of models allows."
+    if options.by:
+        return options.by
+    if models.dataset.duplicated().any():
+        return "dataset"
+    _say("no dataset has two models: groups are the clusters that the models make")
+    return "cluster"
 
 
 def _device():
@@ -302,7 +443,7 @@ def _write(rows, file, **how):
     from weightregions.files import write_whole
 
     write_whole(file, rows.to_csv(**{"index": False} | how))
-    print(f"written: {file}", file=sys.stderr)
+    _note_written(file)
 
 
 def _write_left_out(zoo, file):
@@ -313,10 +454,19 @@ def _write_left_out(zoo, file):
         file.unlink()
 
 
-def _show(rows):
+def _show(rows, name="rows"):
     "Rows as a table on the screen."
-    text = rows.to_string(index=False, float_format="{:.4g}".format, na_rep="-")
-    print(text, end="\n\n")
+    _SHOWN[-1].kept[name] = rows
+    if not _SHOWN[-1].as_json:
+        text = rows.to_string(index=False, float_format="{:.4g}".format, na_rep="-")
+        print(text, end="\n\n")
+
+
+def _tell(text, name):
+    "A sentence on the screen."
+    _SHOWN[-1].kept[name] = str(text)
+    if not _SHOWN[-1].as_json:
+        print(text)
 
 # %% ../nbs/52_cli.ipynb #eca354b7
 def _plots():
@@ -331,17 +481,21 @@ def _plots():
     return plots
 
 
+_DATES = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
+
+
 def _draw(drawn, file):
     "Write a figure and forget it."
     from matplotlib import pyplot as plt
 
     from weightregions.files import whole_file
 
-    how = {"format": file.suffix[1:], "metadata": {"Software": None}}
-    with whole_file(file) as f:
+    ending = file.suffix[1:]
+    how = {"format": ending, "metadata": _DATES[ending]}
+    with whole_file(file) as f, plt.rc_context({"svg.hashsalt": file.name}):
         drawn.figure.savefig(f, bbox_inches="tight", **how)
     plt.close(drawn.figure)
-    print(f"written: {file}", file=sys.stderr)
+    _note_written(file)
 
 # %% ../nbs/52_cli.ipynb #63ffefd8
 _RECIPE = (
@@ -378,6 +532,7 @@ _RECIPE = (
         help="the zoo's folder; it is made, or added to",
     ),
     _arg("--datasets", metavar="A,B", help="some of the datasets (default: all)"),
+    *_COLUMNS,
     _count("--seeds", "models of each dataset", 3),
     *_RECIPE,
     _WORKERS,
@@ -389,9 +544,10 @@ def zoo(
     "Fine-tune a model on every dataset with several seeds, or add to what is there."
     from weightregions.corpora import describe, load_corpora
 
-    corpora = load_corpora(options.data, options.datasets and options.datasets.split(","))
+    names = options.datasets and options.datasets.split(",")
+    corpora = load_corpora(options.data, names, columns=_columns_of(options))
     if options.list:
-        return print(describe(corpora).to_string(index=False))
+        return _show(describe(corpora), "datasets")
     _build(options, corpora)
 
 # %% ../nbs/52_cli.ipynb #d255eef4
@@ -417,11 +573,11 @@ def _build(options, corpora):
     results = learned(models, base_identity(base)["name"])
     _write(models, out / "models.csv")
     _write(results, out / "learned.csv")
-    _show(models)
-    _show(results)
+    _show(models, "models")
+    _show(results, "learned")
 
 # %% ../nbs/52_cli.ipynb #92e07bd4
-def _draw_similarity(cosine, models, groups, out):
+def _draw_similarity(cosine, models, groups, out, ending):
     "Heat map and map of all models, coloured by group where there are groups."
     from weightregions.clustering import embed_map
 
@@ -429,20 +585,23 @@ def _draw_similarity(cosine, models, groups, out):
     if groups is not None and groups.name == "dataset" and set(models.family) != {"unknown"}:
         families = dict(zip(models.dataset, models.family))
     what = "cluster" if groups is None else "group"
-    _draw(plots.similarity_heatmap(cosine, groups, families, what), out / "similarity.png")
+    _draw(
+        plots.similarity_heatmap(cosine, groups, families, what), out / f"similarity.{ending}"
+    )
     if len(cosine) < 4:
         return _say("a map takes at least four models")
     colours = cosine.index.to_series() if groups is None else groups
-    _draw(plots.region_map(embed_map(cosine), colours, families), out / "map.png")
+    _draw(plots.region_map(embed_map(cosine), colours, families), out / f"map.{ending}")
 
 # %% ../nbs/52_cli.ipynb #8c523422
 def _clusters(options, cosine, models):
     "The cluster of each model, and how these fit the groups; no scores where there are none."
     from weightregions.clustering import cluster_report, silhouette_clusters, spectral_clusters
 
-    groups = models[options.by]
-    if 1 < groups.nunique() < len(groups):
-        units = models.dataset if options.by == "family" else None
+    by = _by(options, models)
+    groups = None if by == "cluster" else models[by]
+    if groups is not None and 1 < groups.nunique() < len(groups):
+        units = models.dataset if by == "family" else None
         scores = cluster_report(cosine, groups, options.clusters, by=units)
         return scores.clusters, scores
     if options.clusters is not None:
@@ -457,9 +616,10 @@ def _clusters(options, cosine, models):
     _BY,
     _arg("--out", default="similarity", metavar="DIR", help="folder for tables and figures"),
     _count("--clusters", "number of clusters (default: that of the groups, or by silhouette)"),
+    _FORMAT,
 )
 def similarity(
-    options: argparse.Namespace,  # folder, all_checkpoints, base, by, out, clusters
+    options: argparse.Namespace,  # folder, all_checkpoints, base, by, out, clusters, format
 ):
     "Cosines between all task vectors, the clusters they make, a heat map and a map."
     from weightregions.centering import _opened as of_one_start
@@ -477,11 +637,21 @@ def similarity(
     _write_left_out(zoo, out / "left_out.csv")
     if scores:
         _write(scores.table.reset_index(), out / "scores.csv")
-    _draw_similarity(cosine, models, models[options.by] if scores else None, out)
-    _show(rows.reset_index())
+    groups = scores.groups if scores else None
+    _draw_similarity(cosine, models, groups, out, options.format)
+    _show(rows.reset_index(), "models")
     if scores:
-        _show(scores.table.reset_index())
-        print(scores)
+        _show(scores.table.reset_index(), "groups")
+        _tell(scores, "verdict")
+    else:
+        _tell(_of_clusters(clusters), "verdict")
+
+
+def _of_clusters(clusters):
+    "A sentence on clusters of which nothing else is known."
+    sizes = clusters.value_counts().tolist()
+    n, are = len(sizes), "cluster" if len(sizes) == 1 else "clusters"
+    return f"{len(clusters)} models in {n} {are}, of {', '.join(map(str, sizes))} models"
 
 # %% ../nbs/52_cli.ipynb #f7b0926d
 def _path(options, models):
@@ -504,7 +674,7 @@ def _path(options, models):
         whole = plane(*models, n)
         return "plane", whole, lambda plots, rows: plots.plane_map(rows, whole.marks())
     if options.beyond is not None:
-        points = extrapolation(*models, n, options.beyond)
+        points = extrapolation(*models, n + 1, options.beyond)  # the ends are two of them
         return "beyond", points, lambda plots, rows: plots.edges(rows)
     points = line(*models, [i / (n - 1) for i in range(n)])
     return "line", points, lambda plots, rows: plots.loss_line(rows, ends=ends)
@@ -533,7 +703,13 @@ def _hull(options, models):
     _BASE,
     _DATA,
     _TARGET,
-    _count("--points", "points on the line, on each side beyond it, or on each axis", 9),
+    *_COLUMNS,
+    _count(
+        "--points",
+        "points on the line; with --beyond so many beyond each end, and 11 on the line; of a"
+        " plane so many on each axis",
+        9,
+    ),
     _arg(
         "--beyond",
         type=float,
@@ -546,24 +722,27 @@ def _hull(options, models):
     _count("--rows", "training rows and test rows of the probe at most", 400),
     _MAX_LENGTH,
     _arg("--out", default="traverse", metavar="DIR", help="folder for rows and figure"),
+    _FORMAT,
 )
 def traverse(
     options: argparse.Namespace,  # folder, base, data, target, kind of path, rows, max_length, out
 ):
     "The generalized loss on a line, beyond its ends, in a plane or in the hull of several."
-    (zoo, base), corpus = _opened(options), _corpus(options.data, options.target)
+    corpus = _corpus(options.data, options.target, _columns_of(options))
+    zoo, base = _opened(options)
     models, out = zoo.checkpoints(), Path(options.out)
     for m in models:
         m.require_started_from(base)
     kind, rows, start, draw = _measured(options, models, base, corpus)
     _write(rows, out / f"{kind}.csv")
     _write_left_out(zoo, out / "left_out.csv")
-    _draw(draw(_plots(), rows), out / f"{kind}.png")
+    _draw(draw(_plots(), rows), out / f"{kind}.{options.format}")
     places = [c for c in ("alpha", "x", "y") if c in rows] or ["group", "point"]
-    _show(rows[[*places, "loss", "accuracy"]])
-    print(
-        f"pretrained model on {corpus.name} ({corpus.source}):"
-        f" loss {start['loss']:.4g}, accuracy {start['accuracy']:.4g}"
+    _show(rows[[*places, "loss", "accuracy"]], "points")
+    _tell(
+        f"{len(rows)} points; pretrained model on {corpus.name} ({corpus.source}):"
+        f" loss {start['loss']:.4g}, accuracy {start['accuracy']:.4g}",
+        "verdict",
     )
 
 # %% ../nbs/52_cli.ipynb #f25e5c2a
@@ -587,19 +766,18 @@ def _measured(options, models, base, corpus):
         return kind, rows, metric(scratch.load(base))[0], draw
 
 # %% ../nbs/52_cli.ipynb #5e531c1c
-def _sharing(zoo, corpus, data):
+def _sharing(zoo, corpus, data, columns):
     "The datasets of a zoo that share sentences with a target, named on standard error."
     from weightregions.contest import unsuited
 
-    near, unknown = unsuited(zoo, corpus, data)
+    near, unknown = unsuited(zoo, corpus, data, columns)
     if near:
         _say(
             f"{', '.join(near)}: left out, more than 1 % of the sentences are in {corpus.name} too"
         )
     if unknown:
-        _say(
-            f"{', '.join(unknown)}: not in {data}, and not checked for sentences of {corpus.name}"
-        )
+        named = ", ".join(unknown[:8]) + f" and {len(unknown) - 8} more" * (len(unknown) > 8)
+        _say(f"{named}: not in {data}, and not checked for sentences of {corpus.name}")
     return near
 
 # %% ../nbs/52_cli.ipynb #7bd5f1e8
@@ -611,15 +789,13 @@ def _unseen(zoo, options):
         zoo = zoo.where(family=options.family)
     if options.without:
         return leave_out(zoo, options.without), None
-    if not options.target:
+    if not options.unseen:
         return zoo, None
-    data, _, name = options.target.rpartition(":")
-    if not data:
-        raise ValueError(
-            f"--for takes DATA:NAME, such as builtin:films, not {options.target!r}"
-        )
-    target = _corpus(data, name)
-    near = [] if options.saw_target else _sharing(zoo, target, data)
+    data, name = _parted(options.unseen)
+    columns = _columns_of(options)
+    target = _corpus(data, name, columns)
+    name = target.name
+    near = [] if options.saw_target else _sharing(zoo, target, data, columns)
     kept = [d for d in dict.fromkeys(zoo.models.dataset) if d not in near]
     if not kept:
         raise ValueError(f"{zoo.name}: all of its datasets share sentences with {name}")
@@ -634,11 +810,12 @@ def _unseen(zoo, options):
     _arg("--without", metavar="DATASET", help="leave out the models of this dataset"),
     _arg(
         "--for",
-        dest="target",
+        dest="unseen",
         metavar="DATA:NAME",
-        help="the dataset to be fine-tuned on next, such as builtin:films;"
-        " models that saw it are refused",
+        help="the dataset to be fine-tuned on next, such as builtin:films, or a file or folder"
+        " that holds just one; models that saw it are refused",
     ),
+    *_COLUMNS,
     _flag("--saw-target", "allow models that saw the dataset of --for"),
     _arg("--family", metavar="F", help="only models of this task family"),
     _arg(
@@ -658,7 +835,7 @@ def center(
 ):
     "Average the models into one checkpoint, the centroid, to start the next fine-tuning from."
     _require_place(options.out)
-    if options.without and options.target:
+    if options.without and options.unseen:
         raise ValueError(
             "--without and --for say the same of different datasets: give one of them"
         )
@@ -679,11 +856,12 @@ def _center(options):
         python = "take leave_out(zoo, target), or say saw_target=True"
         raise ValueError(str(e).replace(python, instead)) from None
     _save(centroid, out, base, options.dtype)
+    _SHOWN[-1].kept["folder"] = out
     members = centroid.members[["model", "dataset", "family", "accuracy", "weight"]]
     _write(members, out / "members.csv")
     _write_left_out(zoo, out / "left_out.csv")
-    print(centroid.description)
-    _show(members)
+    _tell(centroid.description, "description")
+    _show(members, "members")
 
 # %% ../nbs/52_cli.ipynb #53a1d4be
 def _require_place(folder):
@@ -733,11 +911,34 @@ def locate(
     same = zoo.models.path.map(lambda path: _is_same(path, options.checkpoint, query.folder))
     if same.any():
         _say(f"{options.checkpoint} is a model of {zoo.name}, and left out of its region")
-    regions = regions_of(zoo.keep(~same), base, options.by)
+    rest = zoo.keep(~same)
+    if len(rest) < 2:
+        raise ValueError(
+            f"{zoo.name}: without {options.checkpoint} there is one model; `weightregions"
+            " similarity` tells how near two models are"
+        )
+    by = _by(options, rest.models)
+    regions = regions_of(rest, base, by)
     rows, out = locate(query, regions, options.alpha), Path(options.out)
     _write(rows, out)
     _write_left_out(zoo, out.with_name(f"{out.stem}-left_out.csv"))
-    _show(rows)
+    _show(rows, "regions")
+    first = regions[rows.region[0]].members.model.tolist()
+    _tell(_place(options.checkpoint, rows, first if by == "cluster" else []), "verdict")
+
+
+def _place(name, rows, members):
+    "Where a checkpoint lies, in a sentence."
+    top = rows.iloc[0]
+    what = f"{top.region} ({', '.join(members[:4])}{' and more' * (len(members) > 4)})"
+    place = f"{name} is nearest to {what if members else top.region}: cosine {top.cosine:.3f}"
+    if top.inside is None or top.inside != top.inside or str(top.inside) == "<NA>":
+        return f"{place}; whether it is inside cannot be said: {top.note}"
+    if not top.inside:
+        return f"{place}, and outside of it (p = {top.p:.2g})"
+    if not top.directed:
+        return f"{place}; not called an outsider, but {top.note}"
+    return f"{place}, and inside of it (p = {top.p:.2g})"
 
 
 def _is_same(path, word, folder):
@@ -751,30 +952,64 @@ def _is_same(path, word, folder):
     _BASE,
     _DATA,
     _TARGET,
+    *_COLUMNS,
     _count("--rows", "training rows that are looked at", 200),
     _arg("--out", default="recommend.csv", metavar="FILE", help="the table"),
     _arg("--write", metavar="FOLDER", help="write the start that is advised as a checkpoint"),
 )
 def recommend(
-    options: argparse.Namespace,  # folder, all_checkpoints, base, data, target, rows, out, write
+    options: argparse.Namespace,  # folder, all_checkpoints, base, data, columns, rows, out, write
 ):
     "Rank the starts that a zoo offers for a dataset, and say which one to take."
     if options.write:
         _require_place(options.write)
     from weightregions.advice import advised, candidates, recommend
 
-    (zoo, base), corpus = _opened(options), _corpus(options.data, options.target)
-    near = _sharing(zoo, corpus, options.data)
+    columns = _columns_of(options)
+    corpus = _corpus(options.data, options.target, columns)
+    zoo, base = _opened(options)
+    near = _sharing(zoo, corpus, options.data, columns)
     rows, out = recommend(zoo, corpus, base, options.rows, near), Path(options.out)
     _write(rows, out)
     _write_left_out(zoo, out.with_name(f"{out.stem}-left_out.csv"))
     name = advised(rows)
     where = _written(candidates(zoo, corpus, base, near)[name], options.write, base)
-    _show(rows)
+    _show(rows, "starts")
+    _tell(_MEANING, "columns")
     kind = f"the {name}" + " model" * (name == "pretrained")
-    print(f"advice: start from {name if name in set(zoo.models.model) else kind} ({where})")
+    shown = name if name in set(zoo.models.model) else kind
+    _tell(f"{_why(rows, name)}\nadvice: start from {shown} ({where})", "advice")
+
+
+_MEANING = """\
+start: what to begin the fine-tuning from; kind: the pretrained model, a centroid of models, or
+  one model (member); models: how many it is the average of
+dimension: how many directions the features of the sample spread over
+loss, accuracy: of a linear probe on the start's features, on sample rows it was not fitted on;
+  loss in nats, the lowest first
+gain: loss of the pretrained model less this; low, high: its 95 % interval; points: the same of
+  accuracy, in points
+better: share of bootstrap draws of the rows in which it beats the pretrained model;
+  over_centroid: the same against the centroid of all models
+seconds: that it took
+"""
 
 # %% ../nbs/52_cli.ipynb #38a007a5
+def _why(rows, name):
+    "Why a start is advised, though another may rank first."
+    first = rows.iloc[0]
+    if first.start == name:
+        return f"why: {name} has the lowest loss"
+    if first.kind == "member":
+        why = "a single model is never advised: one that happens to be near may mislead"
+    else:
+        why = (
+            f"it is better than the centroid in {first.over_centroid:.0%} of the draws only,"
+            " and 97.5 % are asked for"
+        )
+    return f"why: {first.start} has the lowest loss, but {why}; {name} is the safe choice"
+
+
 def _written(start, folder, base):
     "Where the start that is advised lies; a centroid is written if a folder is named."
     from weightregions.centering import Centroid
@@ -793,8 +1028,7 @@ def _written(start, folder, base):
     ),
     _arg(
         "--data",
-        help="'builtin', 'hub', or a folder of datasets"
-        " (default: the scale's, which is hub for paper and else builtin)",
+        help=_SOURCES + " (default: the scale's, which is hub for paper and else builtin)",
     ),
     _arg("--out", default="out", help="folder for models, rows and pages"),
     _count("--min-rows", "leave out datasets with fewer training rows", 0),
@@ -823,7 +1057,10 @@ def study(
         return _plan(options)
     from weightregions.study import run_study
 
-    run_study(options.out, options.scale, options.data, options.min_rows, options.workers)
+    page = run_study(
+        options.out, options.scale, options.data, options.min_rows, options.workers
+    )
+    _SHOWN[-1].kept["page"] = page
 
 # %% ../nbs/52_cli.ipynb #148a8833
 def _plan(options):
@@ -833,4 +1070,5 @@ def _plan(options):
     device = this_device(SCALES[options.scale]) if options.measure else options.device
     plan = plan_of(options.scale, options.data, min_rows=options.min_rows, device=device)
     cores = os.cpu_count() if plan.attrs["device"] == "core" else 1
-    print(plan_text(plan, options.workers or cores))
+    _tell(plan_text(plan, options.workers or cores), "plan")
+    _SHOWN[-1].kept["stages"] = plan.reset_index()

@@ -7,8 +7,8 @@ __all__ = ['SURROGATE', 'MOST_MEMORY', 'PER_ROW', 'READERS', 'TEXTS', 'LABELS', 
            'SEP', 'HUB_ID', 'text_fault', 'label_fault', 'check_columns', 'check_split', 'check_labels', 'draw',
            'check_corpus', 'Corpus', 'digest', 'subsample', 'at_most', 'letters', 'texts', 'overlap', 'shared_rows',
            'read_jsonl', 'read_csv', 'read_parquet', 'parquet_header', 'to_frame', 'Columns', 'pick_columns', 'as_text',
-           'classes_of', 'places_of', 'encode', 'labelled', 'find_split', 'read_corpus', 'Draft', 'hold_out',
-           'read_list', 'read_families', 'in_folder', 'folder_name', 'in_file', 'is_saved', 'read_saved', 'of_splits',
+           'classes_of', 'places_of', 'encode', 'labelled', 'find_split', 'folder_name', 'is_saved', 'read_corpus',
+           'Draft', 'hold_out', 'read_list', 'read_families', 'in_folder', 'in_file', 'read_saved', 'of_splits',
            'hub_rows', 'hub_split', 'hub_corpus', 'from_hub', 'builtin_corpus', 'from_hub_id', 'sources',
            'check_distinct', 'load_corpora', 'describe', 'hub_entries', 'hub_table']
 
@@ -667,6 +667,21 @@ def _test_file(folder: Path, count) -> Path | None:
             raise
         return None
 
+
+def folder_name(
+    folder: Path,  # perhaps "." or ".."
+) -> str:  # what it is called
+    "The name of a folder, as it was given."
+    return folder.resolve().name if folder.name in ("", "..") else folder.name
+
+
+def is_saved(
+    folder: Path,  # any
+) -> bool:  # whether `datasets` saved it
+    "Whether a folder is what `save_to_disk` makes of one dataset."
+    whole = (folder / "dataset_dict.json").is_file()
+    return whole or all((folder / f).is_file() for f in ("dataset_info.json", "state.json"))
+
 # %% ../nbs/10_corpora.ipynb #01181c36
 def read_corpus(
     folder: Path,  # of one dataset
@@ -904,13 +919,6 @@ def _is_dataset(folder: Path) -> bool:
     "Whether a folder has a file called train."
     return any((folder / f"train.{ending}").is_file() for ending in READERS)
 
-
-def folder_name(
-    folder: Path,  # perhaps "." or ".."
-) -> str:  # what it is called
-    "The name of a folder, as it was given."
-    return folder.resolve().name if folder.name in ("", "..") else folder.name
-
 # %% ../nbs/10_corpora.ipynb #0db6cd29
 def in_file(
     path: Path,  # JSON lines, CSV, TSV or Parquet
@@ -925,14 +933,6 @@ def in_file(
     return {name: partial(_read, name, [path], "unknown", source, columns)}
 
 # %% ../nbs/10_corpora.ipynb #19170c16
-def is_saved(
-    folder: Path,  # any
-) -> bool:  # whether `datasets` saved it
-    "Whether a folder is what `save_to_disk` makes of one dataset."
-    whole = (folder / "dataset_dict.json").is_file()
-    return whole or all((folder / f).is_file() for f in ("dataset_info.json", "state.json"))
-
-
 def read_saved(
     folder: Path,  # what `save_to_disk` made
     family: str = "unknown",  # task family
@@ -1102,6 +1102,19 @@ def from_hub(
     )
     return hub_corpus(entry, data)
 
+
+def _from_hub(what: str, name: str, config: str | None = None, revision: str | None = None):
+    "A dataset of the hub; whatever goes wrong is one line."
+    import datasets  # only here, for it takes two seconds
+
+    try:
+        return datasets.load_dataset(name, config, revision=revision)
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise OSError(
+            f"{what}: {name} could not be loaded: {type(error).__name__}: {reason}"
+        ) from error
+
 # %% ../nbs/10_corpora.ipynb #d2cba7e2
 def builtin_corpus(
     name: str,  # of a built-in dataset
@@ -1130,19 +1143,6 @@ def from_hub_id(
     data = _from_hub(f"dataset {name}", f"{owner}/{repo}", *config)
     draft = Draft(check_name(name.split("/")[-1]), "unknown", None, f"hub {name}")
     return of_splits(draft, data, columns)
-
-
-def _from_hub(what: str, name: str, config: str | None = None, revision: str | None = None):
-    "A dataset of the hub; whatever goes wrong is one line."
-    import datasets  # only here, for it takes two seconds
-
-    try:
-        return datasets.load_dataset(name, config, revision=revision)
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise OSError(
-            f"{what}: {name} could not be loaded: {type(error).__name__}: {reason}"
-        ) from error
 
 # %% ../nbs/10_corpora.ipynb #0f121eea
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-]+)?")

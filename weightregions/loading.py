@@ -24,6 +24,7 @@ from transformers.utils import logging as hf_logging
 from weightregions.checkpoints import (
     _folder,
     _known_config,
+    SHORT_NAMES,
     open_checkpoint,
 )
 from .files import read_json
@@ -42,7 +43,7 @@ def _place(source) -> tuple[Path, dict]:
     folder, name, _ = _folder(source, None)
     for file in sorted({file for pattern in _READ for file in folder.glob(pattern)}):
         _require_regular(file)
-    if Path(source).expanduser().is_dir():
+    if Path(source).expanduser().is_dir() or str(source) in SHORT_NAMES:
         return folder, {"pretrained_model_name_or_path": str(folder)}
     return folder, {
         "pretrained_model_name_or_path": name,

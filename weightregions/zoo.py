@@ -36,7 +36,7 @@ class Zoo:
         base: dict | None = None,  # what zoo.json says of the base
     ):
         self.name, self.models, self.base = name, models.reset_index(drop=True), base
-        self.held_to = None  # the base that it was checked with
+        self.held_to = self.held_base = None  # hash of the base it was checked with, and more
         self.left_out = _left_out([]) if left_out is None else left_out.reset_index(drop=True)
 
     def __len__(self):
@@ -70,7 +70,7 @@ def keep(
 ) -> Zoo:  # with these models only
     "Some of the models."
     part = Zoo(self.name, self.models[mask], self.left_out, self.base)
-    part.held_to = self.held_to
+    part.held_to, part.held_base = self.held_to, self.held_base
     return part
 
 
@@ -682,8 +682,14 @@ def checked(
         return self
     self.verify()
     zoo = self._without_base(base)
-    zoo.held_to = sha256
+    zoo.held_to, zoo.held_base = sha256, {"name": _public_name(base), "sha256": sha256}
     return zoo
+
+
+def _public_name(base: Checkpoint) -> str:
+    "A hub id, or the name of a folder, but not where it lies."
+    hub = re.fullmatch(r"([^@]+)@[0-9a-f]{40}", str(base.source))
+    return hub[1] if hub else base.name
 
 
 @patch
