@@ -224,6 +224,7 @@ LAYERS = {
         "region",
         "starting",
         "advice",
+        "continuing",
         "original",
     },
     "figures": {"plots"},

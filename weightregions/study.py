@@ -88,9 +88,23 @@ def _datasets(scale, data, min_rows):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* test rows are training rows too")
         corpora = load_corpora(data, n_train=scale.n_train, n_test=scale.n_test)
-    corpora = choose(corpora, scale.per_family, min_rows)
-    check_classes(corpora, scale)
-    return corpora
+    chosen = choose(corpora, scale.per_family, min_rows)
+    say(_taken(corpora, chosen, scale, min_rows))
+    check_classes(chosen, scale)
+    return chosen
+
+
+def _taken(corpora, chosen, scale, min_rows):
+    "Which datasets take part, and which are left out by what rule."
+    left = [name for name in corpora if name not in chosen]
+    text = f"datasets: {', '.join(chosen)}"
+    if not left:
+        return f"{text}; none is left out"
+    rules = [f"the first {scale.per_family} of each family"] if scale.per_family else []
+    rules += [f"those with {min_rows:,} training rows or more"] if min_rows else []
+    return (
+        f"{text}; left out: {', '.join(left)} (scale {scale.name} takes {' of '.join(rules)})"
+    )
 
 
 def _finish(out, asked, clock):
