@@ -158,23 +158,28 @@ def test_a_table_of_models_needs_one_column(here, tmp_path):
     assert "| - |" in model_card(centroid_of(open_zoo(tmp_path)))
 
 
-@pytest.mark.parametrize(
-    "text, problem",
-    [
-        ("model\nrun-3\nrun-5\n", "row 3: run-5: no such folder"),
-        ("model\nrun-3\nmy runs/5\n", "row 3: my runs/5: there is no such folder"),
-        ("model,Dataset\nrun-3,x\n", "a column is called 'Dataset'; write 'dataset'"),
-        ("folder,dataset\nrun-3,x\n", "no column model; there are folder, dataset"),
-        ("model,dataset\nrun-3,\n", "row 2: dataset must not be empty"),
-        ("model,accuracy\nrun-3,89 %\n", "row 2: accuracy '89 %' is no number"),
-    ],
-)
-def test_a_table_that_is_wrong_names_its_row(here, tmp_path, text, problem, tried):
+WRONG_TABLES = [
+    ("model\nrun-3\nrun-5\n", "row 3: run-5: no such folder"),
+    ("model\nrun-3\nmy runs/5\n", "row 3: my runs/5: there is no such folder"),
+    ("model,Dataset\nrun-3,x\n", "a column is called 'Dataset'; write 'dataset'"),
+    ("folder,dataset\nrun-3,x\n", "no column model; there are folder, dataset"),
+    ("model,dataset\nrun-3,\n", "row 2: dataset must not be empty"),
+    ("model,accuracy\nrun-3,89 %\n", "row 2: accuracy '89 %' is no number"),
+]
+
+
+def test_a_table_that_is_wrong_names_its_row(here, tmp_path, tried):
     shutil.copytree(here / "runs" / "run-3", tmp_path / "run-3")
-    (tmp_path / "models.csv").write_text(text)
-    with pytest.raises((ValueError, FileNotFoundError), match=problem):
-        open_zoo(tmp_path)
-    tried("a wrong row or column", "models.csv", 1, "refused, the row or column named")
+    for text, problem in WRONG_TABLES:
+        (tmp_path / "models.csv").write_text(text)
+        with pytest.raises((ValueError, FileNotFoundError), match=problem):
+            open_zoo(tmp_path)
+    tried(
+        "a wrong row or column",
+        "models.csv",
+        len(WRONG_TABLES),
+        "refused, the row or column named",
+    )
 
 
 # --- what a card claims -----------------------------------------------------------------------------------------------
@@ -287,30 +292,29 @@ def test_columns_are_named_or_guessed_and_said(tmp_path, tables, names, columns,
         )
 
 
+MISSING = [
+    ({}, {"label": "stars"}, "column 'stars' is missing; there are text, label, extra"),
+    ({}, {"text": "Text"}, "column 'Text' is missing"),
+    ({}, {"pair": "b"}, "column 'b' is missing"),
+    ({"text": "x1"}, {}, "column 'text' is missing; there are x1, label, extra"),
+    (
+        {"text": "headline", "extra": "body"},
+        {},
+        "column 'text' is missing; there are headline",
+    ),
+    ({"label": "stars"}, {}, "column 'label' is missing; there are text, stars"),
+]
+
+
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
-@pytest.mark.parametrize(
-    "names, columns, problem",
-    [
-        ({}, {"label": "stars"}, "column 'stars' is missing; there are text, label, extra"),
-        ({}, {"text": "Text"}, "column 'Text' is missing"),
-        ({}, {"pair": "b"}, "column 'b' is missing"),
-        ({"text": "x1"}, {}, "column 'text' is missing; there are x1, label, extra"),
-        (
-            {"text": "headline", "extra": "body"},
-            {},
-            "column 'text' is missing; there are headline",
-        ),
-        ({"label": "stars"}, {}, "column 'label' is missing; there are text, stars"),
-    ],
-)
-def test_a_column_that_is_missing_lists_those_that_are_there(
-    tmp_path, tables, names, columns, problem, ending, tried
-):
-    table = tables[0][["text", "label"]].assign(extra="x").rename(columns=names)
-    write_as(table, tmp_path / f"a.{ending}")
-    with pytest.raises(ValueError, match=f"dataset a, file a.{ending}: {problem}"):
-        read(tmp_path / f"a.{ending}", **columns)
-    tried("a column that is missing", f"{ending} files", 1, "refused, those there are listed")
+def test_a_column_that_is_missing_lists_those_that_are_there(tmp_path, tables, ending, tried):
+    for names, columns, problem in MISSING:
+        table = tables[0][["text", "label"]].assign(extra="x").rename(columns=names)
+        write_as(table, tmp_path / f"a.{ending}")
+        with pytest.raises(ValueError, match=f"dataset a, file a.{ending}: {problem}"):
+            read(tmp_path / f"a.{ending}", **columns)
+    how = "refused, those there are listed"
+    tried("a column that is missing", f"{ending} files", len(MISSING), how)
 
 
 def test_pairs_are_guessed_or_named(tmp_path):
