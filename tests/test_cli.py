@@ -96,7 +96,8 @@ def test_help_needs_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    "name", ["zoo", "similarity", "traverse", "center", "locate", "recommend", "study"]
+    "name",
+    ["zoo", "similarity", "traverse", "center", "locate", "recommend", "finetune", "study"],
 )
 def test_every_option_is_explained(name, capsys):
     with pytest.raises(SystemExit) as end:
@@ -161,7 +162,7 @@ def test_models_of_which_nothing_is_told(here):
     "words, kind, n",
     [
         ("zoo/films/seed-1 zoo/films/seed-2 --points 3", "line", 3),
-        ("zoo/films/seed-1 zoo/films/seed-2 --points 2 --beyond 4", "beyond", 13),
+        ("zoo/films/seed-1 zoo/films/seed-2 --points 2 --beyond 4", "beyond", 15),
         ("heap/run-0 heap/run-1 heap/run-3 --points 2", "plane", 4),
         ("zoo --hull 2", "hull", 8),
     ],
@@ -430,6 +431,8 @@ def test_a_zoo_is_held_against_its_base_and_its_manifests(here, tried):
         ("center zoo --base base --for gone:x --out o", "source 'gone' is neither"),
         ("center zoo --base base --out texts", "texts: exists already"),
         ("zoo /no/base --data builtin", "/no/base: there is no such folder"),
+        ("finetune --start ./no --data builtin --target x", "./no: there is no such folder"),
+        ("finetune --start base --data no/where", "and no dataset in the hub's cache"),
         ("study --data gone", "source 'gone' is neither"),
     ],
 )
@@ -531,7 +534,7 @@ def test_a_mistyped_folder_is_noticed_before_torch_is_imported(here, line, probl
             "goes beyond 1",
         ),
         (
-            "locate heap/run-0 --zoo heap --base base",
+            "locate heap/run-0 --zoo heap --base base --by dataset",
             "a region takes at least two models, and no dataset has them",
         ),
         ("center zoo --base base --out texts", "texts: exists already"),
@@ -544,7 +547,8 @@ def test_a_mistyped_folder_is_noticed_before_torch_is_imported(here, line, probl
             "center zoo --base base --out new --for texts:films",
             "films/seed-1 has seen films; --without leaves it out, --saw-target allows it",
         ),
-        ("center zoo --base base --out new --for films", "--for takes DATA:NAME"),
+        ("center zoo --base base --out new --for films", "source 'films' is neither"),
+        ("center zoo --base base --out new --for texts", "texts has 3 datasets; name one"),
         ("locate nowhere --zoo zoo --base base", "nowhere"),
         ("locate other --zoo zoo --base base", "other was not fine-tuned from base"),
         ("locate base --zoo zoo --base base", "base equals base"),

@@ -294,6 +294,8 @@ def test_missing_files_folders_and_names(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither 'builtin' nor 'hub' nor a folder"):
         load_corpora(tmp_path / "nowhere")
     (tmp_path / "lamps" / "validation.jsonl").unlink()
+    folder(tmp_path, n_validation=7)
+    (tmp_path / "lamps" / "validation.jsonl").unlink()
     with pytest.raises(
         FileNotFoundError, match="dataset lamps: there is no file test or validation"
     ):

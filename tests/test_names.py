@@ -1,8 +1,12 @@
 """Names and labels are text: hostile names are refused before anything is trained, or right to
 the last page; labels are the same in all formats."""
 
+import csv
 import json
+import re
+import shutil
 import warnings
+from urllib.parse import unquote
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,6 +14,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +26,7 @@ from weightregions.corpora import Corpus, load_corpora
 from weightregions.files import check_name, read_table
 from weightregions.registry import hub_entries
 from weightregions.results import Study, write_rows
+from weightregions.study import run_study
 from weightregions.zoo import open_zoo
 
 pytestmark = pytest.mark.xdist_group("names")
@@ -252,7 +259,7 @@ def test_a_missing_column_lists_those_that_are_there(tmp_path):
         "parquet": (tmp_path / "rows.parquet").read_bytes(),
     }
     for ending, content in contents.items():
-        with pytest.raises(ValueError, match="'text' is missing; there are review, stars"):
+        with pytest.raises(ValueError, match="'label' is missing; there are review, stars"):
             load_corpora(made_in(tmp_path / ending, content, ending))
 
 
@@ -420,3 +427,92 @@ def test_unlucky_names_go_through_every_command(here, monkeypatch, capsys):
 MEMBER_WORDS = ("model", "dataset", "family", "path", "revision", "sha256", "weights")
 POINT_WORDS = ("point", "target", "note", "pooling")
 PLACE_WORDS = ("note", "region", "name", "inside", "model")
+
+
+@pytest.mark.slow
+def test_unlucky_names_go_through_a_whole_study_to_the_last_page(here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, old in (("NA", "films"), ("2015", "gadgets"), ("01", "headlines")):
+        corpus = load_corpora("builtin", [old], n_train=300, n_test=100)[old]
+        (tmp_path / "texts" / name).mkdir(parents=True)
+        for split in ("train", "test"):
+            part = getattr(corpus, split).assign(label=lambda r: "0" + r.label.astype(str))
+            part.to_csv(tmp_path / "texts" / name / f"{split}.csv", index=False)
+    shutil.copytree(tmp_path / "texts" / "NA", tmp_path / "texts" / "Bücher")
+    (tmp_path / "texts" / "families.csv").write_text(
+        "name,family\nNA,null\n2015,null\n01,Größe\nBücher,Größe\n", "utf-8"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        page = run_study("o{1} ü", "tiny", "texts", workers=1)
+    study = Study(page.parent)
+    assert set(study.models().dataset) == {"NA", "2015", "01", "Bücher"}
+    assert set(study.models().family) == {"null", "größe"}
+    text = page.read_text("utf-8")
+    pages = [f for f in page.parent.rglob("*.html") if f != page]
+    assert pages and "Bücher" in text + "".join(f.read_text("utf-8") for f in pages)
+    for file in (page, *pages):
+        links = re.findall('(?:href|src)="([^"#:?]+)"', file.read_text("utf-8"))
+        lost = [n for n in links if not (file.parent / unquote(n)).exists()]
+        assert not lost, (file.name, lost[:3])
+
+
+# Models of others
+
+
+@pytest.mark.parametrize("column", ["dataset", "family"])
+def test_a_table_of_models_with_a_hostile_name_is_refused(here, tmp_path, column, tried):
+    (
+        shutil.copytree(here / "base", tmp_path / "a"),
+        shutil.copytree(here / "base", tmp_path / "b"),
+    )
+    for name in filter(str.strip, WRONG):
+        row = {"model": "b", "dataset": "x", "family": "y"} | {column: name}
+        with open(tmp_path / "models.csv", "w", encoding="utf-8", errors="surrogatepass") as f:
+            csv.writer(f).writerows([row, ["a", "x", "y"], row.values()])
+        with pytest.raises(ValueError) as caught:
+            open_zoo(tmp_path)
+        message = str(caught.value)
+        assert "models.csv" in message and ("row 3" in message or "UTF-8" in message)
+    tried("a hostile name", "models.csv", len(WRONG) - 2, "refused in one line")
+
+
+def test_folders_of_models_may_have_any_name_that_can_be_shown(
+    here, tmp_path, monkeypatch, capsys
+):
+    names = {*RIGHT, "overall", r"$\frac$", "<script>", "a{1}", "a,b", '"', "100%", "x" * 120}
+    for i, name in enumerate(names):
+        moved(here / "base", tmp_path / "runs" / name, i)
+    run = lambda *words: well(tmp_path, monkeypatch, capsys, *words, "--base", here / "base")
+    out = "o{1}"
+    run("similarity", "runs", "--out", f"{out}/s")
+    assert set(read_table(tmp_path / out / "s" / "similarity.csv", ("model",)).model) == names
+    run("center", "runs", "--out", f"{out}/c")
+    members = read_table(tmp_path / out / "c" / "members.csv", MEMBER_WORDS)
+    assert set(members.model) == names
+    card = (tmp_path / out / "c" / "README.md").read_text("utf-8")
+    assert "<script>" not in card and "| NA |" in card
+    run("locate", "runs/NA", "--zoo", "runs", "--out", f"{out}/place.csv")
+    assert len(read_table(tmp_path / out / "place.csv", PLACE_WORDS))
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31m", "a\u202eb", "a\udcff"])
+def test_folders_of_models_whose_names_cannot_be_shown_are_refused(here, tmp_path, name, tried):
+    for i, at in enumerate((name, "other")):
+        moved(here / "base", tmp_path / "runs" / at, i)
+    with pytest.raises(ValueError, match="a folder is called .* rename it") as caught:
+        open_zoo(tmp_path / "runs")
+    assert str(caught.value).isascii()
+    tried("a hostile name", "folders of models", 1, "refused in one line")
+
+
+def moved(base, folder, seed):
+    "A copy of a model whose weights have moved."
+    plain = shutil.copytree(base, folder.parent.parent / "plain")
+    rng = torch.Generator().manual_seed(seed)
+    state = load_file(plain / "model.safetensors")
+    for name, tensor in state.items():
+        state[name] = tensor + 0.01 * torch.randn(tensor.shape, generator=rng)
+    save_file(state, plain / "model.safetensors", metadata={"format": "pt"})
+    folder.parent.mkdir(exist_ok=True)
+    plain.rename(folder)

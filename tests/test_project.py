@@ -226,6 +226,7 @@ LAYERS = {
         "region",
         "starting",
         "advice",
+        "continuing",
         "original",
     },
     "figures": {"plots"},

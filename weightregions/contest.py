@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .advice import advised, candidates, recommend
 from .centering import Centroid, save_centroid
 from .comparison import SHARED, sharing
-from .corpora import Corpus, at_most, load_corpora, sources, texts
+from .corpora import Columns, Corpus, at_most, load_corpora, sources, texts
 from .files import read_table, write_whole
 from .finetuning import Recipe
 from .jobs import run_jobs
@@ -76,13 +76,20 @@ def unsuited(
     zoo: Zoo,  # fine-tuned models
     target: Corpus,  # the dataset that is to be learned next
     source,  # where the zoo's datasets come from: "builtin", "hub" or a folder
+    columns: Columns = Columns(),  # which columns of files hold texts and labels
 ) -> tuple:  # datasets of the zoo that share sentences with the target; those that the source does not have
     "Which datasets of a zoo have no place in a start for a target."
-    names, there = list(dict.fromkeys(zoo.models.dataset)), set(sources(source, 0, 2000, 500))
+    names, there = (
+        list(dict.fromkeys(zoo.models.dataset)),
+        set(sources(source, 0, 2000, 500, columns)),
+    )
     known = [n for n in names if n in there and n != target.name]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* test rows are training rows too")
-        near = sharing_with(target, load_corpora(source, known)) if known else []
+        for known_already in ("test rows are training rows too", "are held out", "takes '"):
+            warnings.filterwarnings("ignore", f".*{known_already}")
+        near = (
+            sharing_with(target, load_corpora(source, known, columns=columns)) if known else []
+        )
     return near, [n for n in names if n not in there]
 
 # %% ../nbs/43_contest.ipynb #64ec0f7a

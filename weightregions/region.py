@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Shape', 'shape_of', 'p_value', 'pooled', 'calibrated_p', 'Direction', 'Region', 'region_of', 'Inside', 'regions_of',
-           'locate', 'load_region', 'locate_from_gram', 'location_rates']
+           'clusters_of', 'locate', 'load_region', 'locate_from_gram', 'location_rates']
 
 # %% ../nbs/32_region.ipynb #bc3bd4b3
 import hashlib
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .centering import Centroid, _header, _one_base, _members, _put, _shares
 from .checkpoints import Checkpoint, open_checkpoint
+from .clustering import silhouette_clusters
 from .stored import safetensors_header
 from .files import as_json, file_sha256, whole_folder, write_whole
 from .similarity import Gram, _in_order, _stretches, gram
@@ -119,8 +120,14 @@ def calibrated_p(
     return float((1 + low.sum()) / (shape.n + 1))
 
 
+_FEW = "too few models for a p-value: it takes three in one of the regions"
+_ALONE = "one model alone, which has no spread: the cosine to its task vector"
+
+
 def _judge(cosine: float, shape: Shape, alpha: float) -> tuple:
     "The p-value, whether the query is inside, whether the region has a direction, and what to know of that."
+    if shape.units is None and np.isnan(shape.spread):
+        return np.nan, None, None, _FEW if shape.n > 1 else _ALONE
     if shape.units is not None and 1 / (shape.n + 1) >= alpha:
         takes = int(1 / alpha + 1e-9)
         return (
@@ -364,24 +371,35 @@ def contains(
 
 # %% ../nbs/32_region.ipynb #72c66d45
 def _shapes(
-    products: np.ndarray, groups: list[Hashable], units: list[Hashable] | None
+    products: np.ndarray,
+    groups: list[Hashable],
+    units: list[Hashable] | None,
+    few: bool = False,
 ) -> dict[Hashable, tuple]:
-    "For every group the places of its models and their shape, spreads pooled."
+    "For every group the places of its models and their shape, spreads pooled; few: as there are."
     groups, found = pd.Series(groups), {}
     for group, at in groups.groupby(groups, sort=False).groups.items():
         at = at.to_numpy()
+        part = products[np.ix_(at, at)]
+        if few and len(at) < 2:
+            found[group] = at, _lone_shape(part)
+            continue
         try:
-            found[group] = (
-                at,
-                shape_of(
-                    products[np.ix_(at, at)], None if units is None else [units[i] for i in at]
-                ),
-            )
+            of_part = None if units is None else [units[i] for i in at]
+            found[group] = at, shape_of(part, of_part)
         except ValueError as e:
             raise ValueError(f"region {group}: {e}") from None
     shapes = {group: shape for group, (_, shape) in found.items()}
-    shapes = pooled(shapes) if units is None else shapes
+    several = {group: shape for group, shape in shapes.items() if shape.n > 1}
+    if units is None and not (few and all(shape.n < 3 for shape in shapes.values())):
+        shapes |= pooled(several)
     return {group: (at, shapes[group]) for group, (at, _) in found.items()}
+
+
+def _lone_shape(products: np.ndarray) -> Shape:
+    "The shape of one model: its length, and no spread."
+    one = np.ones(1)
+    return Shape(1, sqrt(products[0, 0]), one, one * np.nan, np.nan, np.nan, 0)
 
 # %% ../nbs/32_region.ipynb #e5ba81cb
 def _with_region(zoo: Zoo, by: str) -> Zoo:
@@ -413,27 +431,33 @@ def _with_region(zoo: Zoo, by: str) -> Zoo:
 def regions_of(
     zoo: Zoo,  # fine-tuned models
     base: Checkpoint,  # the pretrained model, or what `open_checkpoint` takes
-    by: str = "dataset",  # what makes a region: "dataset" or "family" (whose units are datasets)
+    by: str = "dataset",  # what makes a region: "dataset", "family" (of datasets) or "cluster"
     progress: bool = True,  # show a progress bar, in weights
 ) -> dict[str, Region]:  # name -> region
     "The regions of a zoo, with the spread that they have in common; of one model or dataset there is no region."
-    if by not in ("dataset", "family"):
-        raise ValueError(f"regions are made by dataset or by family, not by {by!r}")
+    if by not in ("dataset", "family", "cluster"):
+        raise ValueError(f"regions are made by dataset, by family or by cluster, not by {by!r}")
     base = open_checkpoint(base)
-    zoo = _with_region(zoo.checked(base), by)
+    zoo = zoo.checked(base)
+    zoo = zoo if by == "cluster" else _with_region(zoo, by)
     models = zoo.checkpoints()
     _one_base(_members(zoo, np.ones(len(zoo))), zoo.name)
     found = _measured(models, base, progress)
-    shapes = _shapes(
-        found.products()[:-1, :-1],
-        zoo.models[by].tolist(),
-        zoo.models.dataset.tolist() if by == "family" else None,
-    )
+    groups = clusters_of(found) if by == "cluster" else zoo.models[by].tolist()
+    units = zoo.models.dataset.tolist() if by == "family" else None
+    shapes = _shapes(found.products()[:-1, :-1], groups, units, few=True)
     identity, norms = {"name": base.name, "sha256": base.sha256()}, found.norms()
     return {
         name: _region(name, [models[i] for i in at], base, identity, shape, norms)
         for name, (at, shape) in shapes.items()
     }
+
+
+def clusters_of(
+    found: Gram,  # inner products of the models
+) -> list[str]:  # the cluster of each: "cluster 1", "cluster 2" and so on
+    "Groups of models of which nothing is known: the clusters with the best silhouette."
+    return [f"cluster {i + 1}" for i in silhouette_clusters(found.cosine())]
 
 # %% ../nbs/32_region.ipynb #6e791a4b
 def locate(
@@ -470,6 +494,8 @@ def save(
     folder: str | Path,  # the folder to make
 ) -> Path:  # the folder
     "Write the region: all of it or nothing."
+    if self.shape.n < 2:
+        raise ValueError(f"region {self.name}: one model is no region to be kept")
     if (folder := Path(folder)).exists():
         raise FileExistsError(f"{folder}: exists already")
     layout = self.centre.layout

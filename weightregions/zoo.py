@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from .checkpoints import Checkpoint, open_checkpoint, tokenizer_files
-from .files import read_json, read_text
+from .files import check_name, read_json, read_text
 from .identity import model_identity, other_parts, weights_files, weights_sha256
 from .space import patch
 
@@ -36,7 +36,7 @@ class Zoo:
         base: dict | None = None,  # what zoo.json says of the base
     ):
         self.name, self.models, self.base = name, models.reset_index(drop=True), base
-        self.held_to = None  # the base that it was checked with
+        self.held_to = self.held_base = None  # hash of the base it was checked with, and more
         self.left_out = _left_out([]) if left_out is None else left_out.reset_index(drop=True)
 
     def __len__(self):
@@ -70,7 +70,7 @@ def keep(
 ) -> Zoo:  # with these models only
     "Some of the models."
     part = Zoo(self.name, self.models[mask], self.left_out, self.base)
-    part.held_to = self.held_to
+    part.held_to, part.held_base = self.held_to, self.held_base
     return part
 
 
@@ -160,6 +160,13 @@ def _is_text(value) -> bool:
     return isinstance(value, str) and value.strip() != ""
 
 
+def _is_name(value) -> bool:
+    try:
+        return check_name(value) == value
+    except ValueError:
+        return False
+
+
 def _is_count(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**12
 
@@ -177,8 +184,8 @@ def _is_sha256(value) -> bool:
 
 # %% ../nbs/14_zoo.ipynb #1b2439e6
 _MANIFEST = {
-    "dataset": (_is_text, "a name"),
-    "family": (_is_text, "a name"),
+    "dataset": (_is_name, "a name"),
+    "family": (_is_name, "a name"),
     "seed": (_is_count, "a whole number"),
     "base.name": (_is_text, "a name"),
     "base.sha256": (_is_sha256, "a SHA-256"),
@@ -221,18 +228,31 @@ def _built(folder: Path) -> pd.DataFrame:
 def _listed(table: Path) -> pd.DataFrame:
     "The table of models that others trained."
     rows = _table(table)
-    _check_listed(rows, table)
+    _check_columns(rows, table)
+    _check_models(rows, table)
     local = [table.parent / m for m in rows.model]
     rows["path"] = [str(p) if p.is_dir() else m for p, m in zip(local, rows.model)]
+    if "dataset" not in rows:
+        rows["dataset"] = [_dataset(m, p.is_dir()) for p, m in zip(local, rows.model)]
+    if "family" not in rows:
+        rows["family"] = "unknown"
     rows["seed"] = _seeds(rows, table)
-    for column in ("accuracy", "loss", "majority", "n_train", "n_test"):
+    for column in _NUMBERS:
         rows[column] = _numbers(rows, column, table)
     return rows.assign(revision=rows.get("revision", ""))[COLUMNS]
 
 
+_NUMBERS = ("accuracy", "loss", "majority", "n_train", "n_test")
+
+
+def _dataset(name: str, local: bool) -> str:
+    "What stands for a model's dataset where nothing says it: its first folder, or its hub id."
+    return Path(name).parts[0] if local else name
+
+
 def _table(table: Path) -> pd.DataFrame:
     "The cells of a CSV file, as text."
-    text = io.StringIO(read_text(table, _MOST))
+    text = io.StringIO(read_text(table, _MOST).removeprefix("\ufeff"))
     try:
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
             return pd.read_csv(text, dtype=str, keep_default_na=False, index_col=False)
@@ -240,23 +260,50 @@ def _table(table: Path) -> pd.DataFrame:
         raise ValueError(f"{table}: not a table in CSV ({type(e).__name__})") from None
 
 # %% ../nbs/14_zoo.ipynb #6c97b6eb
-def _check_listed(rows: pd.DataFrame, table: Path) -> None:
-    "Refuse a table of models that lacks something."
-    missing = [c for c in ("model", "dataset", "family") if c not in rows]
-    if missing:
-        raise ValueError(f"{table}: no column {', '.join(missing)}")
+def _check_columns(rows: pd.DataFrame, table: Path) -> None:
+    "Refuse a table without models, or with a column that is called nearly like one of ours."
+    for column in rows:
+        meant = str(column).strip().lower()
+        if meant in COLUMNS and meant != column:
+            raise ValueError(f"{table}: a column is called {column!r}; write {meant!r}")
+    if "model" not in rows:
+        there = ", ".join(map(str, rows)) or "none"
+        raise ValueError(f"{table}: no column model; there are {there[:200]}")
     twice = rows.model[rows.model.duplicated()]
     if len(twice):
         raise ValueError(f"{table}: {twice.iloc[0]} is listed twice")
+
+
+def _check_models(rows: pd.DataFrame, table: Path) -> None:
+    "Refuse a row whose model is not there, or whose names could not be shown."
     for i, row in rows.iterrows():
-        if not (row.model and row.dataset and row.family):
-            raise ValueError(
-                f"{table}, row {i + 2}: model, dataset and family must not be empty"
-            )
+        where = f"{table}, row {i + 2}"
+        if not row.model:
+            raise ValueError(f"{where}: model must not be empty")
         if ".." in Path(row.model).parts:
-            raise ValueError(f"{table}, row {i + 2}: {row.model} points outside the folder")
+            raise ValueError(f"{where}: {row.model} points outside the folder")
+        for column in ("dataset", "family"):
+            if row.get(column) == "":
+                raise ValueError(
+                    f"{where}: {column} must not be empty; where it is not known,"
+                    " leave out the column"
+                )
+            if column in row:
+                check_name(row[column], f"{where}: {column}")
+        _require_there(row, table, where)
 
 
+def _require_there(row: pd.Series, table: Path, where: str) -> None:
+    "Refuse a model that is neither a folder beside the table nor to be had from the hub."
+    if (table.parent / row.model).is_dir():
+        return
+    _check_shown(row.model, where)
+    try:
+        open_checkpoint(row.model, revision=row.get("revision") or None)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{where}: {e}") from None
+
+# %% ../nbs/14_zoo.ipynb #bed3c0e6
 def _seeds(rows: pd.DataFrame, table: Path) -> pd.Series:
     "The seeds that a table lists, else numbers within each dataset."
     if "seed" not in rows:
@@ -569,9 +616,10 @@ def _gathered(models: dict) -> pd.DataFrame:
     for path, name in models.items():
         local = Path(path).is_dir()
         known = read_manifest(path) if local else {}
+        _check_shown(name, str(Path(path).parent))
         row = {
             "model": name,
-            "dataset": Path(name).parts[0] if local else name,
+            "dataset": _dataset(name, local),
             "family": "unknown",
             "path": str(path),
             "revision": "",
@@ -580,6 +628,12 @@ def _gathered(models: dict) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=COLUMNS)
     numbers = table.groupby("dataset").cumcount() + 1
     return table.assign(seed=table.seed.fillna(numbers).astype(int))
+
+
+def _check_shown(name: str, where: str) -> None:
+    "Refuse a folder's name that no table, figure or page can show."
+    if not name.isprintable():  # half a surrogate pair is not, nor is a newline
+        raise ValueError(f"{where}: a folder is called {ascii(name)[:100]}: rename it")
 
 
 def _lines(left_out: pd.DataFrame) -> list[str]:
@@ -628,8 +682,14 @@ def checked(
         return self
     self.verify()
     zoo = self._without_base(base)
-    zoo.held_to = sha256
+    zoo.held_to, zoo.held_base = sha256, {"name": _public_name(base), "sha256": sha256}
     return zoo
+
+
+def _public_name(base: Checkpoint) -> str:
+    "A hub id, or the name of a folder, but not where it lies."
+    hub = re.fullmatch(r"([^@]+)@[0-9a-f]{40}", str(base.source))
+    return hub[1] if hub else base.name
 
 
 @patch
