@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .anatomy import Anatomy, anatomy, as_loaded, built
-from .anatomy import conversions, require_pooler_policy, is_pooler, placed
-from .files import read_json, whole_folder
+from .anatomy import conversions, is_pooler, placed, require_pooler_policy
+from .files import read_bytes, read_json, whole_folder
 from .space import Layout, _short, dot, patch
 from .stored import InMemoryTensor, one_line
 from .stored import stored_tensors, weights_file
@@ -172,6 +172,10 @@ def _read_folder(folder: Path) -> tuple:
     weights, other = weights_file(folder), raw.get("transformers_weights")
     if other not in (None, weights.name):
         raise ValueError(f"{file}: names other weights, {other!r}, beside {weights.name}")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder}: an adapter lies beside the weights; merge it, or remove it"
+        )
     stored = stored_tensors(folder)
     _check_size(raw, len(stored), str(file))
     return _known_config(raw, str(file)), stored
@@ -341,6 +345,11 @@ def require_same_space(
             raise ValueError(
                 f"{self.name} has a vocabulary of {sizes[0]} tokens, {what} one of {sizes[1]}"
             )
+        if field := _computed_otherwise(mine, theirs):
+            values = " and ".join(repr(getattr(c, field, None)) for c in (mine, theirs))
+            raise ValueError(
+                f"{self.name} and {what} compute differently: {field} is {values[:120]}"
+            )
     Layout.of(base).require_same(self.layout, self.name)
     words = [_vocabulary(c) for c in (self, base)]
     if None not in words and words[0] != words[1]:
@@ -358,6 +367,20 @@ def is_same_space(
     except ValueError:
         return False
     return True
+
+# %% ../nbs/02_checkpoints.ipynb #c0317a5e
+_COMPUTES = re.compile(
+    r"(hidden_)?act(ivation)?(_fn|_function)?|hidden_activation|feed_forward_proj|n_head|\w*heads"
+    r"|\w*norm_(eps|epsilon)|\w*rope_\w+|position_embedding_type|pos_att_type|is_decoder"
+    r"|relative_attention\w*|position_buckets"
+)
+
+
+def _computed_otherwise(mine, theirs) -> str:
+    "The first setting by which two configurations make other numbers of the same weights."
+    here, there = mine.to_dict(), theirs.to_dict()
+    shared = [k for k in here if k in there and _COMPUTES.fullmatch(k)]
+    return next((k for k in shared if here[k] != there[k]), "")
 
 # %% ../nbs/02_checkpoints.ipynb #1545b48d
 @lru_cache(maxsize=4096)
@@ -401,7 +424,13 @@ def require_started_from(
         if len(shape) < 2:
             continue
         a, b = self.read(name).reshape(-1), base[name].detach().reshape(-1)
-        sums = [s + dot(*pair) for s, pair in zip(sums, ((a, b), (a, a), (b, b)))]
+        here = [dot(*pair) for pair in ((a, b), (a, a), (b, b))]
+        if not isfinite(sum(here)):
+            what = self.name if not isfinite(here[1]) else getattr(base, "name", "the base")
+            raise ValueError(
+                f"{what}: {name} holds values that are no finite numbers, or too large"
+            )
+        sums = [s + h for s, h in zip(sums, here)]
     cosine = sums[0] / sqrt(sums[1] * sums[2]) if sums[1] * sums[2] > 0 else 0.0
     if cosine < least:
         what = getattr(base, "name", "the base")
@@ -505,11 +534,19 @@ def copy_tokenizer(
     "Copy the files of a tokenizer."
     for file in tokenizer_files(folder) if folder else ():
         _require_inside(file, Path(folder))
-        data = file.read_bytes()
-        if file.suffix == ".json" and b'"auto_map"' in data:
-            value = {k: v for k, v in read_json(file, _MOST).items() if k != "auto_map"}
-            data = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-        (target / file.name).write_bytes(data)
+        (target / file.name).write_bytes(_without_code(file))
+
+
+def _without_code(file: Path) -> bytes:
+    "The bytes of a tokenizer's file; where it names code (auto_map), without that."
+    data = read_bytes(file, _MOST)
+    is_settings = file.name == "tokenizer_config.json" or b"auto_map" in data
+    if file.suffix != ".json" or not is_settings:
+        return data
+    value = read_json(file, _MOST)
+    if value.pop("auto_map", None) is None:
+        return data
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 # %% ../nbs/02_checkpoints.ipynb #7b07ba7d
 _MOST = 2**28  # bytes of a tokenizer's file; the largest known has 35 million

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import cached_property, partial
+from os.path import lexists
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .builtin import BUILTIN, generate
-from .files import cells_of_any_length, check_name
+from .files import cells_of_any_length, check_name, read_bytes
 from .space import patch
 from weightregions.registry import (
     dev_rows,
@@ -304,13 +305,21 @@ def shared_rows(
     return sum(row in train for row in rows(corpus.test))
 
 # %% ../nbs/10_corpora.ipynb #73170cd2
+MOST_MEMORY = 2**32  # bytes that the rows of a file may take
+
+
+def _whole(path: Path) -> bytes:
+    "The bytes of a file of rows."
+    return read_bytes(path, MOST_MEMORY)
+
+
 def read_jsonl(
     path: Path,  # file with one JSON object a line, UTF-8
     where: str,  # dataset and file, for the message
 ) -> dict:  # line number -> object
     "Rows of a JSON-lines file; blank lines are passed over."
     rows = {}
-    for i, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+    for i, line in enumerate(_whole(path).removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not line.strip():
             continue
         try:
@@ -329,7 +338,7 @@ def read_csv(
 ) -> dict:  # row number -> row; values are strings, an empty cell is None
     "Rows of a CSV file, whose cells may have any length."
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = _whole(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 at byte {error.start}") from None
     with cells_of_any_length():
@@ -383,7 +392,6 @@ def _tsv_rows(text: str, where: str) -> dict:
     return quoted
 
 # %% ../nbs/10_corpora.ipynb #6924b8ea
-MOST_MEMORY = 2**32  # bytes that the rows of a Parquet file may take
 PER_ROW = 400  # bytes that a row takes beside its texts
 
 
@@ -396,10 +404,13 @@ def read_parquet(
     names = parquet_header(path, where)
     wanted = [c for c in columns if c in names]
     with _parquet_faults(where), pq.ParquetFile(path) as file:
-        needed = _memory(file.metadata, wanted)
+        schema, needed = file.schema_arrow, _memory(file.metadata, wanted)
     if needed > MOST_MEMORY:
         raise ValueError(f"{where}: takes {needed / 2**30:,.1f} GiB in memory: split it")
     check_columns(names, where, ())
+    for column in wanted:
+        if pa.types.is_nested(kind := schema.field(column).type):
+            raise ValueError(f"{where}: column {column!r} is of type {kind}")
     with _parquet_faults(where):
         read = _columns(path, wanted)
     return {i: dict(zip(read, row)) for i, row in enumerate(zip(*read.values()), 1)}
@@ -812,8 +823,9 @@ def read_list(
     path: Path,  # datasets.json
 ) -> dict:  # name -> entry
     "The entries of datasets.json, each with a name of its own."
+    content = read_bytes(path)
     try:
-        entries = json.loads(path.read_bytes().decode("utf-8-sig"))
+        entries = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         raise ValueError("datasets.json: not JSON in UTF-8") from None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -839,7 +851,7 @@ def read_families(
 ) -> dict:  # name -> family
     "The families of a folder without datasets.json."
     families = {}
-    for i, row in (read_csv(path, "families.csv") if path.is_file() else {}).items():
+    for i, row in (read_csv(path, "families.csv") if lexists(path) else {}).items():
         name, family = row.get("name"), row.get("family")
         if not name or not family:
             raise ValueError(f"families.csv, row {i}: name or family is missing")
@@ -858,7 +870,7 @@ def in_folder(
 ) -> dict:  # name -> function without arguments that reads the dataset
     "The datasets of a folder, not yet read."
     source = f"folder {folder.resolve().name}"
-    if (folder / "datasets.json").is_file():
+    if lexists(folder / "datasets.json"):
         return _in_list(folder, source, columns)
     paths = _dataset_paths(folder)
     families = read_families(folder / "families.csv", list(paths))

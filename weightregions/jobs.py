@@ -359,7 +359,7 @@ def _deaths():
 
 # %% ../nbs/11_jobs.ipynb #2c6c406b
 class _Watch:
-    "When a job was last seen to do something."
+    "When a job last did something."
 
     def __init__(self, actor, name, asks):
         import ray

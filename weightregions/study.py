@@ -65,62 +65,9 @@ def run_study(
     out.mkdir(parents=True, exist_ok=True)
     base = start(scale.base, out)
     begin(out, scale, data, base, corpora)
-    write_rows(out, "datasets", describe(corpora))
-    write_rows(out, "shared_texts", shared_texts(corpora))
-    with clock.part("fine-tuning"):
-        fine_tune_all(out, scale, base, corpora, workers)
-    with clock.part("similarity"):
-        measure(out, scale, base)
-    with clock.part("walks", "the loss at models, between them and beyond"):
-        walk(out, scale, base, corpora, workers)
-    with clock.part("contest", "fine-tuning from other starts"):
-        try_starts(out, scale, base, corpora, workers)
+    _describe_data(out, corpora)
+    _measure_all(out, scale, base, corpora, workers, clock)
     return _finish(out, asked, clock)
-
-# %% ../nbs/50_study.ipynb #d56dfc4b
-def _source(data):
-    "Where the datasets come from, for readers."
-    return data if data in ("builtin", "hub") else f"the folder {Path(data).name}"
-
-
-def _datasets(scale, data, min_rows):
-    "The datasets that take part."
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* test rows are training rows too")
-        corpora = load_corpora(data, n_train=scale.n_train, n_test=scale.n_test)
-    chosen = choose(corpora, scale.per_family, min_rows)
-    say(_taken(corpora, chosen, scale, min_rows))
-    check_classes(chosen, scale)
-    return chosen
-
-
-def _taken(corpora, chosen, scale, min_rows):
-    "Which datasets take part, and which are left out by what rule."
-    left = [name for name in corpora if name not in chosen]
-    text = f"datasets: {', '.join(chosen)}"
-    if not left:
-        return f"{text}; none is left out"
-    rules = [f"the first {scale.per_family} of each family"] if scale.per_family else []
-    rules += [f"those with {min_rows:,} training rows or more"] if min_rows else []
-    return (
-        f"{text}; left out: {', '.join(left)} (scale {scale.name} takes {' of '.join(rules)})"
-    )
-
-
-def _finish(out, asked, clock):
-    "Run the notebooks that have something to show, and write the page."
-    shutil.rmtree(out / "claims", ignore_errors=True)
-    asked = [file for file in asked if applies(file, Study(out))]
-    with clock.part("notebooks", f"{len(asked)} of them, on the rows"):
-        failed = run_notebooks(asked, out)
-    page = write_page(out)
-    if failed:
-        raise ChildProcessError(
-            f"{page} is without {', '.join(failed)}: what failed stands above, "
-            f"and how far each came in {out / 'notebooks'}"
-        )
-    say(f"done ({clock}): open {page}")
-    return page
 
 # %% ../nbs/50_study.ipynb #da416457
 def begin(
@@ -130,7 +77,7 @@ def begin(
     base: str,  # folder or hub id of the base
     corpora: dict,  # the chosen datasets
 ):
-    "Say what is studied in about.json; refuse a folder that holds another study."
+    "Write what is studied to about.json; refuse a folder that holds another study."
     about = {
         "scale": scale.name,
         "data": _source(data).removeprefix("the "),
@@ -140,17 +87,10 @@ def begin(
         "datasets": {name: c.sha256 for name, c in corpora.items()},
     }
     file = out / "about.json"
-    if not file.exists():
+    if file.exists():
+        _require_same_study(out, read_json(file), about)
+    else:
         write_whole(file, as_json(about))
-        return
-    old = read_json(file)
-    if isinstance(old.get("base"), dict) and not other_parts(about["base"], old["base"]):
-        old["base"] = about["base"]
-    if differ := [k for k in about if old.get(k) != about[k]]:
-        raise ValueError(
-            f"{out} holds a study of another {', '.join(differ)}: "
-            "name another folder with OUT or --out"
-        )
 
 # %% ../nbs/50_study.ipynb #4eb2cf02
 def fine_tune_all(
@@ -175,14 +115,6 @@ def fine_tune_all(
             build_zoo(folder, base, enough, fewer, [1], workers, f"{rows} rows")
     _say_how_much(out, scale, what)
 
-
-def _say_how_much(out, scale, second_start):
-    "Add to about.json what the second start is, and how much is measured."
-    file, contest = out / "about.json", asdict(scale.contest)
-    contest |= {"recipe": scale.contest.recipe.as_dict()}
-    more = {"second_start": second_start, "reach": asdict(scale.budget), "contest": contest}
-    write_whole(file, as_json(read_json(file) | more))
-
 # %% ../nbs/50_study.ipynb #8fbe88bb
 def start(
     base: str,  # "tiny", "minilm" or a hub id
@@ -195,7 +127,7 @@ def start(
         return str(minilm())
     return str(pinned(base)) if base in REVISIONS else base
 
-
+# %% ../nbs/50_study.ipynb #29b0cc68
 def other_start(
     scale: Scale,  # of the study
     base: str,  # the first start
@@ -248,7 +180,7 @@ def similarity_rows(
     made_of = {"models": identities(checkpoints), "base": base.sha256()}
     kept(Path(folder) / "rows" / f"{table}.csv", made_of, make)
 
-
+# %% ../nbs/50_study.ipynb #12c53381
 def identities(
     checkpoints: list,  # some models
 ) -> list:  # name and SHA-256 of each, in their order
@@ -277,19 +209,6 @@ def location_rows(
 
     kept(Path(folder) / "rows" / "location.csv", made_of, make)
 
-
-def _locations(m, checkpoints, base):
-    "Each model among the others, by dataset and by family."
-    say("locating each model among the others")
-    measured = gram(checkpoints, base, device=default_device())
-    tables = {"dataset": locate_from_gram(measured, m.dataset.tolist())}
-    # with a dataset taken away, two are left
-    m = m[m.family.map(m.groupby("family").dataset.nunique()) > 2]
-    if m.family.nunique() > 1:
-        few = measured.select(m.model.tolist())
-        tables["family"] = locate_from_gram(few, m.family.tolist(), m.dataset.tolist())
-    return pd.concat([t.assign(by=by) for by, t in tables.items()])
-
 # %% ../nbs/50_study.ipynb #1b677c28
 def shared_texts(
     corpora: dict,  # name -> Corpus
@@ -303,6 +222,9 @@ def shared_texts(
     return table[table.shared > 0].reset_index(drop=True)
 
 # %% ../nbs/50_study.ipynb #56b54f9f
+REPORTED = "model dataset family seed accuracy loss majority n_train n_test".split()
+
+# %% ../nbs/50_study.ipynb #009af86a
 def measure(
     out: Path,  # the study's folder
     scale: Scale,  # how much
@@ -318,19 +240,11 @@ def measure(
     opened = {c.name: c for c in main.checkpoints()}
     similarity_rows(out, "main", list(opened.values()), anchor)
     location_rows(out, main.models, list(opened.values()), anchor)
+    say("similarity across starts")
     twins = main.where(dataset=set(second.models.dataset), seed=set(second.models.seed))
     twins = [opened[name] for name in twins.models.model]
-    say("similarity across starts")
     similarity_rows(out, "starts", twins + second.checkpoints(), anchor)
-    if sized := [z for kind, z in zoos.items() if kind.endswith("rows")]:
-        whole = main.where(dataset=set(sized[0].models.dataset), seed=1)
-        say("similarity across sizes")
-        sized = [c for zoo in sized for c in zoo.checkpoints()]
-        sized += [opened[name] for name in whole.models.model]
-        similarity_rows(out, "sizes", sized, anchor)
-
-
-REPORTED = "model dataset family seed accuracy loss majority n_train n_test".split()
+    _measure_sizes(out, zoos, opened, anchor)
 
 # %% ../nbs/50_study.ipynb #ed579828
 def zoos_of(
@@ -398,3 +312,109 @@ def try_starts(
         return say("no target has enough rows to hold some back")
     write_rows(out, "starts", rows)
     write_rows(out, "advice", advice)
+
+# %% ../nbs/50_study.ipynb #72d39a64
+def _measure_all(out, scale, base, corpora, workers, clock):
+    "Fine-tune and measure, each part with its time."
+    with clock.part("fine-tuning"):
+        fine_tune_all(out, scale, base, corpora, workers)
+    with clock.part("similarity"):
+        measure(out, scale, base)
+    with clock.part("walks", "the loss at models, between them and beyond"):
+        walk(out, scale, base, corpora, workers)
+    with clock.part("contest", "fine-tuning from other starts"):
+        try_starts(out, scale, base, corpora, workers)
+
+# %% ../nbs/50_study.ipynb #6b99aeb7
+def _require_same_study(out: Path, old: dict, about: dict):
+    "Refuse a folder whose study differs; a base is the same under another name."
+    if isinstance(old.get("base"), dict) and not other_parts(about["base"], old["base"]):
+        old["base"] = about["base"]
+    if differ := [k for k in about if old.get(k) != about[k]]:
+        raise ValueError(
+            f"{out} holds a study of another {', '.join(differ)}: "
+            "name another folder with OUT or --out"
+        )
+
+# %% ../nbs/50_study.ipynb #d56dfc4b
+def _source(data):
+    "Where the datasets come from, for readers."
+    return data if data in ("builtin", "hub") else f"the folder {Path(data).name}"
+
+# %% ../nbs/50_study.ipynb #18bcc026
+def _datasets(scale, data, min_rows):
+    "The datasets that take part."
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* test rows are training rows too")
+        corpora = load_corpora(data, n_train=scale.n_train, n_test=scale.n_test)
+    chosen = choose(corpora, scale.per_family, min_rows)
+    say(_taken(corpora, chosen, scale, min_rows))
+    check_classes(chosen, scale)
+    return chosen
+
+
+def _taken(corpora, chosen, scale, min_rows):
+    "Which datasets take part, and which are left out by what rule."
+    left = [name for name in corpora if name not in chosen]
+    text = f"datasets: {', '.join(chosen)}"
+    if not left:
+        return f"{text}; none is left out"
+    rules = [f"the first {scale.per_family} of each family"] if scale.per_family else []
+    rules += [f"those with {min_rows:,} training rows or more"] if min_rows else []
+    return (
+        f"{text}; left out: {', '.join(left)} (scale {scale.name} takes {' of '.join(rules)})"
+    )
+
+# %% ../nbs/50_study.ipynb #0c5b6354
+def _describe_data(out, corpora):
+    "Write down what the datasets are, and which of them share texts."
+    write_rows(out, "datasets", describe(corpora))
+    write_rows(out, "shared_texts", shared_texts(corpora))
+
+# %% ../nbs/50_study.ipynb #963d83c1
+def _say_how_much(out, scale, second_start):
+    "Add to about.json what the second start is, and how much is measured."
+    file, contest = out / "about.json", asdict(scale.contest)
+    contest |= {"recipe": scale.contest.recipe.as_dict()}
+    more = {"second_start": second_start, "reach": asdict(scale.budget), "contest": contest}
+    write_whole(file, as_json(read_json(file) | more))
+
+# %% ../nbs/50_study.ipynb #4462c338
+def _measure_sizes(out: Path, zoos: dict, opened: dict, anchor):
+    "Measure the similarities of models that were trained on fewer rows, if there are any."
+    sized = [z for kind, z in zoos.items() if kind.endswith("rows")]
+    if sized:
+        whole = zoos["main"].where(dataset=set(sized[0].models.dataset), seed=1)
+        say("similarity across sizes")
+        sized = [c for zoo in sized for c in zoo.checkpoints()]
+        sized += [opened[name] for name in whole.models.model]
+        similarity_rows(out, "sizes", sized, anchor)
+
+# %% ../nbs/50_study.ipynb #de35c3b9
+def _locations(m, checkpoints, base):
+    "Each model among the others, by dataset and by family."
+    say("locating each model among the others")
+    measured = gram(checkpoints, base, device=default_device())
+    tables = {"dataset": locate_from_gram(measured, m.dataset.tolist())}
+    # with a dataset taken away, two are left
+    m = m[m.family.map(m.groupby("family").dataset.nunique()) > 2]
+    if m.family.nunique() > 1:
+        few = measured.select(m.model.tolist())
+        tables["family"] = locate_from_gram(few, m.family.tolist(), m.dataset.tolist())
+    return pd.concat([t.assign(by=by) for by, t in tables.items()])
+
+# %% ../nbs/50_study.ipynb #fb586dcc
+def _finish(out, asked, clock):
+    "Run the notebooks that have something to show, and write the page."
+    shutil.rmtree(out / "claims", ignore_errors=True)
+    asked = [file for file in asked if applies(file, Study(out))]
+    with clock.part("notebooks", f"{len(asked)} of them, on the rows"):
+        failed = run_notebooks(asked, out)
+    page = write_page(out)
+    if failed:
+        raise ChildProcessError(
+            f"{page} is without {', '.join(failed)}: what failed stands above, "
+            f"and how far each came in {out / 'notebooks'}"
+        )
+    say(f"done ({clock}): open {page}")
+    return page
