@@ -26,8 +26,9 @@ from .centering import Centroid, _header, _one_base, _members, _put, _shares
 from .checkpoints import Checkpoint, as_weights, open_tensors
 from .files import as_json, file_sha256, whole_folder, write_whole
 from .similarity import Gram, gram, rounded_models
-from .space import Difference, Weights, narrowed, patch, refuse_stranger
-from .streaming import Streaming, add, stream, stretches
+from .space import Difference, Weights, checked_sum
+from .space import narrowed, patch, refuse_stranger
+from .streaming import Streaming, stream, stretches
 from .zoo import Zoo
 
 # %% ../nbs/32_region.ipynb #42fb225e
@@ -271,7 +272,7 @@ def _against(query: Weights, base: Weights, centres: list[Weights]) -> np.ndarra
     for task, part in stream(work, models, Streaming(progress=False), what="location"):
         if not is_matrix[task[0]]:
             part[:3] = 0.0
-        sums = add(sums, part, [base, query, *centres], task)
+        sums = checked_sum(sums, part, [base, query, *centres], task)
     qb, qq, bb, square, *dots = sums.tolist()
     if qq > 0 and bb > 0:
         refuse_stranger(qb / (sqrt(qq) * sqrt(bb)), query.name, base.name)

@@ -21,12 +21,11 @@ import torch
 
 from .checkpoints import as_group, as_weights
 from .files import whole_file
-from .space import BLOCK, Weights, patch
+from .space import BLOCK, Weights, checked_sum, patch
 from weightregions.streaming import (
     ROOM,
     Buffer,
     Streaming,
-    add,
     stream,
     task_vectors,
 )
@@ -185,7 +184,7 @@ def _cells(models: Sequence[Weights], by: Callable | None, rows: int, options) -
     for task, products in passed:
         labels = () if by is None else by(task[0])
         key = tuple(labels) if isinstance(labels, list) or by is None else (labels,)
-        cells[key] = add(cells.get(key, 0), products, blame, task)
+        cells[key] = checked_sum(cells.get(key, 0), products, blame, task)
     return cells
 
 # %% ../nbs/04_similarity.ipynb #2566971c
@@ -534,7 +533,7 @@ def sketch(
 
     what = f"sketch of {len(models) - 1} models"
     for task, part in stream(work, models, options, chunk, dtype=torch.float32, what=what):
-        sums = add(sums, part, blame, task)
+        sums = checked_sum(sums, part, blame, task)
     *members, base = models
     sums[rounded_models(members, base, np.sqrt(sums[:, -1]))] = 0.0
     names = tuple(m.name for m in members)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'LEAST_COSINE', 'patch', 'Layout', 'layer_of', 'kind_of', 'Weights', 'is_finite', 'narrowed', 'StateDict',
-           'refuse_sum', 'flatten', 'unflatten', 'dot', 'refuse_stranger', 'TaskVector', 'Difference']
+           'refuse_sum', 'checked_sum', 'flatten', 'unflatten', 'dot', 'refuse_stranger', 'TaskVector', 'Difference']
 
 # %% ../nbs/00_space.ipynb #330a2f06
 import builtins
@@ -16,6 +16,7 @@ from itertools import accumulate
 from math import isfinite, prod, sqrt
 from numbers import Real
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -388,6 +389,21 @@ def refuse_sum(
     largest = max(parts, key=lambda part: float(part[1].abs().max()))[0]
     raise ValueError(f"{largest}: {what} overflows at {name}")
 
+# %% ../nbs/00_space.ipynb #06d96d56
+def checked_sum(
+    total,  # array of sums, or 0 at the start
+    part: np.ndarray,  # sums over one stretch
+    models: Sequence[Weights],  # those that take part, the likeliest culprit first
+    task: tuple,  # name, start and stop of the stretch
+):  # -> the new total
+    "A total and one more part; where either is infinite or NaN, the cause is named."
+    if not np.isfinite(part).all():
+        refuse_sum(models, *task)
+    total = total + part
+    if not np.isfinite(total).all():
+        refuse_sum(models, *task, what="the sum of its squared weights")
+    return total
+
 # %% ../nbs/00_space.ipynb #a2c9de96
 def flatten(
     tensors: Mapping[
@@ -501,19 +517,18 @@ def refuse_stranger(
 
 def _matrix_cosine(a: Weights, b: Weights, sample: int | None) -> float:
     "The cosine between the weight matrices of two models, or between the beginnings of each."
-    sums = [0.0, 0.0, 0.0]
+    sums = np.zeros(3)
     for name, shape, size in zip(a.layout.names, a.layout.shapes, a.layout.sizes):
         end = min(size, sample or size) if len(shape) > 1 else 0
         for i in range(0, end, BLOCK):
-            x, y = (m.read(name, i, min(i + BLOCK, end)) for m in (a, b))
-            parts = dot(x, y), dot(x, x), dot(y, y)
-            if not all(map(isfinite, parts)):
-                refuse_sum([b, a], name, i, min(i + BLOCK, end))
-            sums = [s + part for s, part in zip(sums, parts)]
+            task = name, i, min(i + BLOCK, end)
+            x, y = (m.read(*task).reshape(-1) for m in (a, b))
+            part = np.array([dot(x, y), dot(x, x), dot(y, y)])
+            sums = checked_sum(sums, part, [b, a], task)
     lengths = sqrt(sums[1]) * sqrt(sums[2])
     if lengths:
-        return sums[0] / lengths
-    return 0.0 if sums[1] or sums[2] else 1.0
+        return float(sums[0] / lengths)
+    return 0.0 if sums[1:].any() else 1.0
 
 # %% ../nbs/00_space.ipynb #cdb763d0
 @dataclass(frozen=True, eq=False, repr=False)

@@ -35,8 +35,9 @@ from .checkpoints import layout_of_stored, write_checkpoint
 from .stored import InMemoryTensor, reading
 from .files import append_line, write_whole
 from .similarity import gram, rounded_models
-from .space import BLOCK, Layout, Weights, dot, is_finite, patch, refuse_sum
-from .streaming import MEMORY, add, stretches
+from .space import BLOCK, Layout, Weights, checked_sum, dot
+from .space import is_finite, patch, refuse_sum
+from .streaming import MEMORY, stretches
 
 # %% ../nbs/22_traversal.ipynb #470b3a54
 _STRETCH = (
@@ -388,7 +389,7 @@ def _squares(base: Weights, like: Weights) -> list[float]:
     squares, total = dict.fromkeys(base.layout.names, 0.0), 0.0
     for task in stretches(base.layout, BLOCK):
         d = like.read(*task).reshape(-1).double() - base.read(*task).reshape(-1).double()
-        total = add(total, part := np.float64(dot(d, d)), [base, like], task)
+        total = checked_sum(total, part := np.float64(dot(d, d)), [base, like], task)
         squares[task[0]] += float(part)
     return list(squares.values())
 
