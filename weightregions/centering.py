@@ -7,8 +7,7 @@ __all__ = ['QUIET', 'Centroid', 'of_one_start', 'centroid', 'leave_out', 'centro
            'best_member', 'model_card', 'save_centroid']
 
 # %% ../nbs/30_centering.ipynb #8c516771
-import json
-import os
+import copy
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -23,13 +22,11 @@ from huggingface_hub import ModelCardData
 from torch import Tensor
 
 from .checkpoints import Checkpoint, as_group, open_checkpoint
-from .checkpoints import copy_tokenizer, plain_config
+from .checkpoints import Beside, plain_config, write_folder
 from .corpora import Corpus, letters
-from .files import whole_folder, write_whole
 from .identity import weights_sha256
 from .similarity import Gram, gram
 from .space import Layout, Weights, is_finite, patch, refuse_sum
-from .stored import DTYPES
 from .streaming import Buffer, Streaming, block_size, stream
 from .zoo import Zoo, read_manifest
 
@@ -58,6 +55,11 @@ class Centroid(Weights):
         )
         self.config, first = checkpoints[0].config, checkpoints[0].layout
         self.layout = Layout(first.names, first.shapes, (torch.float32,) * len(first))
+
+    @property
+    def sources(self) -> list[Weights]:
+        "The members, of which a stretch is read when one of the centroid is."
+        return self.checkpoints
 
     def vocabulary(self) -> str | None:
         "A digest of the tokens and their ids, where they are known."
@@ -103,6 +105,16 @@ def read(
         j = min(i + block, len(span))
         _average(self, flat[i:j], name, span.start + i, span.start + j, buffer)
     return flat.reshape(shape) if start is stop is out is None else flat
+
+
+@patch
+def stretch(
+    self: Centroid, name: str, start: int, stop: int, buffer: Buffer
+) -> Tensor:  # in the data type of the layout
+    "The average of a stretch, read into a buffer that is used again."
+    out = torch.empty(stop - start, dtype=self.layout.dtypes[self.layout._index[name]])
+    _average(self, out, name, start, stop, buffer)
+    return out
 
 # %% ../nbs/30_centering.ipynb #d48856b8
 QUIET = Streaming(progress=False)  # a pass without a progress bar
@@ -176,39 +188,6 @@ def _shares(weights, names: list[str]) -> np.ndarray:
         shares = shares / shares.max()
     return shares / shares.sum()
 
-# %% ../nbs/30_centering.ipynb #5e24404e
-def _header(tensors: dict) -> tuple[bytes, dict]:
-    "The header of a safetensors file, and for each tensor (name -> shape, dtype) the place of its first byte in that file."
-    short, entries, at = (
-        {dtype: word for word, dtype in DTYPES.items()},
-        {"__metadata__": {"format": "pt"}},
-        0,
-    )
-    for name, (shape, dtype) in sorted(
-        tensors.items(), key=lambda item: (-item[1][1].itemsize, item[0])
-    ):
-        entries[name] = {
-            "dtype": short[dtype],
-            "shape": list(shape),
-            "data_offsets": [at, at := at + prod(shape) * dtype.itemsize],
-        }
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    places = {
-        name: 8 + len(text) + e["data_offsets"][0]
-        for name, e in entries.items()
-        if name != "__metadata__"
-    }
-    return len(text).to_bytes(8, "little") + text, places
-
-
-def _put(file: int, tensor: Tensor, place: int) -> None:
-    "Write a tensor's bytes at a place of an open file."
-    view = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-    while view:
-        n = os.pwrite(file, view, place)
-        view, place = view[n:], place + n
-
 # %% ../nbs/30_centering.ipynb #3b828bcc
 def _bare_config(like: Checkpoint, dtype: torch.dtype):
     "The configuration of an encoder without head, labels or the place it came from."
@@ -234,41 +213,17 @@ def _write(
     like: Checkpoint,
     dtype: torch.dtype,
     overwrite: bool,
-    card: str,
+    card: str = "",
     options: Streaming = QUIET,
 ) -> Path:
     "Write a centroid as a checkpoint folder of the kind of `like`, all of it or nothing."
     if like.config is None:
         raise ValueError(f"{like.name}: has no configuration to write")
     _require_float(dtype)
-    like.layout.require_same(centroid.layout, centroid.name)
-    if (folder := Path(folder)).exists() and not overwrite:
-        raise FileExistsError(f"{folder}: exists already")
-    body = {
-        name: (shape, dtype)
-        for name, shape in zip(centroid.layout.names, centroid.layout.shapes)
-    }
-    header, places = _header(
-        body | {name: (t.shape, t.dtype) for name, t in like._along.items()}
-    )
-    with whole_folder(folder, replace=overwrite) as part:
-        with open(part / "model.safetensors", "wb") as f:
-            f.write(header)
-            f.flush()
-
-            def put(name, start, stop, buffer):
-                out = torch.empty(stop - start, dtype=dtype)
-                _average(centroid, out, name, start, stop, buffer)
-                _put(f.fileno(), out, places[name] + start * dtype.itemsize)
-
-            _pass(centroid, put, options)
-            for name, t in like._along.items():
-                _put(f.fileno(), t.read(), places[name])
-        _bare_config(like, dtype).to_json_file(part / "config.json", use_diff=False)
-        copy_tokenizer(like.folder, part)
-        if card:
-            write_whole(part / "README.md", card)
-    return folder
+    body, names, shapes = copy.copy(centroid), centroid.layout.names, centroid.layout.shapes
+    body.layout = Layout(names, shapes, (dtype,) * len(names))
+    beside = Beside(texts={"README.md": card} if card else {}, options=options)
+    return write_folder(body, like, folder, _bare_config(like, dtype), overwrite, beside)
 
 # %% ../nbs/30_centering.ipynb #45602ed6
 def centroid(

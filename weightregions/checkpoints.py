@@ -4,29 +4,33 @@
 
 # %% auto #0
 __all__ = ['COUNTS', 'TOKENIZER_FILES', 'Checkpoint', 'layout_of_stored', 'open_checkpoint', 'open_tensors', 'as_weights',
-           'as_group', 'write_checkpoint', 'tokenizer_files', 'copy_tokenizer', 'plain_config']
+           'as_group', 'tensors_file', 'write_at', 'write_checkpoint', 'Beside', 'write_folder', 'tokenizer_files',
+           'copy_tokenizer', 'plain_config']
 
 # %% ../nbs/02_checkpoints.ipynb #31532b0e
 import copy
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .anatomy import Anatomy, anatomy, as_loaded, built
 from .anatomy import _conversions, _policy, is_pooler, placed
-from .files import read_json, whole_folder
-from .space import Layout, Weights, _short, is_finite, patch
+from .files import read_json, whole_folder, write_whole
+from .space import Layout, StateDict, Weights, _short, is_finite, patch
 from .stored import InMemoryTensor, one_line
-from .stored import safetensors_header, stored_tensors, weights_file
+from .stored import DTYPES, safetensors_header, stored_tensors, weights_file
+from .streaming import Streaming, stream
 
 # %% ../nbs/02_checkpoints.ipynb #fe1b1887
 def _known_config(raw: dict, where: str) -> transformers.PretrainedConfig:
@@ -367,6 +371,54 @@ def check_finite(self: Checkpoint) -> None:
         if bad := int((~torch.isfinite(self.read(name))).sum()):
             raise ValueError(f"{self.name}: {name} holds {bad} NaN or infinite values")
 
+# %% ../nbs/02_checkpoints.ipynb #941a1579
+@contextmanager
+def tensors_file(
+    file: Path,  # a safetensors file that is to be made
+    tensors: Mapping[str, tuple],  # name -> shape and data type
+) -> Iterator[Callable]:  # put(name, start, weights): from any thread, in any order
+    "A file of tensors that are written a stretch at a time."
+    header, places = _header(tensors)
+    with open(file, "wb") as f:
+        f.write(header)
+        f.flush()
+
+        def put(name: str, start: int, weights: Tensor) -> None:
+            write_at(f.fileno(), weights, places[name] + start * tensors[name][1].itemsize)
+
+        yield put
+
+
+def write_at(
+    file: int,  # number of an open file
+    weights: Tensor,  # what to write
+    place: int,  # of its first byte in the file
+) -> None:
+    "Write a tensor's bytes at a place of an open file."
+    view = memoryview(weights.contiguous().reshape(-1).view(torch.uint8).numpy())
+    while view:
+        n = os.pwrite(file, view, place)
+        view, place = view[n:], place + n
+
+# %% ../nbs/02_checkpoints.ipynb #114b8942
+def _header(tensors: Mapping[str, tuple]) -> tuple[bytes, dict]:
+    "The header of a safetensors file, and for each tensor the place of its first byte."
+    words = {dtype: word for word, dtype in DTYPES.items()}
+    entries, at = {"__metadata__": {"format": "pt"}}, 0
+    for name in sorted(tensors, key=lambda name: (_RANK[tensors[name][1]], name)):
+        shape, dtype = tensors[name]
+        end = at + prod(shape) * dtype.itemsize
+        entry = {"dtype": words[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        entries[name], at = entry, end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    starts = {n: 8 + len(text) + entries[n]["data_offsets"][0] for n in tensors}
+    return len(text).to_bytes(8, "little") + text, starts
+
+
+_ORDER = "I64 F64 F32 I32 BF16 F16 I16 I8 U8 BOOL"  # in which `safetensors` writes data types
+_RANK = {DTYPES[word]: i for i, word in enumerate(_ORDER.split())}
+
 # %% ../nbs/02_checkpoints.ipynb #a8a18749
 def write_checkpoint(
     tensors: Mapping[str, Tensor],  # the body, under canonical names
@@ -375,45 +427,76 @@ def write_checkpoint(
     head: str = "keep",  # "keep" the head of `like`, or "drop" it, for `AutoModel` to open
     overwrite: bool = False,  # replace the folder if it exists
 ) -> Path:
-    "Write a body as a checkpoint folder of the kind of `like`."
+    "Write a body as a checkpoint folder of the kind of `like`, a stretch at a time."
     if head not in ("keep", "drop"):
         raise ValueError(f"head policy {head!r} is not one of keep, drop")
-    if like.config is None:
+    body = tensors
+    if not isinstance(body, Weights):
+        body = StateDict(tensors, getattr(tensors, "name", "the body to write"))
+    kept = {} if head == "drop" else {n: like._head[n] for n in like.head.names}
+    config = plain_config(like.config) if like.config is not None else None
+    dtypes = {t.dtype for t in (like._along | kept).values()} | set(body.layout.dtypes)
+    if config is not None:
+        config.architectures = [like.anatomy.base if head == "drop" else like.anatomy.model]
+        if len(dtypes := {t for t in dtypes if t.is_floating_point}) == 1:
+            config.dtype = dtypes.pop()
+    return write_folder(body, like, folder, config, overwrite, Beside(kept))
+
+# %% ../nbs/02_checkpoints.ipynb #1eba0847
+@dataclass(frozen=True)
+class Beside:
+    "What is written beside a body, and how the body is read."
+
+    head: Mapping = field(default_factory=dict)  # name -> stored tensor of a head
+    texts: Mapping = field(default_factory=dict)  # file name -> what to write into it
+    options: Streaming = Streaming(progress=False)  # how the pass over the weights is made
+
+
+def write_folder(
+    body: Weights,  # to be written, in its own data types
+    like: Checkpoint,  # whose tokenizer and buffers are written with it
+    folder: str | Path,  # the folder to make
+    config: transformers.PretrainedConfig | None,  # its configuration
+    overwrite: bool = False,  # replace the folder if it exists
+    beside: Beside = Beside(),  # head, other files, options
+) -> Path:  # the folder
+    "Write a checkpoint folder: all of it or nothing."
+    if config is None:
         raise ValueError(f"{like.name}: has no configuration to write")
     if (folder := Path(folder)).exists() and not overwrite:
         raise FileExistsError(f"{folder}: exists already")
-    like.layout.require_same(Layout.of(tensors), getattr(tensors, "name", "the body to write"))
-    state, config = _dressed(tensors, like, head)
+    like.layout.require_same(body.layout, body.name)
     with whole_folder(folder, replace=overwrite) as part:
-        save_file(state, part / "model.safetensors", metadata={"format": "pt"})
+        _write_tensors(part / "model.safetensors", body, like, config, beside)
         config.to_json_file(part / "config.json", use_diff=False)
         copy_tokenizer(like.folder, part)
+        for name, text in beside.texts.items():
+            write_whole(part / name, text)
     return folder
 
-# %% ../nbs/02_checkpoints.ipynb #1eba0847
-def _dressed(tensors: Mapping[str, Tensor], like: Checkpoint, head: str) -> tuple:
-    "The state dict under the names of the class, and the configuration that goes with it."
-    bare = head == "drop" or like.anatomy.model == like.anatomy.base
-    body = {n: tensors[n].detach().to("cpu").contiguous().clone() for n in like.layout.names}
-    _require_finite(body, getattr(tensors, "name", "the body to write"))
-    body |= {n: t.read().reshape(t.shape) for n, t in like._along.items()}
-    state = body if bare else {f"{like.anatomy.prefix}.{n}": t for n, t in body.items()}
-    config = plain_config(like.config)
-    if head == "drop":
-        config.architectures = [like.anatomy.base]
-    else:
-        _require_finite(kept := like.head_state(), like.name)
-        state, config.architectures = state | kept, [like.anatomy.model]
-    if len(dtypes := {t.dtype for t in state.values() if t.is_floating_point()}) == 1:
-        config.dtype = dtypes.pop()
-    return state, config
+# %% ../nbs/02_checkpoints.ipynb #2c35aba8
+def _write_tensors(file: Path, body: Weights, like: Checkpoint, config, what: Beside) -> None:
+    "Write body, head and saved buffers under the names of the class that is written."
+    bare = config.architectures == [like.anatomy.base]
+    prefix = "" if bare else f"{like.anatomy.prefix}."
+    layout, head = body.layout, what.head
+    beside = {prefix + n: t for n, t in like._along.items()} | head
+    names = [prefix + n for n in layout.names]
+    entries = dict(zip(names, zip(layout.shapes, layout.dtypes)))
+    entries |= {n: (t.shape, t.dtype) for n, t in beside.items()}
+    with tensors_file(file, entries) as put:
 
-# %% ../nbs/02_checkpoints.ipynb #a8f69bdd
-def _require_finite(tensors: Mapping[str, Tensor], who: str) -> None:
-    "Refuse to write NaN and infinity."
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not is_finite(tensor):
-            raise ValueError(f"{who}: {name} holds NaN or infinite values, and is not written")
+        def write(name, start, stop, buffer):
+            put(prefix + name, start, body.stretch(name, start, stop, buffer))
+
+        for _ in stream(write, body.sources, what.options, most=2**19):
+            pass
+        for name, t in beside.items():
+            weights = t.read()
+            if name in head and weights.is_floating_point() and not is_finite(weights):
+                problem = f"{name} holds NaN or infinite values, and is not written"
+                raise ValueError(f"{like.name}: {problem}")
+            put(name, 0, weights)
 
 # %% ../nbs/02_checkpoints.ipynb #e2424d20
 TOKENIZER_FILES = (

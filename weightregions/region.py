@@ -22,8 +22,8 @@ import pandas as pd
 import scipy
 import torch
 
-from .centering import Centroid, _header, _one_base, _members, _put, _shares
-from .checkpoints import Checkpoint, as_weights, open_tensors
+from .centering import Centroid, _one_base, _members, _shares
+from .checkpoints import Checkpoint, as_weights, open_tensors, tensors_file
 from .files import as_json, file_sha256, whole_folder, write_whole
 from .similarity import Gram, gram, rounded_models
 from .space import Difference, Weights, checked_sum
@@ -432,17 +432,13 @@ def save(
     if (folder := Path(folder)).exists():
         raise FileExistsError(f"{folder}: exists already")
     layout = self.centre.layout
-    header, places = _header(
-        {name: (shape, torch.float32) for name, shape in zip(layout.names, layout.shapes)}
-    )
+    tensors = {n: (shape, torch.float32) for n, shape in zip(layout.names, layout.shapes)}
     with whole_folder(folder) as part:
-        with open(part / "centre.safetensors", "wb") as f:
-            f.write(header)
-            f.flush()
+        with tensors_file(part / "centre.safetensors", tensors) as put:
             for name, start, stop in stretches(layout, 2**18):
-                weights = self.centre.read(name, start, stop)
+                weights = self.centre.stretch(name, start, stop)
                 weights = narrowed(weights, torch.float32, f"region {self.name}", name)
-                _put(f.fileno(), weights, places[name] + 4 * start)
+                put(name, start, weights)
         about = self._about() | {"centre": {"sha256": file_sha256(part / "centre.safetensors")}}
         digests = {field: _digest(value) for field, value in about.items()}
         write_whole(part / "region.json", as_json(about | {"digests": digests}))

@@ -222,6 +222,11 @@ class Weights(Mapping):
         "One tensor, or a stretch of it."
         raise NotImplementedError(f"{type(self).__name__} does not say how it is read")
 
+    @property
+    def sources(self) -> list["Weights"]:
+        "The models of which a stretch is read when one of these weights is."
+        return [self]
+
     def held(self, name: str) -> Tensor | None:
         "A tensor that lies in memory as it is, without a copy; None if it must be read."
         return None
@@ -403,6 +408,21 @@ def checked_sum(
     if not np.isfinite(total).all():
         refuse_sum(models, *task, what="the sum of its squared weights")
     return total
+
+# %% ../nbs/00_space.ipynb #b0beb505
+@patch
+def stretch(
+    self: Weights,
+    name: str,  # a tensor of the layout
+    start: int,  # first weight, counted in the flattened tensor
+    stop: int,  # one past the last weight
+    buffer=None,  # memory for that stretch of all its sources, where they are several
+) -> Tensor:  # 1-D, in the data type of the layout
+    "Some weights of a tensor; NaN and infinity are refused."
+    weights = self.read(name, start, stop).reshape(-1)
+    if not is_finite(weights):
+        refuse_sum([self], name, start, stop)
+    return weights
 
 # %% ../nbs/00_space.ipynb #a2c9de96
 def flatten(
