@@ -12,7 +12,6 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +25,13 @@ from .checkpoints import Beside, plain_config, write_folder
 from .corpora import Corpus, letters
 from .identity import weights_sha256
 from .similarity import Gram, gram
-from .space import Layout, Weights, is_finite, patch, refuse_sum
-from .streaming import Buffer, Streaming, block_size, stream
+from .space import Layout, Weights, patch
+from .streaming import Streaming, stream
+from .sums import MOST, WeightedSum
 from .zoo import Zoo, read_manifest
 
 # %% ../nbs/30_centering.ipynb #6ea1f3fc
-class Centroid(Weights):
+class Centroid(WeightedSum):
     "The average of some checkpoints, a checkpoint itself: weights are averaged when they are read."
 
     def __init__(
@@ -43,78 +43,21 @@ class Centroid(Weights):
         | None = None,  # a row a member: model, weight and what is known of its origin
         description: str = "",  # what it is an average of, in a sentence
     ):
-        self.name, self.checkpoints, self.weights, self.description = (
-            name,
-            checkpoints,
-            weights,
-            description,
-        )
-        names = [c.name for c in checkpoints]
-        self.members = (
-            pd.DataFrame({"model": names, "weight": weights}) if members is None else members
-        )
-        self.config, first = checkpoints[0].config, checkpoints[0].layout
+        self.name, self.models, self.weights = name, checkpoints, weights
+        self.members = self.table() if members is None else members
+        self.description, first = description, checkpoints[0].layout
         self.layout = Layout(first.names, first.shapes, (torch.float32,) * len(first))
 
-    @property
-    def sources(self) -> list[Weights]:
-        "The members, of which a stretch is read when one of the centroid is."
-        return self.checkpoints
+    kernel, what = "mean", "the average"
 
-    def vocabulary(self) -> str | None:
-        "A digest of the tokens and their ids, where they are known."
-        return self.checkpoints[0].vocabulary()
+    @property
+    def checkpoints(self) -> list[Weights]:
+        "The members."
+        return self.models
 
     def __repr__(self):
         body = f"{self.layout.numel:,} weights in {len(self)} tensors"
         return f"Centroid({self.name}: {len(self.checkpoints)} members, {body})"
-
-# %% ../nbs/30_centering.ipynb #cb891778
-def _average(
-    centroid: Centroid, out: Tensor, name: str, start: int, stop: int, buffer: Buffer
-) -> None:
-    "Fill `out` with the average of a stretch, summed in float64; NaN and infinity are refused."
-    stored = buffer.read(centroid.checkpoints, name, start, stop)
-    out.copy_(torch.from_numpy(np.einsum("k,kn->n", centroid.weights, stored.numpy())))
-    if not torch.isfinite(out.sum()) and not is_finite(out):
-        refuse_sum(centroid.checkpoints, name, start, stop, out.dtype, "the average")
-
-
-_MOST = 2**19  # weights of each member that a thread holds at most
-
-# %% ../nbs/30_centering.ipynb #161a3319
-@patch
-def read(
-    self: Centroid,
-    name: str,  # canonical name of a tensor
-    start: int | None = None,  # first weight, counted in the flattened tensor
-    stop: int | None = None,  # one past the last weight, the end if not given
-    out: Tensor | None = None,  # 1-D tensor to fill, in its own data type; float32 if not given
-) -> Tensor:  # in the tensor's shape if read whole, else 1-D
-    "The average of one tensor, or of a stretch of it."
-    if name not in self.layout:
-        raise KeyError(f"{self.name}: has no tensor {name}")
-    shape = self.layout.shapes[self.layout._index[name]]
-    span = range(prod(shape))[start:stop]
-    flat = torch.empty(len(span)) if out is None else out
-    if len(flat) != len(span):
-        raise ValueError(f"{len(span)} weights do not fit a buffer of {len(flat)}")
-    block = min(block_size(self.checkpoints, 1, _MOST), max(1, len(span)))
-    buffer = Buffer(self.checkpoints, block, 1, torch.device("cpu"), None)
-    for i in range(0, len(span), block):
-        j = min(i + block, len(span))
-        _average(self, flat[i:j], name, span.start + i, span.start + j, buffer)
-    return flat.reshape(shape) if start is stop is out is None else flat
-
-
-@patch
-def stretch(
-    self: Centroid, name: str, start: int, stop: int, buffer: Buffer
-) -> Tensor:  # in the data type of the layout
-    "The average of a stretch, read into a buffer that is used again."
-    out = torch.empty(stop - start, dtype=self.layout.dtypes[self.layout._index[name]])
-    _average(self, out, name, start, stop, buffer)
-    return out
 
 # %% ../nbs/30_centering.ipynb #d48856b8
 QUIET = Streaming(progress=False)  # a pass without a progress bar
@@ -128,12 +71,11 @@ def state(
     **changes,  # of these options: block, threads, memory, progress
 ) -> dict[str, Tensor]:  # canonical name -> tensor
     "All tensors of the centroid, in memory."
-    _require_float(dtype)
-    layout = self.layout
+    body, layout = _as(self, dtype), self.layout
     flat = {n: torch.empty(size, dtype=dtype) for n, size in zip(layout.names, layout.sizes)}
 
     def put(name, start, stop, buffer):
-        _average(self, flat[name][start:stop], name, start, stop, buffer)
+        flat[name][start:stop] = body.stretch(name, start, stop, buffer)
 
     _pass(self, put, replace(options, **changes))
     return {n: flat[n].reshape(shape) for n, shape in zip(layout.names, layout.shapes)}
@@ -141,14 +83,17 @@ def state(
 # %% ../nbs/30_centering.ipynb #6ca71e10
 def _pass(centroid: Centroid, put, options: Streaming) -> None:
     "Call `put(name, start, stop, buffer)` for every stretch of every tensor."
-    for _ in stream(put, centroid.checkpoints, options, most=_MOST, what="centroid"):
+    for _ in stream(put, centroid.checkpoints, options, most=MOST, what="centroid"):
         pass
 
 
-def _require_float(dtype: torch.dtype) -> None:
-    "Refuse data types that hold no weights."
+def _as(centroid: Centroid, dtype: torch.dtype) -> Centroid:
+    "The same centroid, read in another data type."
     if not dtype.is_floating_point:
         raise ValueError(f"weights are floating-point numbers: got {dtype}")
+    same, layout = copy.copy(centroid), centroid.layout
+    same.layout = Layout(layout.names, layout.shapes, (dtype,) * len(layout))
+    return same
 
 # %% ../nbs/30_centering.ipynb #1a1bfc37
 _SAMPLE = 2**12  # weights of each matrix by which models of one start are told
@@ -219,9 +164,7 @@ def _write(
     "Write a centroid as a checkpoint folder of the kind of `like`, all of it or nothing."
     if like.config is None:
         raise ValueError(f"{like.name}: has no configuration to write")
-    _require_float(dtype)
-    body, names, shapes = copy.copy(centroid), centroid.layout.names, centroid.layout.shapes
-    body.layout = Layout(names, shapes, (dtype,) * len(names))
+    body = _as(centroid, dtype)
     beside = Beside(texts={"README.md": card} if card else {}, options=options)
     return write_folder(body, like, folder, _bare_config(like, dtype), overwrite, beside)
 
@@ -449,8 +392,9 @@ def _member_hashes(centroid: Centroid) -> pd.DataFrame:
 
 def _hash_of_read(checkpoint: Checkpoint) -> str:
     "The hash of the weights that a checkpoint reads."
-    folder = checkpoint.folder
-    return weights_sha256(folder) if folder else checkpoint.sha256()
+    in_memory = any(checkpoint.held(name) is not None for name in checkpoint.layout.names)
+    from_files = isinstance(checkpoint, Checkpoint) and checkpoint.folder and not in_memory
+    return weights_sha256(checkpoint.folder) if from_files else checkpoint.sha256()
 
 # %% ../nbs/30_centering.ipynb #c7348a77
 def model_card(

@@ -57,7 +57,8 @@ def shape_of(
     units = None if units is None else np.array(list(units), dtype=object)
     codes = np.arange(k) if units is None else pd.factorize(units)[0]
     n, norms = len(np.unique(codes)), np.sqrt(np.diag(products))
-    length = sqrt(max(products.sum(), 0)) / k
+    with np.errstate(over="ignore"):
+        length = sqrt(max(products.sum(), 0)) / k
     if not np.isfinite(length):
         raise ValueError("the sum of the members' inner products overflows")
     if n < 2:
@@ -289,8 +290,9 @@ def _stretch(weights: Weights, name: str, start: int, stop: int) -> np.ndarray:
 
 def _products(q: np.ndarray, b: np.ndarray, centres: list[np.ndarray]) -> np.ndarray:
     "Products of query and base, with themselves, of the task vector, and of the centres with it."
-    tv = q - b
-    return np.array([q @ b, q @ q, b @ b, tv @ tv, *(c @ tv for c in centres)])
+    with np.errstate(over="ignore", invalid="ignore"):
+        tv = q - b
+        return np.array([q @ b, q @ q, b @ b, tv @ tv, *(c @ tv for c in centres)])
 
 # %% ../nbs/32_region.ipynb #53dc59e5
 def _base_of(regions: list[Region]) -> Checkpoint:

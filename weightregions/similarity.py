@@ -64,7 +64,9 @@ class Gram:
             for labels, cell in self.cells.items()
             if "all" in wanted or not set(wanted).isdisjoint(labels)
         ]
-        return _finite(np.sum(chosen, axis=0), (*self.names, "the base"))
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = np.sum(chosen, axis=0)
+        return _finite(total, (*self.names, "the base"))
 
     def _frame(self, values: np.ndarray) -> pd.DataFrame:
         return pd.DataFrame(values, list(self.names), list(self.names))
@@ -111,7 +113,9 @@ def cosine_raw(
 ) -> pd.DataFrame:  # (N, N), between -1 and 1
     "Cosines of the raw weights, as seen from the origin."
     g = self.products(group)
-    raw = _finite(g[:-1, :-1] + g[:-1, -1:] + g[-1:, :-1] + g[-1, -1], self.names)
+    with np.errstate(over="ignore", invalid="ignore"):
+        raw = g[:-1, :-1] + g[:-1, -1:] + g[-1:, :-1] + g[-1, -1]
+    raw = _finite(raw, self.names)
     return self._frame(_cosines(raw, self.names, "the weight vector"))
 
 # %% ../nbs/04_similarity.ipynb #49b197b0
@@ -122,7 +126,9 @@ def euclidean(
 ) -> pd.DataFrame:  # (N, N), in the unit of the weights
     "Distances of the raw weights, which are those of the task vectors."
     g = self.products(group)[:-1, :-1]
-    squares = _finite(np.diag(g)[:, None] + np.diag(g) - 2 * g, self.names)
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.diag(g)[:, None] + np.diag(g) - 2 * g
+    squares = _finite(squares, self.names)
     return self._frame(np.sqrt(squares.clip(min=0)))
 
 

@@ -404,7 +404,8 @@ def checked_sum(
     "A total and one more part; where either is infinite or NaN, the cause is named."
     if not np.isfinite(part).all():
         refuse_sum(models, *task)
-    total = total + part
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = total + part
     if not np.isfinite(total).all():
         refuse_sum(models, *task, what="the sum of its squared weights")
     return total

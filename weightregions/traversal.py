@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import isfinite, sqrt
 from numbers import Real
 from pathlib import Path
@@ -35,83 +35,11 @@ from .checkpoints import layout_of_stored, write_checkpoint
 from .stored import InMemoryTensor, reading
 from .files import append_line, write_whole
 from .similarity import gram, rounded_models
-from .space import BLOCK, Layout, Weights, checked_sum, dot
+from .space import BLOCK, Weights, checked_sum, dot
 from .space import is_finite, patch, refuse_sum
+from .sums import BITS, STRETCH, WeightedSum, all_held, are_alike, combine, pieces
+from .sums import wide_dtype
 from .streaming import MEMORY, stretches
-
-# %% ../nbs/22_traversal.ipynb #470b3a54
-_STRETCH = (
-    2**16
-)  # weights of each member that are added up at a time, few enough for the processor's cache
-_ROOM = 2**22  # weights of all members together that are read from files at a time
-
-
-def _combine(tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> Tensor:
-    "Fill `out` with the weighted sum of flat tensors of one dtype and device; weights sum to one, or there is but one."
-    order = sorted((i for i, w in enumerate(weights) if w), key=lambda i: -weights[i])
-    start, rest = tensors[order[0]], [(tensors[i], weights[i]) for i in order[1:]]
-    if not rest:
-        return out.copy_(start)
-    second, share = rest[0]
-    if len(rest) == 1:
-        return torch.lerp(start, second, share, out=out)
-    step = _STRETCH * torch.get_num_threads() if out.device.type == "cpu" else len(out)
-    room = torch.empty_like(start[:step])
-    for i in range(0, len(out), step):
-        part, origin = out[i : i + step], start[i : i + step]
-        torch.lerp(origin, second[i : i + step], share, out=part)
-        for t, w in rest[1:]:
-            part.add_(torch.sub(t[i : i + step], origin, out=room[: len(part)]), alpha=w)
-    return out
-
-# %% ../nbs/22_traversal.ipynb #6f9787dd
-_BITS = {
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-}
-
-
-def _alike(tensors: Sequence[Tensor]) -> bool:
-    "Whether tensors hold the same bits."
-    first = tensors[0]
-    return all(
-        t is first
-        or (t.dtype, t.device) == (first.dtype, first.device)
-        and torch.equal(t.view(_BITS[t.dtype]), first.view(_BITS[t.dtype]))
-        for t in tensors[1:]
-    )
-
-
-def _wide(dtypes: Iterable) -> torch.dtype:
-    "The data type in which weights of these types are added up: float32, or float64 if one of them is."
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-# %% ../nbs/22_traversal.ipynb #73a11426
-def _all_held(models: Sequence[Weights], name: str) -> bool:
-    "Whether a tensor need not be read from a file for any of some models."
-    return all(m.held(name) is not None for m in models)
-
-
-def _pieces(
-    models: Sequence[Weights], name: str, span: range
-) -> Iterator[tuple[int, list[Tensor]]]:
-    "The same weights of some models, flat, and where in the span they begin."
-    if _all_held(models, name):
-        step = max(len(span), 1)  # all of it, without a copy
-    else:
-        step = max(1, _ROOM // (_STRETCH * len(models))) * _STRETCH
-    for i in range(span.start, span.stop, step):
-        j = min(i + step, span.stop)
-        yield i - span.start, [_piece(m, name, i, j) for m in models]
-
-
-def _piece(model: Weights, name: str, start: int, stop: int) -> Tensor:
-    "Some weights of a tensor, without a copy where they lie in memory."
-    if (tensor := model.held(name)) is None:
-        return model.read(name, start, stop)
-    return tensor.detach().reshape(-1)[start:stop]
 
 # %% ../nbs/22_traversal.ipynb #06e975eb
 @dataclass(frozen=True)
@@ -153,7 +81,7 @@ def _affine(weights: Sequence, n: int, who: str) -> tuple:
 
 # %% ../nbs/22_traversal.ipynb #987a249f
 @dataclass(frozen=True, eq=False, repr=False)
-class Point(Weights):
+class Point(WeightedSum):
     "A point of weight space: the weighted sum of its members, computed tensor by tensor when asked for."
 
     members: tuple  # M models of one space, or what `as_weights` takes, or points
@@ -173,21 +101,18 @@ class Point(Weights):
         for key, value in (("members", members), ("weights", weights)):
             object.__setattr__(self, key, value)
 
-    @cached_property
-    def layout(self) -> Layout:
-        kinds = tuple(map(_wide, zip(*(m.layout.dtypes for m in self.members))))
-        return Layout(self.members[0].layout.names, self.members[0].layout.shapes, kinds)
+    @property
+    def models(self) -> tuple:
+        "The members."
+        return self.members
 
     @property
-    def config(self):
-        return self.members[0].config
+    def what(self) -> str:
+        return f"the point {self.name}"
 
     @property
     def folder(self):
         return self.members[0].folder
-
-    def vocabulary(self) -> str | None:
-        return self.members[0].vocabulary()
 
     def __repr__(self):
         parts = " ".join(f"{w:+.4g} {m.name}" for w, m in zip(self.weights[:4], self.members))
@@ -204,35 +129,14 @@ def read(
     out: Tensor | None = None,  # 1-D tensor to fill, in its own data type
 ) -> Tensor:  # in the tensor's shape if read whole, else 1-D
     "One tensor of the point, or a stretch of it, in memory of its own."
-    if name not in self.layout:
-        raise KeyError(f"{self.name}: has no tensor {name}")
-    i, (members, weights) = (
-        self.layout._index[name],
-        zip(*((m, w) for m, w in zip(self.members, self.weights) if w)),
-    )
-    span = range(self.layout.sizes[i])[start:stop]
-    if out is not None and len(out) != len(span):
-        raise ValueError(f"{len(span)} weights do not fit a buffer of {len(out)}")
-    flat = torch.empty(len(span), dtype=self.layout.dtypes[i])
-    with reading.stay_open():
-        if all(_alike(parts) for _, parts in _pieces(members, name, span)):
-            members, weights = members[:1], weights[:1]
-        for at, parts in _pieces(members, name, span):
-            _combine(
-                [t.to("cpu", flat.dtype) for t in parts], weights, flat[at : at + len(parts[0])]
-            )
-    if self.noise:
-        flat += _direction(self.noise, self.layout.sizes, i)[start:stop].to(flat.dtype)
+    if self.noise is None:
+        return WeightedSum.read(self, name, start, stop, out)
+    made = WeightedSum.read(self, name, start, stop)
+    flat, i = made.view(-1), self.layout._index[name]
+    flat += _direction(self.noise, self.layout.sizes, i)[start:stop].to(flat.dtype)
     if not is_finite(flat):
-        what = f"the point {self.name}"
-        refuse_sum(members, name, span.start, span.stop, flat.dtype, what)
-    return (
-        out.copy_(flat)
-        if out is not None
-        else flat.reshape(self.layout.shapes[i])
-        if start is stop is None
-        else flat
-    )
+        raise ValueError(f"{self.what} overflows at {name}")
+    return made if out is None else out.copy_(flat)
 
 # %% ../nbs/22_traversal.ipynb #804f0b25
 @patch
@@ -566,7 +470,7 @@ def load_in_memory(
     point = model if isinstance(model, Point) else Point((model,), (1.0,), model.name)
     held = copy.copy(open_checkpoint(point.members[0]))
     keep = lambda t: InMemoryTensor(
-        t.to(device, _wide([t.dtype])) if t.is_floating_point() else t
+        t.to(device, wide_dtype([t.dtype])) if t.is_floating_point() else t
     )
     held.name = model.name
     held._body = {n: keep(_sound(model.read(n), model.name, n)) for n in model.layout.names}
@@ -596,7 +500,7 @@ def load_what_fits(
     found = []
     for model in map(as_weights, models):
         memory -= sum(
-            size * _wide([dtype]).itemsize
+            size * wide_dtype([dtype]).itemsize
             for size, dtype in zip(model.layout.sizes, model.layout.dtypes)
         )
         found.append(load_in_memory(model, head, device) if memory >= 0 else model)
@@ -637,10 +541,10 @@ def _beside(point: Point, name: str, head: str, shape: tuple | None = None) -> T
         return first
     parts = [first, *(_stored(m, name, tuple(first.shape)) for m in point.members[1:])]
     parts, weights = zip(*((t, w) for t, w in zip(parts, point.weights) if w))
-    if not first.is_floating_point() or _alike(parts):
+    if not first.is_floating_point() or are_alike(parts):
         return parts[0]
-    flat = [t.to(_wide([t.dtype for t in parts])).reshape(-1) for t in parts]
-    made = _combine(flat, weights, torch.empty_like(flat[0])).reshape(first.shape)
+    flat = [t.to(wide_dtype([t.dtype for t in parts])).reshape(-1) for t in parts]
+    made = combine(flat, weights, torch.empty_like(flat[0])).reshape(first.shape)
     return _sound(made, f"the point {point.name}", name)
 
 # %% ../nbs/22_traversal.ipynb #8c599c02
@@ -650,7 +554,7 @@ def _built(like: Checkpoint, bare: bool) -> nn.Module:
         raise ValueError(f"{like.name}: has no configuration to build a model from")
     config, dtype, kind = (
         copy.deepcopy(like.config),
-        _wide(like.layout.dtypes),
+        wide_dtype(like.layout.dtypes),
         like.anatomy.model,
     )
     if not bare and kind == getattr(
@@ -761,7 +665,7 @@ def _inspect(scratch: ScratchModel, members: tuple, ages: tuple) -> dict:
     differ = {}
     for name, size in zip(scratch.like.layout.names, scratch.like.layout.sizes):
         alike, own = True, scratch.body[name].data_ptr()
-        for _, parts in _pieces(members, name, range(size)):
+        for _, parts in pieces(members, name, range(size)):
             for m, t, is_new in zip(members, parts, new):
                 if t.data_ptr() == own:
                     raise ValueError(
@@ -769,7 +673,7 @@ def _inspect(scratch: ScratchModel, members: tuple, ages: tuple) -> dict:
                     )
                 if is_new:
                     _sound(t, m.name, name)
-            alike = alike and _alike(parts)
+            alike = alike and are_alike(parts)
             if not (alike or any(new)):
                 break
         differ[name] = not alike and _moved_rows(members, name)
@@ -779,19 +683,19 @@ def _inspect(scratch: ScratchModel, members: tuple, ages: tuple) -> dict:
 # %% ../nbs/22_traversal.ipynb #e8c72f82
 def _moved_rows(members: tuple, name: str) -> tuple | None:
     "Of a large matrix in memory few of whose rows differ between members, these rows and copies of them."
-    if not _all_held(members, name):
+    if not all_held(members, name):
         return None
     tensors = [m.held(name).detach() for m in members]
     first = tensors[0]
     if (
         first.ndim != 2
-        or first.numel() < _STRETCH
+        or first.numel() < STRETCH
         or len({(t.dtype, t.device) for t in tensors}) > 1
     ):
         return None
     moved = torch.zeros(len(first), dtype=torch.bool, device=first.device)
     for t in tensors[1:]:
-        moved |= (t.view(_BITS[t.dtype]) != first.view(_BITS[first.dtype])).any(1)
+        moved |= (t.view(BITS[t.dtype]) != first.view(BITS[first.dtype])).any(1)
     rows = moved.nonzero().squeeze(1)
     return (rows, [t[rows] for t in tensors]) if 2 * len(rows) < len(first) else None
 
@@ -801,11 +705,11 @@ def _fill(
 ) -> None:
     "Write the weighted sum of a tensor of some models into a parameter."
     members, weights = zip(*((m, w) for m, w in zip(members, weights) if w))
-    kind = _wide([m.layout.dtypes[m.layout._index[name]] for m in members])
+    kind = wide_dtype([m.layout.dtypes[m.layout._index[name]] for m in members])
     direct = p.is_contiguous() and p.dtype == kind
     out = p.detach().view(-1) if direct else torch.empty(p.numel(), dtype=kind, device=p.device)
-    for i, parts in _pieces(members, name, range(p.numel())):
-        _combine([t.to(p.device, kind) for t in parts], weights, out[i : i + len(parts[0])])
+    for i, parts in pieces(members, name, range(p.numel())):
+        combine([t.to(p.device, kind) for t in parts], weights, out[i : i + len(parts[0])])
     if not direct:
         p.copy_(out.view(p.shape))
     if not is_finite(p.detach().view(-1)):
@@ -817,8 +721,8 @@ def _fill_rows(
 ) -> None:
     "Write the weighted sum of tensors into some rows of a parameter."
     tensors, weights = zip(*((t, w) for t, w in zip(tensors, weights) if w))
-    flat = [t.to(p.device, _wide([t.dtype for t in tensors])).reshape(-1) for t in tensors]
-    made = _combine(flat, weights, torch.empty_like(flat[0])).view(tensors[0].shape)
+    flat = [t.to(p.device, wide_dtype([t.dtype for t in tensors])).reshape(-1) for t in tensors]
+    made = combine(flat, weights, torch.empty_like(flat[0])).view(tensors[0].shape)
     p.index_copy_(0, rows.to(p.device), made.to(p.dtype))
 
 # %% ../nbs/22_traversal.ipynb #acf71063
@@ -931,7 +835,7 @@ def _keys(pairs: list) -> list:
     "A digest of every point: where it is, and the bytes of its members, the same whether they are held in memory or not."
     held = lambda m: (
         m
-        if all(_wide([dtype]) == dtype for dtype in m.layout.dtypes)
+        if all(wide_dtype([dtype]) == dtype for dtype in m.layout.dtypes)
         else load_in_memory(m, "drop")
     )
     digests = {
