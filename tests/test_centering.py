@@ -129,7 +129,9 @@ def zoo(tmp_path):
 def test_parity_with_float64(n, seed, dtype, block, threads, weighted):
     found = models(n, seed, dtype)
     weights = np.random.default_rng(seed).uniform(size=n) if weighted else np.ones(n)
-    state = Centroid("c", found, weights / weights.sum()).state(torch.float64, block, threads)
+    state = Centroid("c", found, weights / weights.sum()).state(
+        torch.float64, block=block, threads=threads
+    )
     for name in SHAPES:
         exact = np.average([m[name].double().numpy() for m in found], axis=0, weights=weights)
         np.testing.assert_allclose(state[name].numpy(), exact, rtol=1e-12, atol=1e-14)

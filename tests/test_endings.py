@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from weightregions import centering, cli
+from weightregions import checkpoints, cli
 from weightregions.bases import tiny_base
 from weightregions.building import build_zoo
 from weightregions.cli import main
@@ -95,7 +95,7 @@ def test_a_signal_ends_a_command_in_good_order(here, end, tried):
             os.kill(os.getpid(), end)
 
     line = f"center zoo --base base --out signal-{end.name}"
-    code, err = command(line, here, before=at(centering, "_put", now))
+    code, err = command(line, here, before=at(checkpoints, "write_at", now))
     assert code == 128 + end and "Traceback" not in err, err
     assert err.splitlines()[-1].endswith("run the same command again to go on")
     assert not list(here.glob(f"*{end.name}*")) and not list(here.glob(f".*{end.name}*"))
@@ -115,7 +115,7 @@ def test_a_second_interrupt_ends_a_command_at_once(here, tried):
             time.sleep(600)
 
     line = "center zoo --base base --out twice"
-    assert command(line, here, before=at(centering, "_put", twice)) == (130, "")
+    assert command(line, here, before=at(checkpoints, "write_at", twice)) == (130, "")
     assert list(here.glob(".twice-*.part")) and not (here / "twice").exists()
     assert command(line, here)[0] == 0 and not list(here.glob(".twice-*"))
     outcome = "no traceback, exit code 130; the next run removes what is left"
@@ -125,7 +125,7 @@ def test_a_second_interrupt_ends_a_command_at_once(here, tried):
 def test_a_command_that_ignores_hang_ups_goes_on(here):
     def ignored():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        at(centering, "_put", lambda: os.kill(os.getpid(), signal.SIGHUP))()
+        at(checkpoints, "write_at", lambda: os.kill(os.getpid(), signal.SIGHUP))()
 
     assert command("center zoo --base base --out nohup", here, before=ignored)[0] == 0
 
@@ -185,7 +185,9 @@ def test_center_goes_on_after_kills(here, tried):
 
     line = "center zoo --base base --out again"
     for _ in range(2):
-        assert command(line, here, before=at(centering, "_put", kill))[0] == -signal.SIGKILL
+        assert (
+            command(line, here, before=at(checkpoints, "write_at", kill))[0] == -signal.SIGKILL
+        )
         assert len(list(here.glob(".again-*.part"))) == 1
     assert command(line, here, before=at(cli, "_write", kill))[0] == -signal.SIGKILL
     assert (here / "again").is_dir() and not list(here.glob(".again-*"))

@@ -341,19 +341,19 @@ before = peak(); gram(models, base, progress=False, threads=2); print((peak() - 
 @pytest.mark.parametrize("many", [2, 33, 400, 1500])
 @pytest.mark.parametrize("memory", [1e7, 1e8, 1e9])
 def test_buffers_keep_to_their_memory_whatever_the_number_of_models(many, memory, monkeypatch):
-    from weightregions import similarity
+    from weightregions import streaming
 
     base = open_checkpoint({"w": torch.zeros(2**16)}, name="base")
     models = [
         open_checkpoint({"w": torch.ones(1).expand(2**16)}, name=f"m{i}") for i in range(many)
     ]
-    rooms, real = [], similarity._Room.__init__
+    rooms, real = [], streaming.Buffer.__init__
 
     def watched(self, *a):
         real(self, *a)
         rooms.append(self.stored.nbytes + self.wide.nbytes)
 
-    monkeypatch.setattr(similarity._Room, "__init__", watched)
+    monkeypatch.setattr(streaming.Buffer, "__init__", watched)
     g = gram(models, base, progress=False, threads=8, memory=memory, block=2**13)
     each = max(rooms) + 16 * (many + 1) * max(
         many + 1, min(2**13, 2**26 // (8 * (many + 1)))

@@ -32,7 +32,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from weightregions import traversal
+from weightregions import sums, traversal
 from weightregions.checkpoints import open_checkpoint
 from weightregions.similarity import gram
 from weightregions.space import TaskVector
@@ -259,8 +259,8 @@ def test_members_in_files_give_the_same_points_piece_by_piece(
     for i, seed in enumerate((0, 1, 2)):
         live(seed=seed).to(dtype).save_pretrained(tmp_path / f"m{i}")
     (
-        monkeypatch.setattr(traversal, "_ROOM", room),
-        monkeypatch.setattr(traversal, "_STRETCH", 16),
+        monkeypatch.setattr(sums, "ROOM", room),
+        monkeypatch.setattr(sums, "STRETCH", 16),
     )
     filed = [open_checkpoint(tmp_path / f"m{i}") for i in range(3)]
     held, some = (
@@ -269,14 +269,14 @@ def test_members_in_files_give_the_same_points_piece_by_piece(
     )
     assert [m is f for m, f in zip(some, filed)] == [False, True, True]
     scratch, longest = ScratchModel(filed[0]), []
-    real = traversal._combine
-    monkeypatch.setattr(
-        traversal,
-        "_combine",
-        lambda tensors, weights, out: (
-            longest.append(len(tensors) * len(out)) or real(tensors, weights, out)
-        ),
-    )
+    real = sums.combine
+
+    def watched(tensors, weights, out):
+        longest.append(len(tensors) * len(out))
+        return real(tensors, weights, out)
+
+    for module in (sums, traversal):
+        monkeypatch.setattr(module, "combine", watched)
     for (_, p), (_, q), (_, r) in zip(hull(filed, 3), hull(held, 3), hull(some, 3)):
         wanted = {name: q[name] for name in q}
         longest.clear()

@@ -625,7 +625,7 @@ def similarity(
     options: argparse.Namespace,  # folder, all_checkpoints, base, by, out, clusters, format
 ):
     "Cosines between all task vectors, the clusters they make, a heat map and a map."
-    from weightregions.centering import _opened as of_one_start
+    from weightregions.centering import of_one_start
     from weightregions.similarity import gram
 
     (zoo, base), out = _opened(options), Path(options.out)

@@ -6,7 +6,6 @@
 __all__ = ['Continued', 'continue_from', 'save_continued', 'continued_card', 'gain_text']
 
 # %% ../nbs/35_continuing.ipynb #8c149ea2
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import isfinite, sqrt
 from numbers import Real
 from pathlib import Path
@@ -30,93 +30,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .anatomy import body_parameters
-from .checkpoints import Checkpoint, _layout, open_checkpoint, write_checkpoint
+from .checkpoints import Checkpoint, as_weights, open_checkpoint
+from .checkpoints import layout_of_stored, write_checkpoint
 from .stored import InMemoryTensor, reading
 from .files import append_line, read_bytes, write_whole
-from .similarity import _MEMORY, gram
-from .space import BLOCK, Layout, dot, patch
-
-# %% ../nbs/22_traversal.ipynb #470b3a54
-_STRETCH = (
-    2**16
-)  # weights of each member that are added up at a time, few enough for the processor's cache
-_ROOM = 2**22  # weights of all members together that are read from files at a time
-
-
-def _combine(tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> Tensor:
-    "Fill `out` with the weighted sum of flat tensors of one dtype and device; weights sum to one, or there is but one."
-    order = sorted((i for i, w in enumerate(weights) if w), key=lambda i: -weights[i])
-    start, rest = tensors[order[0]], [(tensors[i], weights[i]) for i in order[1:]]
-    if not rest:
-        return out.copy_(start)
-    second, share = rest[0]
-    if len(rest) == 1:
-        return torch.lerp(start, second, share, out=out)
-    step = _STRETCH * torch.get_num_threads() if out.device.type == "cpu" else len(out)
-    room = torch.empty_like(start[:step])
-    for i in range(0, len(out), step):
-        part, origin = out[i : i + step], start[i : i + step]
-        torch.lerp(origin, second[i : i + step], share, out=part)
-        for t, w in rest[1:]:
-            part.add_(torch.sub(t[i : i + step], origin, out=room[: len(part)]), alpha=w)
-    return out
-
-# %% ../nbs/22_traversal.ipynb #6f9787dd
-_BITS = {
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-}
-
-
-def _alike(tensors: Sequence[Tensor]) -> bool:
-    "Whether tensors hold the same bits."
-    first = tensors[0]
-    return all(
-        t is first
-        or (t.dtype, t.device) == (first.dtype, first.device)
-        and torch.equal(t.view(_BITS[t.dtype]), first.view(_BITS[t.dtype]))
-        for t in tensors[1:]
-    )
-
-
-def _finite(t: Tensor) -> bool:
-    "Whether a tensor holds no NaN and no infinity, in one pass."
-    return t.numel() == 0 or all(map(isfinite, torch.stack(t.aminmax()).tolist()))
-
-
-def _wide(dtypes: Iterable) -> torch.dtype:
-    "The data type in which weights of these types are added up: float32, or float64 if one of them is."
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-# %% ../nbs/22_traversal.ipynb #73a11426
-def _in_memory(model: Checkpoint, name: str) -> bool:
-    "Whether a tensor of the body need not be read from a file."
-    stored = model._body[name]
-    return isinstance(stored, InMemoryTensor) and stored.file is None
-
-
-def _pieces(
-    models: Sequence[Checkpoint], name: str, span: range
-) -> Iterator[tuple[int, list[Tensor]]]:
-    "The same weights of some models, flat: all of `span` where they are in memory, else in stretches of 16 MB together; and where in the span they begin."
-    step = (
-        max(len(span), 1)
-        if all(_in_memory(m, name) for m in models)
-        else max(1, _ROOM // (_STRETCH * len(models))) * _STRETCH
-    )
-    for i in range(span.start, span.stop, step):
-        j = min(i + step, span.stop)
-        yield (
-            i - span.start,
-            [
-                m._body[name].tensor.detach().reshape(-1)[i:j]
-                if _in_memory(m, name)
-                else m.read(name, i, j)
-                for m in models
-            ],
-        )
+from .similarity import gram, rounded_models
+from .space import BLOCK, Weights, checked_sum, dot
+from .space import is_finite, patch, refuse_sum
+from .sums import BITS, STRETCH, WeightedSum, all_held, are_alike, combine, pieces
+from .sums import wide_dtype
+from .streaming import MEMORY, stretches
 
 # %% ../nbs/22_traversal.ipynb #06e975eb
 @dataclass(frozen=True)
@@ -139,7 +62,7 @@ def _flat(members: Sequence, weights: Sequence[float]) -> tuple:
                 )
             flat += [(m, w * own) for m, own in zip(member.members, member.weights)]
         else:
-            flat.append((open_checkpoint(member), w))
+            flat.append((as_weights(member), w))
     return tuple(zip(*flat))
 
 
@@ -158,10 +81,10 @@ def _affine(weights: Sequence, n: int, who: str) -> tuple:
 
 # %% ../nbs/22_traversal.ipynb #987a249f
 @dataclass(frozen=True, eq=False, repr=False)
-class Point(Mapping):
+class Point(WeightedSum):
     "A point of weight space: the weighted sum of its members, computed tensor by tensor when asked for."
 
-    members: tuple  # M checkpoints of one space, or what `open_checkpoint` takes, or points
+    members: tuple  # M models of one space, or what `as_weights` takes, or points
     weights: tuple  # M numbers that sum to one
     name: str = "point"  # what to call it in tables and messages
     coordinates: dict = field(
@@ -178,32 +101,18 @@ class Point(Mapping):
         for key, value in (("members", members), ("weights", weights)):
             object.__setattr__(self, key, value)
 
-    @cached_property
-    def layout(self) -> Layout:
-        kinds = tuple(map(_wide, zip(*(m.layout.dtypes for m in self.members))))
-        return Layout(self.members[0].layout.names, self.members[0].layout.shapes, kinds)
+    @property
+    def models(self) -> tuple:
+        "The members."
+        return self.members
 
     @property
-    def config(self):
-        return self.members[0].config
+    def what(self) -> str:
+        return f"the point {self.name}"
 
     @property
     def folder(self):
         return self.members[0].folder
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layout.names)
-
-    def __len__(self) -> int:
-        return len(self.layout)
-
-    def __contains__(self, name) -> bool:
-        return name in self.layout
-
-    __eq__, __hash__ = object.__eq__, object.__hash__
 
     def __repr__(self):
         parts = " ".join(f"{w:+.4g} {m.name}" for w, m in zip(self.weights[:4], self.members))
@@ -220,32 +129,14 @@ def read(
     out: Tensor | None = None,  # 1-D tensor to fill, in its own data type
 ) -> Tensor:  # in the tensor's shape if read whole, else 1-D
     "One tensor of the point, or a stretch of it, in memory of its own."
-    if name not in self.layout:
-        raise KeyError(f"{self.name}: has no tensor {name}")
-    i, (members, weights) = (
-        self.layout._index[name],
-        zip(*((m, w) for m, w in zip(self.members, self.weights) if w)),
-    )
-    span = range(self.layout.sizes[i])[start:stop]
-    if out is not None and len(out) != len(span):
-        raise ValueError(f"{len(span)} weights do not fit a buffer of {len(out)}")
-    flat = torch.empty(len(span), dtype=self.layout.dtypes[i])
-    with reading.stay_open():
-        if all(_alike(parts) for _, parts in _pieces(members, name, span)):
-            members, weights = members[:1], weights[:1]
-        for at, parts in _pieces(members, name, span):
-            _combine(
-                [t.to("cpu", flat.dtype) for t in parts], weights, flat[at : at + len(parts[0])]
-            )
-    if self.noise:
-        flat += _direction(self.noise, self.layout.sizes, i)[start:stop].to(flat.dtype)
-    return (
-        out.copy_(flat)
-        if out is not None
-        else flat.reshape(self.layout.shapes[i])
-        if start is stop is None
-        else flat
-    )
+    if self.noise is None:
+        return WeightedSum.read(self, name, start, stop, out)
+    made = WeightedSum.read(self, name, start, stop)
+    flat, i = made.view(-1), self.layout._index[name]
+    flat += _direction(self.noise, self.layout.sizes, i)[start:stop].to(flat.dtype)
+    if not is_finite(flat):
+        raise ValueError(f"{self.what} overflows at {name}")
+    return made if out is None else out.copy_(flat)
 
 # %% ../nbs/22_traversal.ipynb #804f0b25
 @patch
@@ -256,15 +147,9 @@ def tensor(
     "One tensor of the point."
     return self.read(name)
 
-
-@patch
-def state(self: Point) -> dict[str, Tensor]:
-    "All tensors of the point, in memory."
-    return {name: self.read(name) for name in self.layout.names}
-
 # %% ../nbs/22_traversal.ipynb #c5b11443
 def line(
-    a,  # the model at alpha = 0: a checkpoint, a point, or what `open_checkpoint` takes
+    a,  # the model at alpha = 0: a checkpoint, a point, or what `as_weights` takes
     b,  # the model at alpha = 1
     alphas: Iterable[float] | None = None,  # where on the line; 0, 0.1, ..., 1 if not given
 ) -> Iterator[tuple]:  # coordinates {"alpha"} and point
@@ -298,14 +183,9 @@ def extrapolation(
     return line(a, b, [*(1 - x for x in reversed(beyond)), *between, *beyond])
 
 # %% ../nbs/22_traversal.ipynb #0cad32a6
-def _opened(model):
-    "A checkpoint or a point, opened once for a whole path."
-    return model if isinstance(model, (Checkpoint, Point)) else open_checkpoint(model)
-
-
 def _line(a, b, places: Iterable[float], what: str) -> Iterator[tuple]:
     "Points on a line; its models are checked at once, its points made when asked for."
-    a, b = _opened(a), _opened(b)
+    a, b = as_weights(a), as_weights(b)
     Point((a, b), (0.5, 0.5))
     return (
         _at((a, b), (1 - x, x), f"{a.name} to {b.name}, {what} {x!r}", {what: x})
@@ -320,14 +200,14 @@ def _at(members: Sequence, weights: Sequence[float], name: str, coordinates: dic
 
 # %% ../nbs/22_traversal.ipynb #3c5eb674
 def hull(
-    members: Sequence,  # M models: checkpoints, points, or what `open_checkpoint` takes
+    members: Sequence,  # M models: checkpoints, points, or what `as_weights` takes
     n: int,  # points
     seed: int = 0,  # of the weights; more points from one seed begin with the same ones
     name: str = "hull",  # how the names of the points begin
 ) -> Iterator[tuple]:  # coordinates {"w0", "w1", ...} and point
     "Points drawn uniformly from the convex hull of models."
     members, seed, n = (
-        [_opened(m) for m in members],
+        [as_weights(m) for m in members],
         _whole(seed, "seed"),
         _whole(n, "number of points"),
     )
@@ -378,13 +258,13 @@ def perturbations(
     per: str = "model",  # "model": one length for all weights; "tensor": each tensor its own, as in `like`
 ) -> Iterator[tuple]:  # coordinates {"draw"} and point
     "Points in random Gaussian directions from a model, as far away as fine-tuned models are."
-    base, seed, n = _opened(base), _whole(seed, "seed"), _whole(n, "number of points")
+    base, seed, n = as_weights(base), _whole(seed, "seed"), _whole(n, "number of points")
     likes = [like] if isinstance(like, (Real, str, Path, Mapping, nn.Module)) else list(like)
     if per not in ("model", "tensor"):
         raise ValueError(f"per {per!r} is not one of model, tensor")
     if not likes:
         raise ValueError(f"perturbations of {base.name}: no length and no model that gives one")
-    norms = [_norms(base, x if isinstance(x, Real) else _opened(x), per) for x in likes]
+    norms = [_norms(base, x if isinstance(x, Real) else as_weights(x), per) for x in likes]
     return (_perturbed(base, Noise((seed, i), norms[i % len(norms)], per), i) for i in range(n))
 
 # %% ../nbs/22_traversal.ipynb #180a4c26
@@ -398,21 +278,24 @@ def _norms(base, like, per: str) -> tuple:
         if not (isfinite(like) and like > 0):
             raise ValueError(f"a perturbation of length {like}")
         return (float(like),)
-    Point((base, like), (0.5, 0.5))
-    squares = []
-    for name, size in zip(base.layout.names, base.layout.sizes):
-        moved = (
-            like.read(name, i, i + BLOCK).double() - base.read(name, i, i + BLOCK).double()
-            for i in range(0, size, BLOCK)
-        )
-        squares.append(sum(dot(d, d) for d in moved))
-        if not isfinite(squares[-1]):
-            raise ValueError(f"{like.name} or {base.name}: {name} holds NaN or infinite values")
-    if not sum(squares):
+    squares = _squares(base, like)
+    length = sqrt(sum(squares))
+    if not length or rounded_models([like], base, [length]):
         raise ValueError(
             f"{like.name}: did not move from {base.name}, its task vector has length 0"
         )
-    return (sqrt(sum(squares)),) if per == "model" else tuple(map(sqrt, squares))
+    return (length,) if per == "model" else tuple(map(sqrt, squares))
+
+
+def _squares(base: Weights, like: Weights) -> list[float]:
+    "Squared length of a task vector, for each tensor, in float64."
+    like.require_same_space(base)
+    squares, total = dict.fromkeys(base.layout.names, 0.0), 0.0
+    for task in stretches(base.layout, BLOCK):
+        d = like.read(*task).reshape(-1).double() - base.read(*task).reshape(-1).double()
+        total = checked_sum(total, part := np.float64(dot(d, d)), [base, like], task)
+        squares[task[0]] += float(part)
+    return list(squares.values())
 
 
 def _perturbed(base, noise: Noise, i: int) -> tuple:
@@ -453,13 +336,13 @@ class Plane:
 
     def __init__(
         self,
-        a,  # the model at (0, 0): a checkpoint, a point, or what `open_checkpoint` takes
+        a,  # the model at (0, 0): a checkpoint, a point, or what `as_weights` takes
         b,  # the model on the x axis
         c,  # the model above the x axis
         grid: int | tuple = 11,  # points along x and along y, or one number for both
         margin: float = 0.25,  # how far the grid goes beyond the models, as a share of their extent
     ):
-        self.models = tuple(map(_opened, (a, b, c)))
+        self.models = tuple(map(as_weights, (a, b, c)))
         self.grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
         self.margin, names = float(margin), [m.name for m in self.models]
         if len(self.grid) != 2 or min(self.grid) < 2:
@@ -551,10 +434,10 @@ def __iter__(self: Plane) -> Iterator[tuple]:
 @patch
 def project(
     self: Plane,
-    other,  # a model: a checkpoint, a point, or what `open_checkpoint` takes
+    other,  # a model: a checkpoint, a point, or what `as_weights` takes
 ) -> tuple:  # (x, y, distance from the plane), in the unit of the weights
     "Where the shadow of a model falls on the plane, and how far above it the model is."
-    *_, (u, v, w) = self._products(_opened(other))
+    *_, (u, v, w) = self._products(as_weights(other))
     x = u / self.bx
     y = (v - x * self.cx) / self.cy
     return float(x), float(y), sqrt(max(w - x**2 - y**2, 0))
@@ -574,7 +457,7 @@ def marks(
 
 # %% ../nbs/22_traversal.ipynb #f177a8f3
 def load_in_memory(
-    model,  # a checkpoint, a point, or what `open_checkpoint` takes
+    model,  # a checkpoint, a point, or what `as_weights` takes
     head: str
     | None = None,  # of a point: "drop" the head (if not given), take the "first" member's, or their weighted "average"; a checkpoint keeps its own unless "drop"
     device: str = "cpu",  # where to hold it: on a GPU, points are put together there
@@ -582,29 +465,30 @@ def load_in_memory(
     Checkpoint
 ):  # of the same name, in float32 or float64, that shares no memory with the model
     "A model read once, into memory."
-    model = _opened(model)
+    model = as_weights(model)
     head = _head_policy(head or ("drop" if isinstance(model, Point) else "average"))
     point = model if isinstance(model, Point) else Point((model,), (1.0,), model.name)
-    held = copy.copy(point.members[0])
+    held = copy.copy(open_checkpoint(point.members[0]))
     keep = lambda t: InMemoryTensor(
-        t.to(device, _wide([t.dtype])) if t.is_floating_point() else t
+        t.to(device, wide_dtype([t.dtype])) if t.is_floating_point() else t
     )
     held.name = model.name
     held._body = {n: keep(_sound(model.read(n), model.name, n)) for n in model.layout.names}
+    beside = [getattr(m, "_along", {}) for m in point.members]
     held._head = (
         {n: keep(_beside(point, n, head)) for n in held._head} if head != "drop" else {}
     )
     held._along = {
         n: keep(_beside(point, n, head))
         for n in held._along
-        if all(n in m._along for m in point.members)
+        if all(n in along for along in beside)
     }
-    held.layout, held.head = _layout(held._body), _layout(held._head)
+    held.layout, held.head = layout_of_stored(held._body), layout_of_stored(held._head)
     return held
 
 # %% ../nbs/22_traversal.ipynb #ceb42345
 def load_what_fits(
-    models: Iterable,  # checkpoints, points, or what `open_checkpoint` takes
+    models: Iterable,  # checkpoints, points, or what `as_weights` takes
     memory: float
     | None = None,  # bytes that those in memory may take together; None: as many as similarity takes for its buffers, on a GPU half of what is free there
     head: str | None = None,  # see `load_in_memory`
@@ -612,13 +496,11 @@ def load_what_fits(
 ) -> list:  # the same models in the same order
     "Models read into memory, first ones first; those for which there is no room stay where they are, and are read in stretches."
     if memory is None:
-        memory = (
-            torch.cuda.mem_get_info(device)[0] / 2 if device.startswith("cuda") else _MEMORY
-        )
+        memory = torch.cuda.mem_get_info(device)[0] / 2 if device.startswith("cuda") else MEMORY
     found = []
-    for model in map(_opened, models):
+    for model in map(as_weights, models):
         memory -= sum(
-            size * _wide([dtype]).itemsize
+            size * wide_dtype([dtype]).itemsize
             for size, dtype in zip(model.layout.sizes, model.layout.dtypes)
         )
         found.append(load_in_memory(model, head, device) if memory >= 0 else model)
@@ -634,14 +516,15 @@ def _head_policy(head: str, known: tuple = ("drop", "first", "average")) -> str:
 
 def _sound(t: Tensor, who: str, name: str) -> Tensor:
     "`t`, if it is finite."
-    if t.is_floating_point() and not _finite(t):
+    if t.is_floating_point() and not is_finite(t):
         raise ValueError(f"{who}: {name} holds NaN or infinite values")
     return t
 
 
-def _stored(model: Checkpoint, name: str, shape: tuple | None = None) -> Tensor:
+def _stored(model: Weights, name: str, shape: tuple | None = None) -> Tensor:
     "A tensor beside the body: of the head, or of what goes along with the body."
-    stored = model._head.get(name, model._along.get(name))
+    along, head = getattr(model, "_along", {}), getattr(model, "_head", {})
+    stored = head.get(name, along.get(name))
     if stored is None:
         raise ValueError(f"{model.name}: has no head tensor {name}")
     if shape not in (None, found := tuple(stored.shape)):
@@ -658,10 +541,11 @@ def _beside(point: Point, name: str, head: str, shape: tuple | None = None) -> T
         return first
     parts = [first, *(_stored(m, name, tuple(first.shape)) for m in point.members[1:])]
     parts, weights = zip(*((t, w) for t, w in zip(parts, point.weights) if w))
-    if not first.is_floating_point() or _alike(parts):
+    if not first.is_floating_point() or are_alike(parts):
         return parts[0]
-    flat = [t.to(_wide([t.dtype for t in parts])).reshape(-1) for t in parts]
-    return _combine(flat, weights, torch.empty_like(flat[0])).reshape(first.shape)
+    flat = [t.to(wide_dtype([t.dtype for t in parts])).reshape(-1) for t in parts]
+    made = combine(flat, weights, torch.empty_like(flat[0])).reshape(first.shape)
+    return _sound(made, f"the point {point.name}", name)
 
 # %% ../nbs/22_traversal.ipynb #8c599c02
 def _built(like: Checkpoint, bare: bool) -> nn.Module:
@@ -670,7 +554,7 @@ def _built(like: Checkpoint, bare: bool) -> nn.Module:
         raise ValueError(f"{like.name}: has no configuration to build a model from")
     config, dtype, kind = (
         copy.deepcopy(like.config),
-        _wide(like.layout.dtypes),
+        wide_dtype(like.layout.dtypes),
         like.anatomy.model,
     )
     if not bare and kind == getattr(
@@ -710,7 +594,7 @@ class ScratchModel:
 
     def __init__(
         self,
-        like,  # a live model, a checkpoint, or what `open_checkpoint` takes: what the scratch model is to be
+        like,  # a live model, a checkpoint, or what `as_weights` takes: what the scratch model is to be
         base=None,  # a model in whose space all members must be; `like` alone if not given
         head: str
         | None = None,  # "drop", "keep", "first" or "average"; if not given, "keep" of a live model, "drop" of a checkpoint
@@ -726,13 +610,11 @@ class ScratchModel:
             head or ("keep" if live else "drop"), ("drop", "keep", "first", "average")
         )
         model = getattr(like, "_orig_mod", like)  # what torch.compile wraps
-        self.like = (
-            open_checkpoint(model, pooler=pooler)
-            if live
-            else like.members[0]
-            if isinstance(like, Point)
-            else open_checkpoint(like)
-        )
+        if live:
+            self.like = open_checkpoint(model, pooler=pooler)
+        else:
+            first = like.members[0] if isinstance(like, Point) else like
+            self.like = open_checkpoint(first)
         if live and self.head == "drop":
             model = getattr(model, "base_model", model)
         self.model = (
@@ -747,7 +629,7 @@ class ScratchModel:
                 f"{self.like.name}: {unfilled[0]} has no parameter of its own in a {type(self.model).__name__}"
             )
         if base is not None:
-            self.like.require_same_space(_opened(base))
+            self.like.require_same_space(as_weights(base))
         self._heads = (
             {}
             if self.head == "drop" or live and self.head == "keep"
@@ -768,9 +650,9 @@ def _fill_heads(scratch: ScratchModel, point: Point) -> None:
         p.copy_(_beside(point, name, scratch.head, tuple(p.shape)))
 
 
-def _age(model: Checkpoint) -> int:
+def _age(model: Weights) -> int:
     "A number that changes when a tensor in memory is written to."
-    held = (s.tensor for s in model._body.values() if isinstance(s, InMemoryTensor))
+    held = (t for n in model.layout.names if (t := model.held(n)) is not None)
     return sum(t._version for t in held if not t.is_inference())
 
 
@@ -783,7 +665,7 @@ def _inspect(scratch: ScratchModel, members: tuple, ages: tuple) -> dict:
     differ = {}
     for name, size in zip(scratch.like.layout.names, scratch.like.layout.sizes):
         alike, own = True, scratch.body[name].data_ptr()
-        for _, parts in _pieces(members, name, range(size)):
+        for _, parts in pieces(members, name, range(size)):
             for m, t, is_new in zip(members, parts, new):
                 if t.data_ptr() == own:
                     raise ValueError(
@@ -791,7 +673,7 @@ def _inspect(scratch: ScratchModel, members: tuple, ages: tuple) -> dict:
                     )
                 if is_new:
                     _sound(t, m.name, name)
-            alike = alike and _alike(parts)
+            alike = alike and are_alike(parts)
             if not (alike or any(new)):
                 break
         differ[name] = not alike and _moved_rows(members, name)
@@ -801,19 +683,19 @@ def _inspect(scratch: ScratchModel, members: tuple, ages: tuple) -> dict:
 # %% ../nbs/22_traversal.ipynb #e8c72f82
 def _moved_rows(members: tuple, name: str) -> tuple | None:
     "Of a large matrix in memory few of whose rows differ between members, these rows and copies of them."
-    if not all(_in_memory(m, name) for m in members):
+    if not all_held(members, name):
         return None
-    tensors = [m._body[name].tensor.detach() for m in members]
+    tensors = [m.held(name).detach() for m in members]
     first = tensors[0]
     if (
         first.ndim != 2
-        or first.numel() < _STRETCH
+        or first.numel() < STRETCH
         or len({(t.dtype, t.device) for t in tensors}) > 1
     ):
         return None
     moved = torch.zeros(len(first), dtype=torch.bool, device=first.device)
     for t in tensors[1:]:
-        moved |= (t.view(_BITS[t.dtype]) != first.view(_BITS[first.dtype])).any(1)
+        moved |= (t.view(BITS[t.dtype]) != first.view(BITS[first.dtype])).any(1)
     rows = moved.nonzero().squeeze(1)
     return (rows, [t[rows] for t in tensors]) if 2 * len(rows) < len(first) else None
 
@@ -823,13 +705,15 @@ def _fill(
 ) -> None:
     "Write the weighted sum of a tensor of some models into a parameter."
     members, weights = zip(*((m, w) for m, w in zip(members, weights) if w))
-    kind = _wide([m._body[name].dtype for m in members])
+    kind = wide_dtype([m.layout.dtypes[m.layout._index[name]] for m in members])
     direct = p.is_contiguous() and p.dtype == kind
     out = p.detach().view(-1) if direct else torch.empty(p.numel(), dtype=kind, device=p.device)
-    for i, parts in _pieces(members, name, range(p.numel())):
-        _combine([t.to(p.device, kind) for t in parts], weights, out[i : i + len(parts[0])])
+    for i, parts in pieces(members, name, range(p.numel())):
+        combine([t.to(p.device, kind) for t in parts], weights, out[i : i + len(parts[0])])
     if not direct:
         p.copy_(out.view(p.shape))
+    if not is_finite(p.detach().view(-1)):
+        refuse_sum(members, name, dtype=p.dtype, what="a point's sum")
 
 
 def _fill_rows(
@@ -837,15 +721,15 @@ def _fill_rows(
 ) -> None:
     "Write the weighted sum of tensors into some rows of a parameter."
     tensors, weights = zip(*((t, w) for t, w in zip(tensors, weights) if w))
-    flat = [t.to(p.device, _wide([t.dtype for t in tensors])).reshape(-1) for t in tensors]
-    made = _combine(flat, weights, torch.empty_like(flat[0])).view(tensors[0].shape)
+    flat = [t.to(p.device, wide_dtype([t.dtype for t in tensors])).reshape(-1) for t in tensors]
+    made = combine(flat, weights, torch.empty_like(flat[0])).view(tensors[0].shape)
     p.index_copy_(0, rows.to(p.device), made.to(p.dtype))
 
 # %% ../nbs/22_traversal.ipynb #acf71063
 @patch
 def load(
     self: ScratchModel,
-    point,  # a point, or one model: a checkpoint, or what `open_checkpoint` takes
+    point,  # a point, or one model: a checkpoint, or what `as_weights` takes
 ) -> nn.Module:  # the scratch model, in evaluation mode; the next call changes it
     "Go to a point: put its weights into the scratch model."
     if not isinstance(point, Point):
@@ -951,7 +835,7 @@ def _keys(pairs: list) -> list:
     "A digest of every point: where it is, and the bytes of its members, the same whether they are held in memory or not."
     held = lambda m: (
         m
-        if all(_wide([dtype]) == dtype for dtype in m.layout.dtypes)
+        if all(wide_dtype([dtype]) == dtype for dtype in m.layout.dtypes)
         else load_in_memory(m, "drop")
     )
     digests = {
@@ -1110,6 +994,6 @@ def save_point(
     "Write a point as a checkpoint."
     held = load_in_memory(point, head=head)
     if like is not None:
-        (like := _opened(like)).require_same_space(held)
+        (like := as_weights(like)).require_same_space(held)
         held.folder, held.config = like.folder, held.config or like.config
     return write_checkpoint(held, held, folder, "drop" if head == "drop" else "keep", overwrite)
