@@ -234,6 +234,7 @@ LAYERS = {
         "scales",
         "verdicts",
         "results",
+        "cards",
         "explore",
         "report",
         "study",
