@@ -31,7 +31,7 @@ from .files import as_json, read_json, write_whole
 from .finetuning import default_device
 from .region import locate_from_gram
 from .kept import kept, write_note
-from .report import Clock, applies, notebooks, run_notebooks, say, write_page
+from .report import Clock, grow, notebooks, say
 from .results import Study, write_rows
 from .scales import SCALES, Scale, check_classes, choose, enough_rows, some_of
 from .similarity import gram
@@ -69,13 +69,16 @@ def run_study(
     write_rows(out, "shared_texts", shared_texts(corpora))
     with clock.part("fine-tuning"):
         fine_tune_all(out, scale, base, corpora, workers)
+    shutil.rmtree(out / "claims", ignore_errors=True)
     with clock.part("similarity"):
         measure(out, scale, base)
+    failed = _show(out, asked, "similarity", clock)
     with clock.part("walks", "the loss at models, between them and beyond"):
         walk(out, scale, base, corpora, workers)
+    failed += _show(out, asked, "walks", clock)
     with clock.part("contest", "fine-tuning from other starts"):
         try_starts(out, scale, base, corpora, workers)
-    return _finish(out, asked, clock)
+    return _finish(out, failed + _show(out, asked, "starts", clock), clock)
 
 # %% ../nbs/50_study.ipynb #d56dfc4b
 def _source(data):
@@ -93,13 +96,15 @@ def _datasets(scale, data, min_rows):
     return corpora
 
 
-def _finish(out, asked, clock):
-    "Run the notebooks that have something to show, and write the page."
-    shutil.rmtree(out / "claims", ignore_errors=True)
-    asked = [file for file in asked if applies(file, Study(out))]
-    with clock.part("notebooks", f"{len(asked)} of them, on the rows"):
-        failed = run_notebooks(asked, out)
-    page = write_page(out)
+def _show(out, asked, stage, clock):
+    "Run the notebooks whose rows are there, and let the page grow; which of them failed."
+    with clock.part("notebooks", f"those that wait for {stage}"):
+        return grow(out, asked, stage)
+
+
+def _finish(out, failed, clock):
+    "Say how it ended, and where the page is."
+    page = out / "index.html"
     if failed:
         raise ChildProcessError(
             f"{page} is without {', '.join(failed)}: what failed stands above, "
