@@ -534,11 +534,13 @@ def facts_html(
     "Headed sentences in a box."
 
     def sentences(what):
-        return " ".join([what] if isinstance(what, str) else what)
+        if isinstance(what, str):
+            return html.escape(what)
+        return "<br>".join(map(html.escape, what))
 
     rows = "".join(
         f"<dt><b>{html.escape(head)}</b></dt>"
-        f"<dd style='margin:0 0 .5em 0'>{html.escape(sentences(what))}</dd>"
+        f"<dd style='margin:0 0 .5em 0'>{sentences(what)}</dd>"
         for head, what in facts.items()
         if what
     )
@@ -554,11 +556,12 @@ class Box:
     def __init__(
         self,
         study,  # the study that a page shows
+        page: str,  # its name, as in the list of claims
         tried: str,  # how this page tests its claims
         cannot: str,  # what it cannot tell
         differs: str = "",  # why the recorded run differs from the paper; shown only with it
     ):
-        about = study.about
+        self.study, self.page, about = study, page, study.about
         sets = f"{len(about['datasets'])} datasets x {about['seeds']} seeds"
         run = f"{sets} of {about['data']}, fine-tuned from {about['base']['name']}."
         recorded = differs if study.recorded else ""
@@ -579,16 +582,18 @@ class Box:
 # %% ../nbs/47_cards.ipynb #efd9a3a5
 def _fill(
     self,
-    claims: pd.DataFrame,  # the rows of this page
     *more: str,  # sentences that this page computed besides
 ) -> None:
-    "Say in the box what was found."
+    "Say in the box what was found, from the claims that this page has recorded."
     from IPython.display import HTML
 
-    there = set(claims.claim)
-    cards = [c for c in cards_of(claims) if c.claim.id in there]
-    found = [f"{c.claim.id}, {c.claim.short}: {c.verdict}. {c.reason}" for c in cards]
-    self.facts["What was found"] = [*more, *found]
+    cards = [c for c in cards_of(self.study.claims()) if c.claim.page == self.page]
+    found = [
+        f"{c.claim.id}, {c.claim.short}: {c.verdict}. {c.reason}"
+        for c in cards
+        if c.row is not None
+    ]
+    self.facts["What was found"] = [*filter(None, more), *found]
     if getattr(self, "place", None) is not None:
         self.place.update(HTML(facts_html(self.facts)))
 

@@ -1194,7 +1194,7 @@ def hero(
     references = None if pretrained is None else {"pretrained model": pretrained}
     _square(left, matrix.loc[*[_by_family(groups.loc[matrix.index], families)] * 2], groups)
     edges(rows, target=target, references=references, title="The loss along a line", ax=right)
-    right.legend(loc="lower left", bbox_to_anchor=(0, 0.02), fontsize=9)
+    right.legend(loc="upper center", fontsize=9)
     right.set_xlabel("place on the line (0 and 1: the two models)")
     figure.alt = hero_words(matrix, groups, rows, pretrained)
     return figure

@@ -146,11 +146,11 @@ def with_mathml(
     def drawn(match):
         if match["code"]:
             return match[0]
-        text = (match["block"] or match["line"]).replace("\\n", " ")
+        text = (match["block"] or match["line"]).replace("\n", " ")
         return convert(text, display="block" if match["block"] else "inline")
 
     code, block = r"(?P<code>```.*?```|`[^`]*`)", r"[$][$](?P<block>.+?)[$][$]"
-    line = r"(?<![$\\w])[$](?P<line>[^$\\s](?:[^$\\n]*[^$\\s])?)[$](?!\\w)"
+    line = r"(?<![$\w])[$](?P<line>[^$\s](?:[^$\n]*[^$\s])?)[$](?!\w)"
     return re.sub(f"{code}|{block}|{line}", drawn, source, flags=re.S)
 
 # %% ../nbs/48_report.ipynb #572cca7a
