@@ -6,6 +6,7 @@ picture fails the build.
 """
 
 import ast
+import html
 import os
 import re
 import shutil
@@ -31,18 +32,39 @@ def natural_key(path):
     return [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", path.as_posix())]
 
 
+CONCEPTS = (  # chapters on what the paper is about, by number; all others are engineering
+    "00_space",
+    "04_similarity",
+    "06_clustering",
+    "20_probing",
+    "22_traversal",
+    "24_comparison",
+    "30_centering",
+    "32_region",
+    "34_starting",
+    "36_advice",
+)
+
+
+def parts(pages):
+    "The parts of the book: what was found, what it rests on, how it is built."
+    chapters = [page for page in pages if page[0].isdigit()]
+    return {
+        "story": [page for page in pages if page.startswith("study/")],
+        "concepts": [page for page in chapters if page in CONCEPTS],
+        "engineering": [page for page in chapters if page not in CONCEPTS],
+    }
+
+
 def notebooks():
     "The notebooks in reading order, by their address in the book without suffix."
     found = {
         p.relative_to(NBS).with_suffix("").as_posix(): p
         for p in sorted(nbglob(as_path=True), key=natural_key)
     }
-    chapters = {page: p for page, p in found.items() if page[0].isdigit()}
-    return (
-        {"index": found.pop("index")}
-        | chapters
-        | {page: p for page, p in found.items() if page not in chapters}
-    )
+    first = {"index": found.pop("index"), "glossary": found.pop("glossary")}
+    order = [page for part in parts(found).values() for page in part]
+    return first | {page: found[page] for page in order} | found
 
 
 def doc(node):
@@ -86,6 +108,33 @@ def link(page, name, home):
     return f'<a class="symbol" href="{address}.html#{name}"><code>{name}</code></a>'
 
 
+def with_words(out, path):
+    "An output whose figure has its alternative text, and whose links lead to pages."
+    data, about = out.get("data", {}), out.get("metadata", {}).get("image/png", {})
+    if "image/png" in data:
+        alt = html.escape(about.get("alt") or f"figure of {path.stem}")
+        width = f' width="{about["width"]}"' if "width" in about else ""
+        source = f"data:image/png;base64,{data['image/png'].strip()}"
+        out["data"] = {"text/html": f'<img src="{source}" alt="{alt}"{width}>'}
+    elif "text/html" in data:
+        page = re.sub(r'href="([^":]+)\.ipynb', r'href="\1.html', data["text/html"])
+        out["data"] = {"text/html": page}
+    return out
+
+
+def describe(dest, pages):
+    "Give each page the description that search engines and messengers show: its subtitle."
+    for page, path in pages.items():
+        file = dest / f"{page}.html"
+        cells = nbformat.read(path, as_version=4).cells
+        prose = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+        subtitle = re.search(r"^> (.+)$", prose, flags=re.M)
+        about = html.escape(re.sub(r"[`*$]", "", subtitle[1])) if subtitle else CFG.title
+        text = file.read_text(encoding="utf-8")
+        tag = f'<meta name="description" content="{about}">'
+        file.write_text(text.replace("</head>", f"{tag}</head>", 1), encoding="utf-8")
+
+
 def dress(nb, page, path, homes):
     """Make one visible notebook a page: names and addresses become links, definitions get
     anchors."""
@@ -118,9 +167,14 @@ def dress(nb, page, path, homes):
             for out in cell.get("outputs", [])
             if "text/markdown" in out.get("data", {})
         ]
+        grid = any("text/html" in out.get("data", {}) for out in cell.get("outputs", []))
+        if cell.cell_type == "code":
+            cell.outputs = [with_words(out, path) for out in cell.outputs]
         if cell.cell_type == "markdown":
             cell.source = prose(cell.source)
-        elif shown and not cell.source:  # a table that a hidden piece of code wrote: prose
+        elif (
+            shown and not cell.source and not grid
+        ):  # a table that a hidden piece of code wrote: prose
             cell = nbformat.v4.new_markdown_cell(prose("\n\n".join(shown)))
         elif not cell.source:
             cell.metadata["tags"], cell.source = ["remove-input"], "pass"
@@ -134,11 +188,8 @@ def dress(nb, page, path, homes):
 
 
 def contents(pages):
-    "The table of contents, filled into contents.md: the chapters, then the study's notebooks."
-    part = {
-        "chapters": [p for p in pages if p[0].isdigit()],
-        "study": [p for p in pages if p.startswith("study/")],
-    }
+    "The table of contents, filled into contents.md: the story, the concepts, the engineering."
+    part = parts(pages)
     text = (HERE / "contents.md").read_text(encoding="utf-8")
     return re.sub(r"^\{(\w+)\}$", lambda m: "\n".join(part[m[1]]), text, flags=re.M)
 
@@ -190,6 +241,7 @@ def build(dest):
     try:
         options = ["-W", "--keep-going", "-q", "-b", "html", "-d", str(SOURCE / ".doctrees")]
         code = sphinx([*options, str(SOURCE), str(dest)])
+        describe(dest, pages)
         study_page(Study(NBS / "study" / "recorded"), "index.html").write(dest)
         return code
     finally:

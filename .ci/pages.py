@@ -1,5 +1,6 @@
 "What a reader sees of a notebook, shared by the README and the book."
 
+import ast
 import os
 import re
 from pathlib import Path
@@ -24,6 +25,31 @@ def directives(cell):
     )
 
 
+def is_machinery(source):
+    "Whether a cell of code holds nothing but imports, private helpers, or tests: it is folded."
+    try:
+        body = ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.M)).body
+    except SyntaxError:
+        return False
+    return bool(body) and all(map(_aside, body))
+
+
+def _aside(node):
+    "Whether a statement is an import, a private name, or a test."
+    if isinstance(node, (ast.Import, ast.ImportFrom, ast.Assert)):
+        return True
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return node.name.startswith("_")
+    if isinstance(node, ast.Assign):
+        names = [n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+        return all(name.startswith("_") for name in names)
+    call = node.value if isinstance(node, ast.Expr) else None
+    name = (
+        call.func.id if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) else ""
+    )
+    return name.startswith("test_") or name in ("use_theme", "small_figures")
+
+
 def visible(path, without=(), note=lambda cell: {}):
     """The notebook at `path` less its hidden cells, those with a directive in `without`, and
     all `#|` lines; `note(cell)` is kept as `defines`."""
@@ -38,7 +64,7 @@ def visible(path, without=(), note=lambda cell: {}):
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
             if said.get("echo:") == ["false"]:
                 cell.source = ""
-            if said.get("code-fold:") == ["true"]:
+            if said.get("code-fold:") == ["true"] or is_machinery(cell.source):
                 cell.metadata["tags"] = ["hide-input"]
         if cell.source or cell.get("outputs"):
             keep.append(cell)

@@ -18,22 +18,38 @@ HEAD = (
 
 def readme():
     "README.md's text, and its figures as a dict of paths and bytes."
-    nb = visible(SOURCE, without=("export", "exporti", "default_exp"))
+    nb = visible(SOURCE, without=("export", "exporti", "default_exp", "book"))
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = links(cell.source, from_root(NBS))
         for out in cell.get("outputs", []):
             data = out.get("data", {})
+            if "text/html" in data:  # GitHub takes away what makes it worth looking at
+                del data["text/html"]
             if "text/markdown" in data:
+                data.pop("text/plain", None)
                 data["text/markdown"] = links(data["text/markdown"], from_root(NBS))
     figures = (NBS / "figures").relative_to(ROOT).as_posix()
     text, resources = MarkdownExporter().from_notebook_node(
         nb, resources={"unique_key": "index", "output_files_dir": figures}
     )
-    text = re.sub(r"!\[png\]\(.*?/(index_\w+\.png)\)", rf"![]({figures}/\1)", text)
+    words = iter(alternatives(nb))
+    text = re.sub(
+        r"!\[png\]\(.*?/(index_\w+\.png)\)",
+        lambda m: f"![{next(words)}]({figures}/{m[1]})",
+        text,
+    )
     text = re.sub(r"[ \t]+$", "", text, flags=re.M)
     text = re.sub(r"```python\s*```\n", "", text)  # an `echo: false` cell leaves an empty fence
     return HEAD + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", resources["outputs"]
+
+
+def alternatives(nb):
+    "What each figure of a notebook shows, in words."
+    for cell in nb.cells:
+        for out in cell.get("outputs", []):
+            if "image/png" in out.get("data", {}):
+                yield out["metadata"].get("image/png", {}).get("alt", "").replace("]", ")")
 
 
 def stale(text, figures):

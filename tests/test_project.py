@@ -239,6 +239,7 @@ LAYERS = {
         "scales",
         "verdicts",
         "results",
+        "cards",
         "explore",
         "report",
         "study",

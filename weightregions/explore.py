@@ -18,7 +18,7 @@ import pandas as pd
 
 from .clustering import embed_map
 from .files import write_whole
-from .plots import group_colours
+from .plots import group_colours, one_label_per_place
 from .results import Study
 from .walks import line_losses
 
@@ -152,7 +152,7 @@ def map_panel(
     return Panel(
         "map",
         "The map",
-        "Dots that lie together point the same way. A click on a name hides or shows a dataset.",
+        "Dots that lie together point the same way. A click on a name hides a dataset.",
         f"map of {len(places)} models of {len(traces)} datasets",
         traces,
         layout,
@@ -213,7 +213,7 @@ def line_panel(
     return Panel(
         "line",
         "Walk along a line",
-        "Between 0 and 1 lie averages of the two models; the dotted line is the pretrained one.",
+        "Between 0 and 1 lie averages of the two models; dotted: the pretrained model.",
         f"loss along {len(curves)} lines; the lowest of all is {lowest.loss:.3f}, "
         f"at alpha {lowest.alpha:.3g} of {lowest.line}",
         [dict(type="scatter", mode="lines+markers"), dict(type="scatter", mode="markers")],
@@ -223,14 +223,6 @@ def line_panel(
     )
 
 # %% ../nbs/47_explore.ipynb #a34a2f26
-def _one_label_per_place(marks: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    "Marks that lie on one spot share a label."
-    step = 0.02 * max(np.ptp(rows.x), np.ptp(rows.y))
-    cell = [(round(x / step), round(y / step)) for x, y in zip(marks.x, marks.y)]
-    places = marks.assign(cell=cell).groupby("cell", sort=False)
-    return places.agg(x=("x", "first"), y=("y", "first"), name=("name", " and ".join))
-
-
 def _made_of(x: float, y: float, corners: pd.DataFrame) -> str:
     "The share of each of three models at a place of their plane."
     system = np.vstack([corners.x, corners.y, np.ones(3)])
@@ -270,7 +262,7 @@ def _plane_traces(rows: pd.DataFrame, marks: pd.DataFrame, corners: pd.DataFrame
         hoverinfo="skip",
         line=dict(width=0.5, color="white"),
     )
-    places = _one_label_per_place(marks, rows)
+    places = one_label_per_place(marks, rows)
     named = dict(
         type="scatter",
         mode="markers+text",
@@ -302,7 +294,7 @@ def plane_panel(
     return Panel(
         "plane",
         "The plane through three models",
-        "The loss from above: the white dots are models, the brightest place has the lowest loss.",
+        "The loss from above: white dots are models, bright is low.",
         f"loss at {len(rows)} points of a plane; the lowest is {best.loss:.3f}, "
         f"at {_made_of(best.x, best.y, corners)}",
         _plane_traces(rows, marks, corners),
@@ -325,7 +317,7 @@ def region_panel(
     return Panel(
         "region",
         "Which region is this?",
-        "The longest bar is the region that the model points to. Its own dataset is drawn darker.",
+        "The longest bar is the region it points to; dark: its own dataset.",
         f"for {right} of {len(bars)} models the nearest dataset is their own",
         [dict(type="bar", orientation="h")],
         quiet_layout(margin=dict(l=160, r=20, t=10, b=50), xaxis=dict(title="mean cosine")),
@@ -564,12 +556,28 @@ def study_page(
     study: Study,  # a run, or the recorded one
     home: str = "",  # address of the page that it belongs to
 ) -> Page:
-    "What the rows of a study show, to play with."
+    "What the rows of a study show, to play with; as far as it has come."
     models, cosine = study.models(), study.matrix()
     panels = [heat_panel(cosine, models)]
     if len(cosine) >= 4:
         panels.append(map_panel(embed_map(cosine), models))
-    points = study.rows("points")
+    if _has(study, "points", "paths", "plane"):
+        panels += _walk_panels(study)
+    located = _verdicts(study.rows("location")) if _has(study, "location") else {}
+    panels.append(region_panel(cosine, models.dataset, located))
+    about = study.about
+    lead = f"{len(models)} models of {models.dataset.nunique()} datasets from {about['data']}."
+    return Page("Explore the study", panels, lead, home)
+
+
+def _has(study: Study, *tables: str) -> bool:
+    "Whether these tables were measured already."
+    return all((study.folder / "rows" / f"{name}.csv").exists() for name in tables)
+
+# %% ../nbs/47_explore.ipynb #2892715f
+def _walk_panels(study: Study) -> list:
+    "The lines and the plane of a study."
+    points, panels = study.rows("points"), []
     at_base = points[(points.kind == "models") & (points.point == "base")]
     lines = _long_lines(points, study.paths())
     if len(lines):
@@ -577,10 +585,7 @@ def study_page(
     plane = points[points.kind == "plane"]
     if len(plane):
         panels.append(plane_panel(plane, study.rows("plane")))
-    panels.append(region_panel(cosine, models.dataset, _verdicts(study.rows("location"))))
-    about = study.about
-    lead = f"{len(models)} models of {models.dataset.nunique()} datasets from {about['data']}."
-    return Page("Explore the study", panels, lead, home)
+    return panels
 
 
 def _long_lines(points: pd.DataFrame, paths: pd.DataFrame) -> pd.DataFrame:

@@ -15,6 +15,7 @@ import pandas as pd
 from .building import learned
 from .files import read_json, read_table, write_whole
 from .kept import why_not, write_note
+from .plots import alt_text
 from .space import patch
 from .verdicts import AUTHORS, CLAIM_COLUMNS, OURS, without_verdicts
 from .walks import TraversalBudget, read_paths
@@ -206,7 +207,8 @@ def figure(
     if self.recorded:
         return
     (self.folder / "figures").mkdir(exist_ok=True)
-    fig.savefig(self.folder / "figures" / f"{name}.png", dpi=110, bbox_inches="tight")
+    fig.savefig(self.folder / "figures" / f"{name}.png", dpi=150, bbox_inches="tight")
+    write_whole(self.folder / "figures" / f"{name}.txt", alt_text(fig))
 
 # %% ../nbs/46_results.ipynb #0dca584b
 def write_rows(

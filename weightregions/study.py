@@ -31,7 +31,7 @@ from .files import as_json, read_json, write_whole
 from .finetuning import default_device
 from .region import locate_from_gram
 from .kept import kept, write_note
-from .report import Clock, applies, notebooks, run_notebooks, say, write_page
+from .report import Clock, grow, notebooks, say
 from .results import Study, write_rows
 from .scales import SCALES, Scale, check_classes, choose, enough_rows, some_of
 from .similarity import gram
@@ -66,8 +66,11 @@ def run_study(
     base = start(scale.base, out)
     begin(out, scale, data, base, corpora)
     _describe_data(out, corpora)
-    _measure_all(out, scale, base, corpora, workers, clock)
-    return _finish(out, asked, clock)
+    shutil.rmtree(out / "claims", ignore_errors=True)
+    failed = []
+    for stage in _measure_all(out, scale, base, corpora, workers, clock):
+        failed += _show(out, asked, stage, clock)
+    return _finish(out, failed, clock)
 
 # %% ../nbs/50_study.ipynb #da416457
 def begin(
@@ -315,15 +318,18 @@ def try_starts(
 
 # %% ../nbs/50_study.ipynb #72d39a64
 def _measure_all(out, scale, base, corpora, workers, clock):
-    "Fine-tune and measure, each part with its time."
+    "Fine-tune and measure, each part with its time; the names of stages whose rows are there."
     with clock.part("fine-tuning"):
         fine_tune_all(out, scale, base, corpora, workers)
     with clock.part("similarity"):
         measure(out, scale, base)
+    yield "similarity"
     with clock.part("walks", "the loss at models, between them and beyond"):
         walk(out, scale, base, corpora, workers)
+    yield "walks"
     with clock.part("contest", "fine-tuning from other starts"):
         try_starts(out, scale, base, corpora, workers)
+    yield "starts"
 
 # %% ../nbs/50_study.ipynb #6b99aeb7
 def _require_same_study(out: Path, old: dict, about: dict):
@@ -404,13 +410,15 @@ def _locations(m, checkpoints, base):
     return pd.concat([t.assign(by=by) for by, t in tables.items()])
 
 # %% ../nbs/50_study.ipynb #fb586dcc
-def _finish(out, asked, clock):
-    "Run the notebooks that have something to show, and write the page."
-    shutil.rmtree(out / "claims", ignore_errors=True)
-    asked = [file for file in asked if applies(file, Study(out))]
-    with clock.part("notebooks", f"{len(asked)} of them, on the rows"):
-        failed = run_notebooks(asked, out)
-    page = write_page(out)
+def _show(out, asked, stage, clock):
+    "Run the notebooks whose rows are there, and let the page grow; which of them failed."
+    with clock.part("notebooks", f"those that wait for {stage}"):
+        return grow(out, asked, stage)
+
+
+def _finish(out, failed, clock):
+    "Say how it ended, and where the page is."
+    page = out / "index.html"
     if failed:
         raise ChildProcessError(
             f"{page} is without {', '.join(failed)}: what failed stands above, "

@@ -32,14 +32,31 @@ html_theme_options = {
     "navbar_persistent": [],
     "show_toc_level": 2,
 }
+html_favicon = "static/favicon.svg"
+html_context = {"default_mode": "auto"}
 html_math_renderer = "mathml"
+
+
+def as_understood(tex):
+    "Formulas in what the converter knows: it drops escaped braces, and sets arg as a, r, g."
+    for written, known in (
+        (r"\{", r"\lbrace "),
+        (r"\}", r"\rbrace "),
+        (r"\arg\min", r"\operatorname{argmin}"),
+        (r"\arg \min", r"\operatorname{argmin}"),
+        (r"\arg\max", r"\operatorname{argmax}"),
+        (r"\arg \max", r"\operatorname{argmax}"),
+    ):
+        tex = tex.replace(written, known)
+    return tex
 
 
 def mathml(self, node):
     """Formulas as MathML, which browsers draw by themselves: no script from elsewhere, and the
     book reads offline."""
     formula = convert(
-        node.astext(), display="block" if isinstance(node, nodes.math_block) else "inline"
+        as_understood(node.astext()),
+        display="block" if isinstance(node, nodes.math_block) else "inline",
     )
     self.body.append(
         f'<div class="formula">{formula}</div>'
