@@ -569,7 +569,7 @@ def study_page(
     panels = [heat_panel(cosine, models)]
     if len(cosine) >= 4:
         panels.append(map_panel(embed_map(cosine), models))
-    points = study.rows("points")
+    points = study.points()
     at_base = points[(points.kind == "models") & (points.point == "base")]
     lines = _long_lines(points, study.paths())
     if len(lines):

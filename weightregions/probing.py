@@ -480,6 +480,8 @@ def _left_out(x, y, classes: int, penalty: float, fold: np.ndarray) -> float:
     losses = []
     for f in np.unique(fold):
         rest, held = fold != f, fold == f
+        if len(np.unique(y[rest])) < 2:
+            continue  # the only row of a class is left out
         probe = fit_probe(x[rest], y[rest], classes, penalty)
         logits = log_softmax(probe.logits(x[held]), axis=1)
         losses.append(-logits[np.arange(held.sum()), y[held]])

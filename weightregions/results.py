@@ -16,8 +16,14 @@ from .building import learned
 from .files import read_json, read_table, write_whole
 from .kept import why_not, write_note
 from .space import patch
-from .verdicts import AUTHORS, CLAIM_COLUMNS, OURS, without_verdicts
-from .walks import TraversalBudget, read_paths
+from weightregions.verdicts import (
+    AUTHORS,
+    CLAIM_COLUMNS,
+    OURS,
+    constant_loss,
+    without_verdicts,
+)
+from .walks import TraversalBudget, of_pooling, read_paths
 
 # %% ../nbs/46_results.ipynb #e6e7444b
 class Study:
@@ -82,7 +88,8 @@ NEEDED = dict(  # columns that a table must have
     datasets=["name", "family", "classes"],
     learned=["dataset", "family", "learned"],
     location=["model", "true", "named", "by"],
-    points=["kind", "walk", "point", "target", "loss"],
+    points=["kind", "walk", "point", "target", "loss", "pooling"],
+    targets=["target", "pooling", "penalty", "constant"],
     plane=["name", "x", "y"],
     shared_texts=["a", "b", "share"],
     starts=["target", "start", "size", "seed", "accuracy"],
@@ -120,6 +127,35 @@ def budget(
 ) -> TraversalBudget:  # how many points were visited
     "The sizes of the walks."
     return TraversalBudget(**self.about["reach"])
+
+# %% ../nbs/46_results.ipynb #0a9d7fbe
+@patch
+def points(
+    self: Study,
+    pooling: str | None = None,  # "first" or "mean"; None: the main one
+) -> pd.DataFrame:  # kind, walk, point, target, loss, accuracy, pooling, penalty, ...
+    "The generalized losses by one pooling; the main one is the token that the heads read."
+    return of_pooling(self.rows("points"), pooling)
+
+
+@patch
+def poolings(
+    self: Study,
+) -> list:  # the main one first
+    "How the texts were pooled."
+    return list(dict.fromkeys(self.rows("points").pooling))
+
+
+@patch
+def constant(
+    self: Study,
+) -> pd.Series:  # nats, of each target
+    "The loss of a constant answer, on the rows that probes were tested on if they are known."
+    known = constant_loss(self.rows("datasets").set_index("name"))
+    if (self.folder / "rows" / "targets.csv").exists():
+        targets = self.rows("targets").drop_duplicates("target").set_index("target")
+        known = targets.constant.combine_first(known)
+    return known
 
 # %% ../nbs/46_results.ipynb #84201c59
 @patch

@@ -43,6 +43,7 @@ from weightregions.walks import (
     path_table,
     paths_as_csv,
     plan_paths,
+    probes_of,
 )
 from .building import build_zoo, learned
 from .zoo import open_zoo
@@ -357,9 +358,13 @@ def walk(
     points, marks = measure_paths(walks, out / "walks", paths, base, corpora, budget, workers)
     write_rows(out, "points", points[[c for c in _POINTS if c in points]])
     write_rows(out, "plane", marks)
+    probes = probes_of(walks, out / "walks", base, corpora, budget, workers)
+    write_rows(out, "targets", probes)
 
 
-_POINTS = "kind walk point alpha x y target loss accuracy train_loss pooling note".split()
+_POINTS = (
+    "kind walk point alpha x y target loss accuracy train_loss pooling penalty note".split()
+)
 
 # %% ../nbs/50_study.ipynb #b394dd3e
 def try_starts(
