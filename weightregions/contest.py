@@ -16,12 +16,14 @@ from tqdm import tqdm
 
 from .advice import advised, candidates, recommend
 from .centering import Centroid, save_centroid
+from .checkpoints import open_checkpoint, write_checkpoint
 from .comparison import SHARED, sharing
 from .corpora import Corpus, at_most, load_corpora, sources, texts
 from .files import read_table, write_whole
 from .finetuning import Recipe
 from .jobs import run_jobs
 from .kept import kept
+from .probing import PENALTIES
 from .starting import Search, compare_starts, forget_replaced
 from .walks import leading
 from .zoo import Zoo
@@ -110,7 +112,7 @@ def prepare(
     offered = candidates(zoo, corpus, base, exclude)
     made_of, file = _made_of(offered), folder / "advice.csv"
     inputs = {"starts": made_of, "data": corpus.sha256, "sample": contest.sample}
-    inputs["max_length"] = contest.recipe.max_length
+    inputs |= {"max_length": contest.recipe.max_length, "penalties": PENALTIES}
     advise = lambda: _advise(zoo, corpus, base, contest, exclude, file)
     kept(file, inputs, advise)
     advice = read_table(file, ("target", "role", "start", "kind"), ["role", "start"])
@@ -133,12 +135,17 @@ def _advise(zoo, corpus, base, contest, exclude, file):
 
 # %% ../nbs/43_contest.ipynb #243fc098
 def _folder_of(role, start, base, folder, made_of):
-    "Where a start lies; a centroid is written once."
+    "Where a start lies; what is not the base is written once, with the base's pooler."
     if role == "pretrained":
         return str(base)
-    if not isinstance(start, Centroid):
-        return str(start.folder)
-    return str(kept(folder / role, made_of, lambda: save_centroid(start, folder / role, base)))
+    return str(kept(folder / role, made_of, lambda: _write_start(start, folder / role, base)))
+
+
+def _write_start(start, folder, base):
+    "Write a centroid or a member under the pooler of the base: a pooler is part of no start."
+    if isinstance(start, Centroid):
+        return save_centroid(start, folder, base)
+    return write_checkpoint(start, open_checkpoint(base), folder, "drop")
 
 
 def _made_of(offered):

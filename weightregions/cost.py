@@ -26,7 +26,7 @@ from .registry import hub_entries, hub_names, hub_sizes
 from .starting import RATES
 from .scales import SCALES, Scale, choose, enough_rows, how_long, some_of
 from .study import start
-from .walks import PathSpec, leading, plan_paths
+from .walks import PERTURBED, PathSpec, leading, plan_paths
 
 # %% ../nbs/51_cost.ipynb #729ae4b6
 @dataclass(frozen=True)
@@ -512,7 +512,7 @@ def the_walks(
             4
             * p.shape.weights
             * (visits(walk) + 1)
-            * (1 if walk.kind in ("models", "perturbations") else len(walk.members)),
+            * (1 if walk.kind in ("models", *PERTURBED) else len(walk.members)),
         )
     return total
 
@@ -591,7 +591,7 @@ def plan_of(
     scale="paper",  # "tiny", "laptop", "full" or "paper", or a Scale
     data=None,  # "builtin", "hub", a folder of datasets, or name -> Corpus or Outline; None: the scale's
     names=None,  # datasets; None: all (of the hub: the authors')
-    min_rows: int = 0,  # training rows a dataset must have to take part
+    min_rows: int | None = None,  # training rows a dataset must have; None: the scale's
     device=None,  # a name in DEVICES, or a Device; None: "H100" for the paper's base, else "core"
     base=None,  # shape of another base: the folder of a checkpoint; None: the scale's
     stages=STAGES,  # functions of Planned that return a Stage each
@@ -609,7 +609,8 @@ def plan_of(
             f"no device {device!r}: there are {', '.join(DEVICES)}; or measure yours with measure_device"
         )
     device = DEVICES[device] if isinstance(device, str) else device
-    chosen = choose(outlines(data, scale, names), scale.per_family, min_rows)
+    least = scale.min_rows if min_rows is None else min_rows
+    chosen = choose(outlines(data, scale, names), scale.per_family, least)
     planned = Planned(
         scale, model_shape(base or scale.base), chosen, isinstance(data, str) and data == "hub"
     )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REPORTED', 'run_study', 'begin', 'fine_tune_all', 'start', 'other_start', 'parts', 'pairs_of', 'similarity_rows',
-           'identities', 'location_rows', 'shared_texts', 'measure', 'zoos_of', 'walk', 'try_starts']
+           'identities', 'starts_rows', 'location_rows', 'shared_texts', 'measure', 'zoos_of', 'walk', 'try_starts']
 
 # %% ../nbs/50_study.ipynb #70d85bca
 import shutil, warnings
@@ -29,10 +29,10 @@ from .contest import compare_all_starts, targets_of
 from .corpora import describe, load_corpora, texts
 from .files import as_json, read_json, write_whole
 from .finetuning import default_device
-from .region import locate_from_gram
+from .region import locate_from_gram, locate_unseen
 from .kept import kept, write_note
 from .report import Clock, applies, notebooks, run_notebooks, say, write_page
-from .results import Study, write_rows
+from .results import Study, from_own_starts, write_rows
 from .scales import SCALES, Scale, check_classes, choose, enough_rows, some_of
 from .similarity import gram
 from .space import kind_of, layer_of
@@ -53,7 +53,7 @@ def run_study(
     out,  # folder for everything
     scale: str = "laptop",  # "tiny", "laptop", "full" or "paper"
     data: str | None = None,  # "builtin", "hub" or a folder of datasets; None: the scale's
-    min_rows: int = 0,  # training rows a dataset must have to take part
+    min_rows: int | None = None,  # training rows a dataset must have; None: the scale's
     workers: int | None = None,  # jobs at a time; None: see `run_jobs`
 ) -> Path:  # the page to begin with
     "Run the whole study, going on where an earlier run stopped."
@@ -62,7 +62,8 @@ def run_study(
     out, scale, asked = Path(out).absolute(), SCALES[scale], notebooks()
     data, clock = data or scale.data, Clock()
     say(f"study at scale {scale.name} on {_source(data)}, into {out}")
-    corpora = _datasets(scale, data, min_rows)
+    least = scale.min_rows if min_rows is None else min_rows
+    corpora = _datasets(scale, data, least)
     out.mkdir(parents=True, exist_ok=True)
     base = start(scale.base, out)
     begin(out, scale, data, base, corpora)
@@ -248,6 +249,29 @@ def identities(
 
 _HASHES = WeakKeyDictionary()
 
+# %% ../nbs/50_study.ipynb #9370952c
+def starts_rows(
+    folder: Path,  # the study's folder
+    first: list,  # models of the first start
+    second: list,  # models of the second start
+    starts: tuple,  # checkpoints of the two
+):
+    "Measure models of two starts, from the first start and each from its own."
+    checkpoints, file = [*first, *second], Path(folder) / "rows" / "similarity_starts.csv"
+    made_of = {"models": identities(checkpoints), "starts": [s.sha256() for s in starts]}
+
+    def make():
+        base, other = starts
+        measured = gram([*checkpoints, other], base, by=parts, device=default_device())
+        own = [None] * len(first) + [len(checkpoints)] * (len(second) + 1)
+        at = np.triu_indices(len(measured.names), 1)
+        cosines = from_own_starts(measured.products()[:-1, :-1], own)[at]
+        rows = pairs_of(measured).assign(**{"cosine from own start": cosines})
+        rows = rows[rows.b != other.name].reset_index(drop=True)
+        write_rows(folder, "similarity_starts", rows, note=False)
+
+    kept(file, made_of, make)
+
 # %% ../nbs/50_study.ipynb #d0a2f364
 def location_rows(
     folder: Path,  # the study's folder
@@ -270,12 +294,25 @@ def _locations(m, checkpoints, base):
     say("locating each model among the others")
     measured = gram(checkpoints, base, device=default_device())
     tables = {"dataset": locate_from_gram(measured, m.dataset.tolist())}
+    tables["never seen"] = _never_seen(measured, m)
     # with a dataset taken away, two are left
     m = m[m.family.map(m.groupby("family").dataset.nunique()) > 2]
     if m.family.nunique() > 1:
         few = measured.select(m.model.tolist())
         tables["family"] = locate_from_gram(few, m.family.tolist(), m.dataset.tolist())
     return pd.concat([t.assign(by=by) for by, t in tables.items()])
+
+
+def _never_seen(measured, m):
+    "Later seeds, and whole datasets, located by a zoo of the first seeds of the others."
+    seeds, names = sorted(set(m.seed)), list(dict.fromkeys(m.dataset))
+    early, tables = seeds[: max(3, 3 * len(seeds) // 5)], [pd.DataFrame()]
+    if len(seeds) <= len(early) or len(names) < 4:
+        return tables[0]  # a region takes three models, and some are to be set aside
+    for half in (names[::2], names[1::2]):
+        zoo = m.model[m.dataset.isin(half) & m.seed.isin(early)]
+        tables.append(locate_unseen(measured, m.dataset.tolist(), zoo))
+    return pd.concat(tables)
 
 # %% ../nbs/50_study.ipynb #1b677c28
 def shared_texts(
@@ -308,7 +345,8 @@ def measure(
     twins = main.where(dataset=set(second.models.dataset), seed=set(second.models.seed))
     twins = [opened[name] for name in twins.models.model]
     say("similarity across starts")
-    similarity_rows(out, "starts", twins + second.checkpoints(), anchor)
+    other = open_checkpoint(out / "second-start", name="second start")
+    starts_rows(out, twins, second.checkpoints(), (anchor, other))
     if sized := [z for kind, z in zoos.items() if kind.endswith("rows")]:
         whole = main.where(dataset=set(sized[0].models.dataset), seed=1)
         say("similarity across sizes")
