@@ -55,7 +55,7 @@ TINY = Scale(
     ),
     contest=StartExperiment(
         targets=2, sizes=(50, None), seeds=1, curve=(100,), curve_targets=2,
-        recipe=Recipe(steps=30, trains="bitfit"), sample=60, n_test=80,
+        recipe=Recipe(steps=30, trains="bitfit"), sample=60, n_test=80, budgets=(40,), budget_rows=50,
     ),
 )  # fmt: skip
 
@@ -129,7 +129,7 @@ FULL = Scale(
     budget=TraversalBudget(
         hull=12, perturbed=6, lines=6, extended=6, beyond=5, grid=4, n_train=2000, n_test=500
     ),
-    contest=StartExperiment(sample=1000),
+    contest=StartExperiment(sample=1000, budgets=(400, 1500)),
 )
 SCALES = {scale.name: scale for scale in (TINY, LAPTOP, FULL, PAPER)}
 

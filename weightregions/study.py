@@ -25,7 +25,7 @@ from weightregions.bases import (
     tiny_base,
 )
 from .checkpoints import open_checkpoint
-from .contest import compare_all_starts, targets_of
+from .contest import compare_all_starts, explain_gains, targets_of
 from .corpora import describe, load_corpora, texts
 from .files import as_json, read_json, write_whole
 from .finetuning import default_device
@@ -427,3 +427,7 @@ def try_starts(
         return say("no target has enough rows to hold some back")
     write_rows(out, "starts", rows)
     write_rows(out, "advice", advice)
+    if contest.budgets:
+        bases, folder = (base, out / "second-start"), out / "starts"
+        why = explain_gains(zoo, targets, bases, folder, contest, shared, workers)
+        write_rows(out, "why", why)
