@@ -81,7 +81,7 @@ def unsuited(
     zoo: Zoo,  # fine-tuned models
     target: Corpus,  # the dataset that is to be learned next
     source,  # where the zoo's datasets come from: "builtin", "hub" or a folder
-) -> tuple:  # datasets of the zoo that share sentences with the target; those that the source does not have
+) -> tuple:  # datasets that share sentences with the target; those that the source lacks
     "Which datasets of a zoo have no place in a start for a target."
     names, there = list(dict.fromkeys(zoo.models.dataset)), set(sources(source, 0, 2000, 500))
     known = [n for n in names if n in there and n != target.name]
@@ -314,7 +314,7 @@ def explain_gains(
     shared: pd.DataFrame,  # a, b, share: pairs of datasets with common texts
     workers: int | None = None,  # fine-tunings at a time; None: see `run_jobs`
 ) -> pd.DataFrame:  # rows of `compare_starts` with columns explanation and variant
-    "Fine-tune in other ways from the pretrained model, the centroid and a base trained further."
+    "Fine-tune in other ways, from the pretrained model, the centroid and a further base."
     base, further = bases
     prepared = _prepared(zoo, corpora, base, folder, contest, shared, workers)
     targets = {name: at_most(c, None, contest.n_test) for name, c in corpora.items()}

@@ -55,7 +55,8 @@ TINY = Scale(
     ),
     contest=StartExperiment(
         targets=2, sizes=(50, None), seeds=1, curve=(100,), curve_targets=2,
-        recipe=Recipe(steps=30, trains="bitfit"), sample=60, n_test=80, budgets=(40,), budget_rows=50,
+        recipe=Recipe(steps=30, trains="bitfit"), sample=60, n_test=80,
+        budgets=(40,), budget_rows=50,
     ),
 )  # fmt: skip
 

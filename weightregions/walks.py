@@ -578,7 +578,7 @@ def edge_targets(
     paths: pd.DataFrame,  # the design of the study
     models: pd.DataFrame,  # one row per model, indexed by name, with its dataset
 ) -> dict:  # group of lines -> targets
-    "On what the lines past their ends are judged: the datasets of their ends, whatever the loss."
+    "What lines past their ends are judged on: the datasets of their ends, whatever the loss."
     edges = paths[paths.kind == "edges"].drop_duplicates("group")
     of = {e.group: set(models.dataset[list(e.ends)]) for e in edges.itertuples()}
     return {e.group: [t for t in e.targets if t in of[e.group]] for e in edges.itertuples()}
