@@ -329,3 +329,60 @@ def test_a_model_that_is_called_like_another_start_is_refused(zoo, corpora, base
             replace(corpora["meals"], name="new", train=corpora["meals"].train[::-1]),
             base,
         )
+
+
+def test_all_starts_are_tuned_under_the_pooler_of_the_base(corpora, tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16,
+    )  # fmt: skip
+    folders = []
+    for name in ("base", "member"):
+        BertModel(config).save_pretrained(tmp_path / name)
+        (tmp_path / name / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
+        folders.append(tmp_path / name)
+    base, member = folders
+    start = contests.open_checkpoint(member, name="member")
+    folder = contests._folder_of("best member", start, base, tmp_path, {"member": "1"})
+    ours, theirs = (
+        load_file(f"{folder}/model.safetensors"),
+        load_file(base / "model.safetensors"),
+    )
+    pooler = "pooler.dense.weight"
+    assert ours[pooler].equal(theirs[pooler])  # a member brought its own before
+    word = "embeddings.word_embeddings.weight"
+    assert ours[word].equal(load_file(member / "model.safetensors")[word])
+
+
+def test_the_advice_says_how_its_probes_were_made(zoo, corpora, base):
+    from weightregions.probing import PENALTIES
+
+    table = recommend(zoo, corpora["headlines"], base, n=40, n_boot=10, progress=False)
+    assert set(table.pooling) == {"first"} and table.penalty.nunique() == 1
+    assert table.penalty[0] in PENALTIES
+    few = recommend(zoo, corpora["headlines"], base, n=9, n_boot=10, progress=False)
+    assert set(few.penalty) == {PENALTY}  # too few rows to choose one
+
+
+def test_why_a_start_gains_is_resumed_like_the_contest(zoo, corpora, base, tmp_path):
+    contest = replace(BRIEF, budgets=(6,), budget_rows=24)
+    ask = lambda: contests.explain_gains(
+        zoo, {"headlines": corpora["headlines"]}, (base, base), tmp_path, contest, ALONE, 1
+    )
+    rows = ask()
+    assert set(rows.explanation) == {"base", "search", "budget"}
+    assert set(rows.start) == {"pretrained", "centroid", "pre-trained further"}
+    files = {f.name: f.stat().st_mtime_ns for f in tmp_path.glob("why-*.csv")}
+    pd.testing.assert_frame_equal(ask(), rows)
+    assert files == {f.name: f.stat().st_mtime_ns for f in tmp_path.glob("why-*.csv")}
+
+
+def test_a_rule_is_judged_on_targets_that_did_not_choose_it():
+    rules = ["regret", "lowest loss", "always centroid", "always pretrained"]
+    table = pd.DataFrame([[9, 0, 9, 9], [0, 9, 9, 9]] * 2, columns=rules).astype(float)
+    halves = contests.rule_by_halves(table.assign(target=list("abcd")))
+    assert halves["rule"].tolist() == ["lowest loss", "as advised"]
+    assert halves["within a point"].tolist() == [0, 0]  # by hindsight it would be 1

@@ -468,6 +468,7 @@ def test_every_row_has_the_same_columns(target):
             "n_train",
             "n_test",
             "pooling",
+            "penalty",
             "note",
         )
     }
@@ -561,3 +562,47 @@ def test_the_penalty_is_chosen_from_the_probes_own_rows():
     assert choose_penalty(rng.normal(size=(41, 4)), rare, 3) in PENALTIES
     with pytest.raises(ValueError, match="8 rows are too few for 5 folds"):
         choose_penalty(noise[0][:8], noise[1][:8], 2)
+
+
+def test_a_study_pools_by_the_heads_token_and_the_mean_in_one_pass(target, monkeypatch):
+    from weightregions import probing as p
+
+    model = roberta()
+    alone = {name: encode(model, target.test, name) for name in p.POOLINGS}
+    passes = []
+    forward = type(model).forward
+    monkeypatch.setattr(
+        type(model), "forward", lambda *a, **k: passes.append(1) or forward(*a, **k)
+    )
+    together = p.encode_all(model, target.test, p.POOLINGS)
+    assert len(passes) == len(target.test.batches)
+    assert all(torch.equal(alone[name], x) for name, x in zip(p.POOLINGS, together))
+
+
+def test_one_penalty_holds_for_all_models_of_a_target(target, corpora, tokenizer):
+    from weightregions import probing as p
+
+    other = Target(corpora["scenes"], tokenizer, 60, 40)
+    pretrained, tuned = roberta(), roberta()
+    settings = [r for t in (target, other) for r in p.probe_settings(pretrained, t, ("first",))]
+    chosen = {(r["target"], r["pooling"]): r["penalty"] for r in settings}
+    x = encode(pretrained, target.train, "first")
+    assert chosen[target.name, "first"] == p.choose_penalty(
+        x, target.train.labels, len(target.labels)
+    )
+    for model in (pretrained, tuned):
+        rows = Probing([target, other], "first", chosen)(model)
+        assert {(r["target"], "first"): r["penalty"] for r in rows} == chosen
+    # no test row has a say
+    shuffled = Target(corpora["scenes"], tokenizer, 60, 20)
+    again = p.probe_settings(pretrained, shuffled, ("first",))[0]
+    assert again["penalty"] == chosen["scenes", "first"]
+
+
+def test_a_constant_answer_has_the_loss_of_the_classes_shares():
+    from weightregions.probing import constant_answer
+
+    y = np.repeat([0, 1], [750, 250])
+    entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+    assert constant_answer(y, y, 2) == pytest.approx(entropy, abs=1e-4)
+    assert np.isfinite(constant_answer(y, np.array([2]), 3))  # a class without training rows

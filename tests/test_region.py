@@ -19,6 +19,7 @@ from weightregions.region import (
     Region,
     locate,
     locate_from_gram,
+    locate_unseen,
     location_rates,
     p_value,
     pooled,
@@ -531,3 +532,23 @@ def test_models_that_are_alone_make_no_region(tmp_path):
         match="flat: a region takes at least two models, and no dataset has them; models of one dataset lie together in a folder DATASET/NAME",
     ):
         regions_of(open_zoo(tmp_path / "zoo" / "flat"), tmp_path / "base", progress=False)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_zoo_keeps_the_stated_rate_on_seeds_that_it_never_saw(seed):
+    found, labels = synthetic(30, 6, seed, noise=1.0)
+    numbered = enumerate(zip(found.names, labels))
+    early = [n for i, (n, g) in numbered if i % 6 < 3 and g < 20]
+    table = locate_unseen(found, labels, early, alpha=0.1)
+    assert set(table.model) == set(found.names) - set(early)
+    assert (table.seen == (table.true < 20)).all()
+    rates = location_rates(table)
+    assert rates.low["false alarm"] <= 0.1 <= rates.high["false alarm"]
+    assert rates.rate["outsider found"] > 0.9
+
+
+def test_a_zoo_and_what_it_never_saw_are_both_needed():
+    found, labels = synthetic(3, 4, 0)
+    for zoo in ([], found.names):
+        with pytest.raises(ValueError, match="some models must make the zoo"):
+            locate_unseen(found, labels, zoo)

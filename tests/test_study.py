@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -21,7 +22,7 @@ from weightregions.corpora import load_corpora
 from weightregions.files import append_line, file_sha256
 from weightregions.report import CAPTIONS
 from weightregions.building import build_zoo
-from weightregions.results import Study, square, write_rows
+from weightregions.results import Study, square, write_rows, families_by_size, from_own_starts
 from weightregions.scales import SCALES, check_classes
 from weightregions.study import measure, run_study, try_starts, walk
 from weightregions.verdicts import AUTHORS, CLAIM_COLUMNS, OURS
@@ -115,7 +116,7 @@ def results(folder):
 
 def unordered(lines):
     "Files that grow row by row may have other orders."
-    grows = lambda name: name.startswith("walks/") or name == "starts/rows.csv"
+    grows = lambda name: name.startswith(("walks/", "starts/rows", "starts/why"))
     return {name: sorted(t) if grows(name) else t for name, t in lines.items()}
 
 
@@ -127,7 +128,7 @@ def copied(folder, to, parts):
     return to
 
 
-MODELS = ("base", "zoo", "zoo-second-start", "zoo-50-rows", "zoo-100-rows")
+MODELS = ("base", "second-start", "zoo", "zoo-second-start", "zoo-50-rows", "zoo-100-rows")
 
 
 @pytest.fixture(scope="module")
@@ -420,3 +421,56 @@ def test_more_classes_than_rows_are_refused_before_anything_is_made():
         ValueError, match="dataset meals has 51 classes, and scale tiny has parts with 50 rows"
     ):
         check_classes({"films": corpora["films"], "meals": many}, SCALES["tiny"])
+
+
+# --- a start of one's own, a short training beside, sizes of a zoo ------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_task_vectors_from_their_own_start(seed):
+    rng = np.random.default_rng(seed)
+    moved, way = rng.normal(size=(4, 60)), 30 * rng.normal(size=60)
+    vectors = np.array([*moved, *(moved + way), way])
+    ours = from_own_starts(vectors @ vectors.T, [None] * 4 + [8] * 5)
+    direct = np.vstack([moved, moved])
+    norms = np.linalg.norm(direct, axis=1)
+    expected = direct @ direct.T / np.outer(norms, norms)
+    np.testing.assert_allclose(ours[:8, :8], expected, atol=1e-6)
+    assert np.isnan(ours[8]).all()  # the second start has not moved from itself
+    # as measured before, from the first start, the way between the starts hides the data
+    first = vectors[:8] / np.linalg.norm(vectors[:8], axis=1)[:, None]
+    assert (first @ first.T)[0, 4] < 0.5 < ours[0, 4]
+
+
+def test_a_short_training_stands_beside_a_run(tmp_path):
+    from weightregions.verdicts import Quantity, claim_row
+
+    about = dict(scale="full", data="d", base={}, recipe={}, seeds=1, datasets={})
+    for folder, value, counts in ((tmp_path / "short", 0.5, 1), (tmp_path, 0.9, 2)):
+        folder.mkdir(exist_ok=True)
+        (folder / "about.json").write_text(json.dumps(about))
+        row = claim_row(
+            "C12", f"gain (points); wins {counts}", Quantity(value, p=0.01, n=9), 0.7
+        )
+        shown = Study(folder).record("c12_c13_centre", [row])
+    assert shown["short training"].tolist() == [0.5] and shown.ours.tolist() == [0.9]
+    assert shown["short verdict"].tolist() == ["holds in part"]
+    assert "short training" not in Study(tmp_path / "short").record("c1", [row])
+
+
+def test_more_seeds_of_a_dataset_can_drown_its_family():
+    rng, names = np.random.default_rng(0), []
+    family = {"a": rng.normal(size=80), "b": rng.normal(size=80)}
+    vectors, rows = [], []
+    for f, along in family.items():
+        for d in range(3):
+            dataset = 2 * along + 3 * rng.normal(size=80)
+            for s in range(3):
+                vectors.append(dataset + rng.normal(size=80))
+                rows.append(dict(model=f"{f}{d}-{s}", dataset=f"{f}{d}", family=f, seed=s))
+    models = pd.DataFrame(rows).set_index("model")
+    unit = np.array(vectors) / np.linalg.norm(vectors, axis=1)[:, None]
+    cosines = pd.DataFrame(unit @ unit.T, models.index, models.index)
+    table = families_by_size(cosines, models, "b", draws=2)
+    assert len(table) == 3 * 3 * 2 and table.accuracy.between(0.5, 1).all()
+    assert table.equals(families_by_size(cosines, models, "b", draws=2))

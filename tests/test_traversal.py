@@ -369,6 +369,33 @@ def test_perturbations_are_as_long_as_the_task_vector(per):
             assert same_bits(scratch.body[n], p[n])
 
 
+def _two():
+    "Two checkpoints with matrices and vectors."
+    rng = torch.Generator().manual_seed(0)
+    shapes = {"embeddings.weight": (30, 8), "dense.weight": (12, 8), "dense.bias": (12,)}
+    return [
+        open_checkpoint(
+            {k: torch.randn(size, generator=rng) for k, size in shapes.items()}, name=name
+        )
+        for name in "ab"
+    ]
+
+
+def test_perturbations_keep_the_spectrum_and_nothing_else():
+    a, b = _two()
+    spectrum = lambda t: torch.linalg.svdvals(t.double())
+    for _, p in perturbations(a, b, 2, seed=5, per="spectrum"):
+        for name, shape in zip(a.layout.names, a.layout.shapes):
+            ours, theirs = p[name] - a[name], b[name] - a[name]
+            torch.testing.assert_close(ours.norm(), theirs.norm(), rtol=1e-4, atol=1e-6)
+            if len(shape) == 2 and min(shape) > 1:
+                torch.testing.assert_close(
+                    spectrum(ours), spectrum(theirs), rtol=1e-4, atol=1e-5
+                )
+                cosine = (ours * theirs).sum() / (ours.norm() * theirs.norm())
+                assert abs(cosine) < 0.5
+
+
 def test_perturbations_are_seeded_and_independent():
     a, b, _ = members()
     draw = lambda seed: [TaskVector.between(a, p) for _, p in perturbations(a, b, 4, seed=seed)]

@@ -13,6 +13,10 @@ from weightregions.corpora import load_corpora
 from weightregions.finetuning import Recipe
 from weightregions.results import Study
 from weightregions.walks import (
+    PERTURBED,
+    edge_targets,
+    of_pooling,
+    probes_of,
     TraversalBudget,
     PathSpec,
     line_losses,
@@ -41,6 +45,7 @@ pytestmark = pytest.mark.xdist_group(
 BUDGET = TraversalBudget(
     same=1,
     hull=2,
+    perturbed=1,
     targets=2,
     lines=1,
     inside=1,
@@ -122,7 +127,7 @@ def test_a_plan_depends_on_names_alone():
         "line",
         "edges",
         "plane",
-        "perturbations",
+        *PERTURBED,
     }
 
 
@@ -191,7 +196,7 @@ def test_the_recorded_design_is_the_one_that_was_measured():
     from conftest import ROOT
 
     study = Study(ROOT / "nbs" / "study" / "recorded")
-    paths, points = study.paths(), study.rows("points")
+    paths, points = study.paths(), study.points()
     measured = paths[~paths.kind.isin(["outside", "left out"])]
     assert set(measured.path) == set(points.walk) and measured.path.is_unique
     for path in measured.itertuples():
@@ -206,7 +211,7 @@ def test_pairs_and_single_models():
 
 
 def test_all_that_was_planned_was_measured(made, unbroken):
-    models, rows = made[0], unbroken[0]
+    models, rows = made[0], of_pooling(unbroken[0])
     assert rows.loss.notna().all()
     paths = path_table(plan_paths(models, BUDGET), granularities(models, BUDGET))
     assert groups_in(paths, models) == {
@@ -321,3 +326,54 @@ def test_members_that_stay_in_their_files_give_the_same_rows(
         "weightregions.walks.load_what_fits", lambda members, **options: members
     )
     pd.testing.assert_frame_equal(walked(made, tmp_path)[0], unbroken[0])
+
+
+def test_both_poolings_are_measured_and_one_penalty_holds_on_a_target(made, unbroken):
+    rows = unbroken[0]
+    assert list(dict.fromkeys(rows.pooling)) == ["first", "mean"]
+    main, mean = of_pooling(rows), of_pooling(rows, "mean")
+    assert main.point.tolist() == mean.point.tolist() and set(main.pooling) == {"first"}
+    assert (rows.groupby(["target", "pooling"]).penalty.nunique() == 1).all()
+    with pytest.raises(ValueError, match="by the last token"):
+        of_pooling(rows, "last")
+
+
+def test_the_penalty_is_part_of_what_kept_rows_depend_on(made, tmp_path, monkeypatch):
+    from weightregions import probing, walks as w
+
+    models, base, corpora = made
+    some = [p for p in plan_paths(models, BUDGET) if p.kind == "hull"][:1]
+    ask = lambda: measure_paths(
+        some, tmp_path, models.path.to_dict(), base, corpora, BUDGET, 1
+    )[0]
+    before = ask()
+    monkeypatch.setattr(w, "probe_settings", lambda *a: probing.probe_settings(*a))
+    pd.testing.assert_frame_equal(ask(), before)
+    file = tmp_path / "targets.csv"
+    table = probes_of(some, tmp_path, base, corpora, BUDGET, 1)
+    assert table.penalty.isin(probing.PENALTIES).all() and (table.constant > 0).all()
+    # another penalty than the kept one: the rows are not taken for its own
+    other = lambda *a: [r | {"penalty": 7.0} for r in probing.probe_settings(*a)]
+    monkeypatch.setattr(w, "probe_settings", other)
+    file.unlink()
+    with pytest.raises(ValueError, match="penalty 7 on"):
+        ask()
+
+
+@pytest.mark.parametrize("kind", PERTURBED)
+def test_each_kind_of_perturbation_is_an_ex_of_its_own(made, unbroken, kind):
+    models, *_ = made
+    design = path_table(plan_paths(models, BUDGET), granularities(models, BUDGET))
+    losses = group_losses(of_pooling(unbroken[0]), design, "general", kind)
+    ex = losses[losses.group == "Ex"]
+    assert set(ex.kind) == {kind} and len(ex) and ex.loss.notna().all()
+
+
+def test_edges_are_judged_on_the_datasets_of_their_ends_whatever_the_loss():
+    models, budget = table(), TraversalBudget(line_targets=4, extended=6)
+    design = path_table(plan_paths(models, budget), granularities(models, budget))
+    named = edge_targets(design, models)
+    assert named["general"] == ["mnli", "sst2"] and named["task"] == ["mnli", "rte"]
+    edges = design[design.kind == "edges"]
+    assert (edges.groupby("group").size() >= 6).all()
+    assert all(list(e.targets) == named[e.group] for e in edges.itertuples())

@@ -20,7 +20,7 @@ from .checkpoints import open_checkpoint
 from .corpora import Corpus
 from .finetuning import default_device, one_thread
 from .loading import load_tokenizer
-from .probing import PENALTY, Split, encode, fit_probe, pooling_of
+from .probing import PENALTY, Split, choose_penalty, encode, fit_probe, poolings_of
 from .traversal import ScratchModel, average
 from .zoo import Zoo
 
@@ -154,18 +154,26 @@ def recommend(
     judged, rows = {}, []
     bar = dict(desc=f"starts for {corpus.name}", unit=" starts")
     with one_thread(device):
-        scratch, pooling = ScratchModel(base, device=device), pooling_of(base.folder)
+        scratch, pooling = ScratchModel(base, device=device), poolings_of(base.folder)[0]
+        pretrained = encode(scratch.load(offered["pretrained"]), split, pooling)
+        penalty = _penalty(pretrained, split.labels, len(corpus.labels))
         for name, start in tqdm(offered.items(), **bar, **({} if progress else _NO_BAR)):
             began, members = perf_counter(), getattr(start, "checkpoints", [start])
             point = average(members, tuple(getattr(start, "weights", [1])), name=name)
             features = encode(scratch.load(point), split, pooling)
             judged[name] = held_out_losses(
-                features, split.labels, len(corpus.labels), folds, seed=seed
+                features, split.labels, len(corpus.labels), folds, penalty, seed
             )
             about = {"start": name, "kind": _kind(name, start), "models": len(members)}
             about |= {"dimension": _dimension(features), "seconds": perf_counter() - began}
             rows.append(about)
-    return _ranked(pd.DataFrame(rows), judged, n_boot, seed)
+    rows = pd.DataFrame(rows).assign(pooling=pooling, penalty=penalty)
+    return _ranked(rows, judged, n_boot, seed)
+
+
+def _penalty(features, labels, classes: int) -> float:
+    "The penalty of all probes of a sample; of fewer than ten rows none can be chosen."
+    return PENALTY if len(labels) < 10 else choose_penalty(features, labels, classes)
 
 
 _NO_BAR = {"disable": True}  # unset, the environment says whether there is one

@@ -1105,7 +1105,7 @@ def finetune(
         help=_SOURCES + " (default: the scale's, which is hub for paper and else builtin)",
     ),
     _arg("--out", default="out", help="folder for models, rows and pages"),
-    _count("--min-rows", "leave out datasets with fewer training rows", 0),
+    _count("--min-rows", "leave out datasets with fewer training rows; none: the scale's"),
     _WORKERS,
     _flag("--dry-run", "only say what would be done, and what it costs"),
     _arg(

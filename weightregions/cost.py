@@ -26,7 +26,7 @@ from .registry import hub_entries, hub_names, hub_sizes
 from .starting import RATES
 from .scales import SCALES, Scale, choose, enough_rows, how_long, some_of
 from .study import start
-from .walks import PathSpec, leading, plan_paths
+from .walks import PERTURBED, PathSpec, leading, plan_paths
 
 # %% ../nbs/51_cost.ipynb #729ae4b6
 @dataclass(frozen=True)
@@ -462,7 +462,7 @@ def plan_of(
     scale="paper",  # "tiny", "laptop", "full" or "paper", or a Scale
     data=None,  # "builtin", "hub", a folder, or name -> Corpus or Outline; None: the scale's
     names=None,  # datasets; None: all (of the hub: the authors')
-    min_rows: int = 0,  # training rows a dataset must have to take part
+    min_rows: int | None = None,  # training rows a dataset must have; None: the scale's
     device=None,  # a name in DEVICES, or a Device; None: "core", for the paper's base "H100"
     base=None,  # shape of another base: the folder of a checkpoint; None: the scale's
     stages=STAGES,  # functions of Planned that return a Stage each
@@ -471,7 +471,8 @@ def plan_of(
     scale = _chosen_scale(scale)
     data = scale.data if data is None else data
     device = _chosen_device(device, scale)
-    chosen = choose(outlines(data, scale, names), scale.per_family, min_rows)
+    least = scale.min_rows if min_rows is None else min_rows
+    chosen = choose(outlines(data, scale, names), scale.per_family, least)
     shape, hub = model_shape(base or scale.base), isinstance(data, str) and data == "hub"
     planned = Planned(scale, shape, chosen, hub)
     done = [stage(planned) for stage in stages]
@@ -557,7 +558,7 @@ def _timed(base, corpus, recipe, lengths):
 def _looks_at_walk(p: Planned, walk: PathSpec) -> Stage:
     "The cost of one walk: each point is an average, and looks at rows of each target."
     looks, weights = _points_read(p, walk), p.shape.weights
-    alone = walk.kind in ("models", "perturbations")
+    alone = walk.kind in ("models", *PERTURBED)
     return Stage(
         jobs=1,
         tokens=visits(walk) * sum(tokens * rows for tokens, rows in looks),

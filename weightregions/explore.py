@@ -577,7 +577,7 @@ def _has(study: Study, *tables: str) -> bool:
 # %% ../nbs/47_explore.ipynb #2892715f
 def _walk_panels(study: Study) -> list:
     "The lines and the plane of a study."
-    points, panels = study.rows("points"), []
+    points, panels = study.points(), []
     at_base = points[(points.kind == "models") & (points.point == "base")]
     lines = _long_lines(points, study.paths())
     if len(lines):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Shape', 'shape_of', 'p_value', 'pooled', 'calibrated_p', 'Region', 'region_of', 'Inside', 'regions_of', 'clusters_of',
-           'locate', 'load_region', 'locate_from_gram', 'location_rates']
+           'locate', 'load_region', 'locate_from_gram', 'locate_unseen', 'location_rates']
 
 # %% ../nbs/32_region.ipynb #bc3bd4b3
 import hashlib
@@ -655,32 +655,57 @@ def locate_from_gram(
 ) -> pd.DataFrame:  # two rows a model: model, true group, seen (its region was there), named, cosine, p, inside, directed, right
     "Every model of a zoo located among the others: with its own region there, and without."
     apart, (groups, units) = units is not None, _listed(found, groups, units)
-    products, rows = found.products(part)[:-1, :-1], []
-    if zero := [n for n, square in zip(found.names, np.diag(products)) if not square > 0]:
-        raise ValueError(f"{zero[0]} did not move from the base: it has no direction")
+    products, rows = _directions(found, part), []
     for q, name in enumerate(found.names):
         rest = [i for i in range(len(groups)) if units[i] != units[q]]
         for seen in (True, False):
             kept = rest if seen else [i for i in rest if groups[i] != groups[q]]
             if not kept and not seen:
                 continue  # there is no other region
-            shapes = _shapes(
-                products[np.ix_(kept, kept)],
-                [groups[i] for i in kept],
-                [units[i] for i in kept] if apart else None,
-            )
-            if seen and groups[q] not in shapes:
+            if seen and groups[q] not in {groups[i] for i in kept}:
                 raise ValueError(f"region {groups[q]}: nothing is left without {units[q]}")
-            at_centre = {
-                g: products[q, [kept[i] for i in at]].mean() / sqrt(products[q, q]) / s.length
-                for g, (at, s) in shapes.items()
-            }
-            judged = [
-                (g, at_centre[g], s.level, *_judge(at_centre[g], s, _alpha(alpha)))
-                for g, (_, s) in shapes.items()
-            ]
-            rows.append(_located(name, groups[q], seen, _ranked(judged).iloc[0]))
+            top = _nearest(products, q, kept, groups, units if apart else None, alpha)
+            rows.append(_located(name, groups[q], seen, top))
     return pd.DataFrame(rows)
+
+
+def locate_unseen(
+    found: Gram,  # inner products of the models
+    groups: Iterable[Hashable],  # region of each model, in their order
+    zoo: Iterable[str],  # names of the models that make the regions
+    alpha: float = 0.05,  # rate of false alarms: members that are called outsiders
+    part: Hashable | list = "all",  # tensors to judge by: a label, or a list of labels
+) -> pd.DataFrame:  # one row per model outside the zoo, columns as in `locate_from_gram`
+    "The models that a zoo never saw, located among its regions."
+    products, groups, zoo = _directions(found, part), list(groups), set(zoo)
+    kept = [i for i, name in enumerate(found.names) if name in zoo]
+    if not kept or len(kept) == len(found.names):
+        raise ValueError("some models must make the zoo, and some be new to it")
+    known, rows = {groups[i] for i in kept}, []
+    for q in sorted(set(range(len(groups))) - set(kept)):
+        top = _nearest(products, q, kept, groups, None, alpha)
+        rows.append(_located(found.names[q], groups[q], groups[q] in known, top))
+    return pd.DataFrame(rows)
+
+# %% ../nbs/32_region.ipynb #e8f3e545
+def _directions(found: Gram, part) -> np.ndarray:
+    "The inner products of the models, each of which has moved from the base."
+    products = found.products(part)[:-1, :-1]
+    if zero := [n for n, square in zip(found.names, np.diag(products)) if not square > 0]:
+        raise ValueError(f"{zero[0]} did not move from the base: it has no direction")
+    return products
+
+
+def _nearest(products, q: int, kept: list, groups: list, units, alpha: float):
+    "The region, of those that the models `kept` make, whose centre is nearest to model `q`."
+    units = None if units is None else [units[i] for i in kept]
+    shapes = _shapes(products[np.ix_(kept, kept)], [groups[i] for i in kept], units)
+    judged = []
+    for g, (at, s) in shapes.items():
+        inner = products[q, [kept[i] for i in at]].mean()
+        cosine = inner / sqrt(products[q, q]) / s.length
+        judged.append((g, cosine, s.level, *_judge(cosine, s, _alpha(alpha))))
+    return _ranked(judged).iloc[0]
 
 # %% ../nbs/32_region.ipynb #98dbec3a
 def _listed(found: Gram, groups, units) -> tuple:

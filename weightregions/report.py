@@ -354,7 +354,7 @@ def basin_of(
     "The lines that the first figure shows; None while there are none."
     if not all((study.folder / "rows" / f"{n}.csv").exists() for n in ("points", "paths")):
         return None
-    points, paths = study.rows("points"), study.paths()
+    points, paths = study.points(), study.paths()
     constant = constant_loss(study.rows("datasets").set_index("name"))
     shown = None
     far = paths[(paths.kind == "edges") & (paths.granularity == "dataset")]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REPORTED', 'run_study', 'begin', 'fine_tune_all', 'start', 'other_start', 'parts', 'pairs_of', 'similarity_rows',
-           'identities', 'location_rows', 'shared_texts', 'measure', 'zoos_of', 'walk', 'try_starts']
+           'starts_rows', 'identities', 'location_rows', 'shared_texts', 'measure', 'zoos_of', 'walk', 'try_starts']
 
 # %% ../nbs/50_study.ipynb #70d85bca
 import shutil, warnings
@@ -25,14 +25,14 @@ from weightregions.bases import (
     tiny_base,
 )
 from .checkpoints import open_checkpoint
-from .contest import compare_all_starts, targets_of
+from .contest import compare_all_starts, explain_gains, targets_of
 from .corpora import describe, load_corpora, texts
 from .files import as_json, read_json, write_whole
 from .finetuning import default_device
-from .region import locate_from_gram
+from .region import locate_from_gram, locate_unseen
 from .kept import kept, write_note
 from .report import Clock, grow, notebooks, say
-from .results import Study, write_rows
+from .results import Study, from_own_starts, write_rows
 from .scales import SCALES, Scale, check_classes, choose, enough_rows, some_of
 from .similarity import gram
 from .space import kind_of, layer_of
@@ -43,6 +43,7 @@ from weightregions.walks import (
     path_table,
     paths_as_csv,
     plan_paths,
+    probes_of,
 )
 from .building import build_zoo, learned
 from .zoo import open_zoo
@@ -52,7 +53,7 @@ def run_study(
     out,  # folder for everything
     scale: str = "laptop",  # "tiny", "laptop", "full" or "paper"
     data: str | None = None,  # "builtin", "hub" or a folder of datasets; None: the scale's
-    min_rows: int = 0,  # training rows a dataset must have to take part
+    min_rows: int | None = None,  # training rows a dataset must have; None: the scale's
     workers: int | None = None,  # jobs at a time; None: see `run_jobs`
 ) -> Path:  # the page to begin with
     "Run the whole study, going on where an earlier run stopped."
@@ -61,7 +62,8 @@ def run_study(
     out, scale, asked = Path(out).absolute(), SCALES[scale], notebooks()
     data, clock = data or scale.data, Clock()
     say(f"study at scale {scale.name} on {_source(data)}, into {out}")
-    corpora = _datasets(scale, data, min_rows)
+    least = scale.min_rows if min_rows is None else min_rows
+    corpora = _datasets(scale, data, least)
     out.mkdir(parents=True, exist_ok=True)
     base = start(scale.base, out)
     begin(out, scale, data, base, corpora)
@@ -183,6 +185,29 @@ def similarity_rows(
     made_of = {"models": identities(checkpoints), "base": base.sha256()}
     kept(Path(folder) / "rows" / f"{table}.csv", made_of, make)
 
+# %% ../nbs/50_study.ipynb #9370952c
+def starts_rows(
+    folder: Path,  # the study's folder
+    first: list,  # models of the first start
+    second: list,  # models of the second start
+    starts: tuple,  # checkpoints of the two
+):
+    "Measure models of two starts, from the first start and each from its own."
+    checkpoints, file = [*first, *second], Path(folder) / "rows" / "similarity_starts.csv"
+    made_of = {"models": identities(checkpoints), "starts": [s.sha256() for s in starts]}
+
+    def make():
+        base, other = starts
+        measured = gram([*checkpoints, other], base, by=parts, device=default_device())
+        own = [None] * len(first) + [len(checkpoints)] * (len(second) + 1)
+        at = np.triu_indices(len(measured.names), 1)
+        cosines = from_own_starts(measured.products()[:-1, :-1], own)[at]
+        rows = pairs_of(measured).assign(**{"cosine from own start": cosines})
+        rows = rows[rows.b != other.name].reset_index(drop=True)
+        write_rows(folder, "similarity_starts", rows, note=False)
+
+    kept(file, made_of, make)
+
 # %% ../nbs/50_study.ipynb #12c53381
 def identities(
     checkpoints: list,  # some models
@@ -246,7 +271,8 @@ def measure(
     say("similarity across starts")
     twins = main.where(dataset=set(second.models.dataset), seed=set(second.models.seed))
     twins = [opened[name] for name in twins.models.model]
-    similarity_rows(out, "starts", twins + second.checkpoints(), anchor)
+    other = open_checkpoint(out / "second-start", name="second start")
+    starts_rows(out, twins, second.checkpoints(), (anchor, other))
     _measure_sizes(out, zoos, opened, anchor)
 
 # %% ../nbs/50_study.ipynb #ed579828
@@ -288,9 +314,13 @@ def walk(
     points, marks = measure_paths(walks, out / "walks", paths, base, corpora, budget, workers)
     write_rows(out, "points", points[[c for c in _POINTS if c in points]])
     write_rows(out, "plane", marks)
+    probes = probes_of(walks, out / "walks", base, corpora, budget, workers)
+    write_rows(out, "targets", probes)
 
 
-_POINTS = "kind walk point alpha x y target loss accuracy train_loss pooling note".split()
+_POINTS = (
+    "kind walk point alpha x y target loss accuracy train_loss pooling penalty note".split()
+)
 
 # %% ../nbs/50_study.ipynb #b394dd3e
 def try_starts(
@@ -315,6 +345,10 @@ def try_starts(
         return say("no target has enough rows to hold some back")
     write_rows(out, "starts", rows)
     write_rows(out, "advice", advice)
+    if contest.budgets:
+        bases, folder = (base, out / "second-start"), out / "starts"
+        why = explain_gains(zoo, targets, bases, folder, contest, shared, workers)
+        write_rows(out, "why", why)
 
 # %% ../nbs/50_study.ipynb #72d39a64
 def _measure_all(out, scale, base, corpora, workers, clock):
@@ -402,12 +436,25 @@ def _locations(m, checkpoints, base):
     say("locating each model among the others")
     measured = gram(checkpoints, base, device=default_device())
     tables = {"dataset": locate_from_gram(measured, m.dataset.tolist())}
+    tables["never seen"] = _never_seen(measured, m)
     # with a dataset taken away, two are left
     m = m[m.family.map(m.groupby("family").dataset.nunique()) > 2]
     if m.family.nunique() > 1:
         few = measured.select(m.model.tolist())
         tables["family"] = locate_from_gram(few, m.family.tolist(), m.dataset.tolist())
     return pd.concat([t.assign(by=by) for by, t in tables.items()])
+
+
+def _never_seen(measured, m):
+    "Later seeds, and whole datasets, located by a zoo of the first seeds of the others."
+    seeds, names = sorted(set(m.seed)), list(dict.fromkeys(m.dataset))
+    early, tables = seeds[: max(3, 3 * len(seeds) // 5)], [pd.DataFrame()]
+    if len(seeds) <= len(early) or len(names) < 4:
+        return tables[0]  # a region takes three models, and some are to be set aside
+    for half in (names[::2], names[1::2]):
+        zoo = m.model[m.dataset.isin(half) & m.seed.isin(early)]
+        tables.append(locate_unseen(measured, m.dataset.tolist(), zoo))
+    return pd.concat(tables)
 
 # %% ../nbs/50_study.ipynb #fb586dcc
 def _show(out, asked, stage, clock):
