@@ -115,10 +115,10 @@ def read_bytes(
         raise FileNotFoundError(f"{file}: there is no such file")
     if not os.path.isfile(file):
         raise ValueError(f"{file}: is no regular file")
-    if os.path.getsize(file) > most:
+    if (size := os.path.getsize(file)) > most:
         raise ValueError(f"{file}: has more than {most:,} bytes")
     with open(file, "rb") as f:
-        return f.read(most)
+        return f.read(size)
 
 
 def read_text(
