@@ -68,8 +68,14 @@ def _branches(tokens) -> list:
             branches.append([])
         else:
             branches[-1].append(_inner(tokens) if token == "{" else token)
-    plain = lambda branch: len(branch) == 1 and isinstance(branch[0], str)
-    return [branch[0] if plain(branch) else tuple(branch) for branch in branches]
+    return [_text_or_parts(branch) for branch in branches]
+
+
+def _text_or_parts(branch: list) -> str | tuple:
+    "A branch that is one text as that text; any other as a tuple."
+    if len(branch) == 1 and isinstance(branch[0], str):
+        return branch[0]
+    return tuple(branch)
 
 
 def _inner(tokens) -> list | Slot:

@@ -554,6 +554,15 @@ def _timed(base, corpus, recipe, lengths):
         seconds[steps] = time.perf_counter() - begin
     return seconds
 
+# %% ../nbs/51_cost.ipynb #451e0eb7
+def _points_read(p: Planned, walk: PathSpec) -> list[tuple]:
+    "For each target of a walk: tokens of a row, and rows that a point is measured on."
+    budget, looks = p.scale.budget, []
+    for target in (p.datasets[name] for name in walk.targets):
+        rows = min(budget.n_train, len(target.train)) + min(budget.n_test, len(target.test))
+        looks.append((min(target.tokens, budget.max_length), rows))
+    return looks
+
 # %% ../nbs/51_cost.ipynb #43dc95ea
 def _looks_at_walk(p: Planned, walk: PathSpec) -> Stage:
     "The cost of one walk: each point is an average, and looks at rows of each target."
@@ -565,15 +574,6 @@ def _looks_at_walk(p: Planned, walk: PathSpec) -> Stage:
         flops=visits(walk) * sum(rows * p.shape.forward(tokens) for tokens, rows in looks),
         traffic=4 * weights * (visits(walk) + 1) * (1 if alone else len(walk.members)),
     )
-
-# %% ../nbs/51_cost.ipynb #451e0eb7
-def _points_read(p: Planned, walk: PathSpec) -> list[tuple]:
-    "For each target of a walk: tokens of a row, and rows that a point is measured on."
-    budget, looks = p.scale.budget, []
-    for target in (p.datasets[name] for name in walk.targets):
-        rows = min(budget.n_train, len(target.train)) + min(budget.n_test, len(target.test))
-        looks.append((min(target.tokens, budget.max_length), rows))
-    return looks
 
 # %% ../nbs/51_cost.ipynb #d5d9bd20
 def _looks_at_starts(p: Planned, target: Outline) -> Stage:

@@ -288,7 +288,7 @@ def _deaths():
 
 # %% ../nbs/11_jobs.ipynb #2c6c406b
 class _Watch:
-    "When a job was last seen to do something."
+    "When a job last did something."
 
     def __init__(self, actor, name, asks):
         import ray
@@ -377,7 +377,9 @@ def _cluster(gpus):
     "What a job asks of the Ray cluster, and how many such jobs it has room for."
     ray = _connected()
     has = {kind: ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU")}
-    asked = (1 if has["GPU"] else 0) if gpus is None else gpus
+    asked = gpus
+    if gpus is None:
+        asked = 1 if has["GPU"] else 0
     if asked > has["GPU"]:
         raise ValueError(
             f"a job asks for {asked:g} GPU{'s' * (asked != 1)},"
