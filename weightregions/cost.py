@@ -609,7 +609,8 @@ def plan_of(
             f"no device {device!r}: there are {', '.join(DEVICES)}; or measure yours with measure_device"
         )
     device = DEVICES[device] if isinstance(device, str) else device
-    chosen = choose(outlines(data, scale, names), scale.per_family, min_rows)
+    offered = outlines(data, scale, names)
+    chosen = choose(offered, scale.per_family, min_rows)
     planned = Planned(
         scale, model_shape(base or scale.base), chosen, isinstance(data, str) and data == "hub"
     )
@@ -633,6 +634,8 @@ def plan_of(
         "base": str(base or scale.base),
         "length": how_long(scale.recipe.as_dict()),
         "datasets": len(chosen),
+        "taken": list(chosen),
+        "left_out": [name for name in offered if name not in chosen],
         "seeds": scale.seeds,
         "device": device.name,
         "source": device.source,

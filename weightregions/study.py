@@ -80,7 +80,9 @@ def run_study(
 # %% ../nbs/50_study.ipynb #d56dfc4b
 def _source(data):
     "Where the datasets come from, for readers."
-    return data if data in ("builtin", "hub") else f"the folder {Path(data).name}"
+    if data in ("builtin", "hub") or not Path(data).exists():
+        return data  # also the id of a dataset on the hub
+    return f"the {'folder' if Path(data).is_dir() else 'file'} {Path(data).name}"
 
 
 def _datasets(scale, data, min_rows):
