@@ -27,6 +27,7 @@ from weightregions.checkpoints import (
     open_checkpoint,
     plain_config,
 )
+from .bases import MINILM, MINILM_SHA256
 from .corpora import Corpus, letters
 from .files import whole_folder, write_whole
 from .identity import weights_sha256
@@ -693,7 +694,9 @@ def _start_of(centroid: Centroid, told) -> tuple:
     "Name and SHA-256 of the pretrained model: by the manifests, else by what was held to it."
     if told("base"):
         return told("base")[0], told("base_sha256")[0]
-    return (centroid.base or {}).get("name"), (centroid.base or {}).get("sha256")
+    held = centroid.base or {}
+    known = MINILM if held.get("sha256") == MINILM_SHA256 else held.get("name")
+    return known, held.get("sha256")
 
 # %% ../nbs/30_centering.ipynb #3335ecb1
 def save_centroid(

@@ -6,17 +6,15 @@
 __all__ = ['Continued', 'continue_from', 'save_continued', 'continued_card', 'gain_text']
 
 # %% ../nbs/35_continuing.ipynb #8c149ea2
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from .checkpoints import open_checkpoint
+from .bases import base_identity
 from .corpora import Corpus
 from .files import as_json, whole_folder, write_whole
 from .finetuning import Recipe
-from .identity import weights_sha256
 from .loading import quiet
 from .starting import Search, Tuned, tune
 
@@ -60,12 +58,8 @@ def continue_from(
 
 def _about(start) -> dict:
     "What to call a start, and the SHA-256 of its weights."
-    checkpoint = open_checkpoint(start)
-    source = str(checkpoint.source)
-    hub = source.rpartition("@")[0] if "@" in source and "/" in source else ""
-    local = Path(source).expanduser().is_dir()
-    name = checkpoint.name if local or not hub else hub
-    return {"name": name, "sha256": weights_sha256(checkpoint.folder)}
+    identity = base_identity(start)
+    return {"name": identity["name"], "sha256": identity["sha256"]}
 
 # %% ../nbs/35_continuing.ipynb #6dff974b
 def save_continued(

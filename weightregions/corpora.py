@@ -649,7 +649,10 @@ def find_split(
 ) -> Path:  # the file
     "The file of a split."
     for stem in stems:
-        found = [path for ending in READERS if (path := folder / f"{stem}.{ending}").is_file()]
+        names = [
+            f"{s}.{ending}" for s in (stem, f"{stem}-00000-of-00001") for ending in READERS
+        ]
+        found = [folder / name for name in names if (folder / name).is_file()]
         if len(found) > 1:
             both = " and ".join(path.name for path in found)
             raise ValueError(f"dataset {folder.name}: {both}: keep one of them")
@@ -902,6 +905,11 @@ def _dataset_paths(folder: Path) -> dict:
     for file in inside:
         if file.suffix[1:].lower() not in READERS or file.name == "families.csv":
             continue
+        if re.fullmatch(r".*-[0-9]{5}-of-[0-9]{5}", file.stem):
+            raise ValueError(
+                f"{file}: is a part of a split; put the parts into one file, or read them with"
+                " `datasets` and give what its save_to_disk writes"
+            )
         match = _SPLIT.fullmatch(file.stem)
         name, split = match.groups() if match else (file.stem, "train")
         if not isinstance(paths.setdefault(name, {}), dict) or split in paths[name]:
@@ -920,7 +928,10 @@ def _two_files(name: str, files: dict) -> list:
 
 def _is_dataset(folder: Path) -> bool:
     "Whether a folder has a file called train."
-    return any((folder / f"train.{ending}").is_file() for ending in READERS)
+    try:
+        return find_split(folder, "train").is_file()
+    except FileNotFoundError:
+        return False
 
 # %% ../nbs/10_corpora.ipynb #0db6cd29
 def in_file(
