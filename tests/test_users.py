@@ -255,6 +255,18 @@ def test_a_folder_of_files_and_folders_of_either_kind(tmp_path, tables):
         assert same(read(tmp_path / name)[0][name], corpora[name])
 
 
+def test_the_files_of_a_clone_of_the_hub(tmp_path, tables):
+    for split, table in zip(("train", "test"), tables):
+        write_as(table, tmp_path / f"{split}-00000-of-00001.parquet")
+    corpus = read(tmp_path)[0][tmp_path.name]
+    assert (len(corpus.train), len(corpus.test)) == (60, 30)
+    for part in (0, 1):
+        (tmp_path / "more").mkdir(exist_ok=True)
+        write_as(tables[0], tmp_path / "more" / f"train-0000{part}-of-00002.parquet")
+    with pytest.raises(ValueError, match="train-00000-of-00002.parquet: is a part of a split"):
+        read(tmp_path / "more")
+
+
 def test_label_names_and_hidden_labels_of_saved_datasets(tmp_path, tables):
     import datasets
 

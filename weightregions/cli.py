@@ -350,9 +350,9 @@ _FOLDER = _arg("folder", nargs="+", metavar="FOLDER", help=_FOLDERS)
 _STEPS = _flag("--all-checkpoints", "take every checkpoint-N of a run, not only its last")
 _BASE = _arg("--base", required=True, metavar="MODEL", help=_PRETRAINED)
 _SOURCES = (
-    "'builtin', 'hub', a CSV, TSV, JSONL or Parquet file, a folder of such files, of datasets or"
-    " of datasets.save_to_disk, or a dataset's id on the hub (OWNER/NAME or OWNER/NAME/CONFIG);"
-    " where nothing tests, a fifth of each class is held out"
+    "'builtin', 'hub', a CSV, TSV, JSONL or Parquet file, a folder of such files, of datasets"
+    " or of datasets.save_to_disk, or a dataset's id on the hub (OWNER/NAME, perhaps with"
+    " /CONFIG); where nothing tests, a fifth of each class is held out"
 )
 _DATA = _arg("--data", required=True, help=_SOURCES)
 _TARGET = _arg(
@@ -700,7 +700,8 @@ def _hull(options, models):
         "folder",
         nargs="+",
         metavar="CHECKPOINT",
-        help="two or three checkpoints, folders or hub ids; with --hull any number, or a folder",
+        help="two or three checkpoints, folders or hub ids; with --hull any number, or a"
+        " folder",
     ),
     _STEPS,
     _BASE,
@@ -728,7 +729,7 @@ def _hull(options, models):
     _FORMAT,
 )
 def traverse(
-    options: argparse.Namespace,  # folder, base, data, target, kind of path, rows, max_length, out
+    options: argparse.Namespace,  # models, base, data, columns, kind of path, rows, out
 ):
     "The generalized loss on a line, beyond its ends, in a plane or in the hull of several."
     corpus = _corpus(options.data, options.target, _columns_of(options))
@@ -776,7 +777,8 @@ def _sharing(zoo, corpus, data, columns):
     near, unknown = unsuited(zoo, corpus, data, columns)
     if near:
         _say(
-            f"{', '.join(near)}: left out, more than 1 % of the sentences are in {corpus.name} too"
+            f"{', '.join(near)}: left out, more than 1 % of the sentences are in"
+            f" {corpus.name} too"
         )
     if unknown:
         named = ", ".join(unknown[:8]) + f" and {len(unknown) - 8} more" * (len(unknown) > 8)
@@ -986,7 +988,7 @@ def _is_same(path, word, folder):
     _arg("--write", metavar="FOLDER", help="write the start that is advised as a checkpoint"),
 )
 def recommend(
-    options: argparse.Namespace,  # folder, all_checkpoints, base, data, columns, rows, out, write
+    options: argparse.Namespace,  # models, base, data, columns, rows, out, write
 ):
     "Rank the starts that a zoo offers for a dataset, and say which one to take."
     if options.write:
@@ -1120,7 +1122,7 @@ def finetune(
     ),
 )
 def study(
-    options: argparse.Namespace,  # scale, data, out, min_rows, workers, dry_run, device, measure
+    options: argparse.Namespace,  # scale, data, out, and whether to run or to tell the cost
 ):
     "Put the paper's claims to the test, and write one page with the verdicts."
     if options.measure and options.device:
@@ -1146,3 +1148,5 @@ def _plan(options):
     cores = os.cpu_count() if plan.attrs["device"] == "core" else 1
     _tell(plan_text(plan, options.workers or cores), "plan")
     _SHOWN[-1].kept["stages"] = plan.reset_index()
+    names = {part: ", ".join(plan.attrs[part]) for part in ("taken", "left_out")}
+    _tell(f"datasets: {names['taken']}; left out: {names['left_out'] or 'none'}", "datasets")

@@ -11,18 +11,17 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from .checkpoints import open_checkpoint
+from .bases import base_identity
 from .corpora import Corpus
 from .files import as_json, whole_folder, write_whole
 from .finetuning import Recipe
-from .identity import weights_sha256
 from .loading import quiet
 from .starting import Search, Tuned, tune
 
 # %% ../nbs/35_continuing.ipynb #d5da4924
 @dataclass(frozen=True)
 class Continued:
-    "A model fine-tuned from a start, and the same from the pretrained model where it was asked for."
+    "A model fine-tuned from a start, and perhaps the same from the pretrained model."
 
     corpus: Corpus  # what it was fine-tuned on
     start: dict  # name and SHA-256 of the weights that it started from
@@ -38,11 +37,11 @@ class Continued:
             return None
         return 100 * (self.tuned.accuracy - self.reference.accuracy)
 
-
+# %% ../nbs/35_continuing.ipynb #33f495e4
 def continue_from(
     start,  # folder or hub id of the checkpoint to start from, or "minilm"
     corpus: Corpus,  # what to fine-tune on
-    recipe: Recipe = Recipe(),  # how; the search has its own rates, and `rows` caps the examples
+    recipe: Recipe = Recipe(),  # how; the search has its own rates
     method: str = "all",  # what trains: "all", "bitfit", "head" or "lora"
     seed: int = 1,  # of examples, validation part, head, order and dropout
     search: Search | None = None,  # of the learning rate and the steps; None: `Search()`
@@ -59,12 +58,8 @@ def continue_from(
 
 def _about(start) -> dict:
     "What to call a start, and the SHA-256 of its weights."
-    checkpoint = open_checkpoint(start)
-    source = str(checkpoint.source)
-    hub = source.rpartition("@")[0] if "@" in source and "/" in source else ""
-    local = Path(source).expanduser().is_dir()
-    name = checkpoint.name if local or not hub else hub
-    return {"name": name, "sha256": weights_sha256(checkpoint.folder)}
+    identity = base_identity(start)
+    return {"name": identity["name"], "sha256": identity["sha256"]}
 
 # %% ../nbs/35_continuing.ipynb #6dff974b
 def save_continued(
@@ -155,6 +150,6 @@ def gain_text(
     base = f"`{made.base['name']}` (SHA-256 `{made.base['sha256'][:12]}`)"
     return (
         f"The same fine-tuning from {base} ends at {made.reference.accuracy:.4f}:"
-        f" a gain of {made.gain:+.1f} points. One seed; two fine-tunings that differ in the seed"
-        " alone may differ by as much."
+        f" a gain of {made.gain:+.1f} points. One seed; two fine-tunings that differ in the"
+        " seed alone may differ by as much."
     )

@@ -185,8 +185,11 @@ class Corpus:
             object.__setattr__(self, key, value)
 
     def __repr__(self):
-        rows = f"{len(self.train):,} train and {len(self.test):,} test {'pairs' if self.pair else 'texts'}"
-        return f"Corpus({self.name}: {self.family}, {len(self.labels)} classes, {rows}, from {self.source})"
+        kind = "pairs" if self.pair else "texts"
+        rows = (
+            f"{len(self.train):,} train and {len(self.test):,} test {kind}, from {self.source}"
+        )
+        return f"Corpus({self.name}: {self.family}, {len(self.labels)} classes, {rows})"
 
     @property
     def pair(self) -> bool:
@@ -496,8 +499,8 @@ class Columns:
         return any((self.text, self.pair, self.label))
 
 
-TEXTS = """text sentence content review comment tweet message utterance document body question query
-headline title description""".split()
+TEXTS = """text sentence content review comment tweet message utterance document body question
+query headline title description""".split()
 LABELS = "label labels class category target sentiment intent topic y".split()
 PAIRS = [
     p.split("/")
@@ -657,7 +660,10 @@ def find_split(
 ) -> Path:  # the file
     "The file of a split."
     for stem in stems:
-        found = [path for ending in READERS if (path := folder / f"{stem}.{ending}").is_file()]
+        names = [
+            f"{s}.{ending}" for s in (stem, f"{stem}-00000-of-00001") for ending in READERS
+        ]
+        found = [folder / name for name in names if (folder / name).is_file()]
         if len(found) > 1:
             both = " and ".join(path.name for path in found)
             raise ValueError(f"dataset {folder.name}: {both}: keep one of them")
@@ -911,6 +917,11 @@ def _dataset_paths(folder: Path) -> dict:
     for file in inside:
         if file.suffix[1:].lower() not in READERS or file.name == "families.csv":
             continue
+        if re.fullmatch(r".*-[0-9]{5}-of-[0-9]{5}", file.stem):
+            raise ValueError(
+                f"{file}: is a part of a split; put the parts into one file, or read them with"
+                " `datasets` and give what its save_to_disk writes"
+            )
         match = _SPLIT.fullmatch(file.stem)
         name, split = match.groups() if match else (file.stem, "train")
         if not isinstance(paths.setdefault(name, {}), dict) or split in paths[name]:
@@ -929,7 +940,10 @@ def _two_files(name: str, files: dict) -> list:
 
 def _is_dataset(folder: Path) -> bool:
     "Whether a folder has a file called train."
-    return any((folder / f"train.{ending}").is_file() for ending in READERS)
+    try:
+        return find_split(folder, "train").is_file()
+    except FileNotFoundError:
+        return False
 
 # %% ../nbs/10_corpora.ipynb #0db6cd29
 def in_file(
@@ -1027,7 +1041,8 @@ def hub_rows(
         present = ", ".join(data[split].column_names)
         if absent:
             raise ValueError(
-                f"dataset {entry['name']}, split {split}: no column {absent[0]!r}, there are {present}"
+                f"dataset {entry['name']}, split {split}: no column {absent[0]!r}, there are"
+                f" {present}"
             )
         table = data[split].select_columns([c for of in columns.values() for c in of]).to_dict()
         said = lambda row: SEP.join(
@@ -1046,7 +1061,10 @@ def hub_rows(
     )
     if whole.all():
         return rows
-    message = f"dataset {entry['name']}, {' + '.join(splits)}: {(~whole).sum()} of {len(rows)} rows lack a text or a label"
+    message = (
+        f"dataset {entry['name']}, {' + '.join(splits)}: {(~whole).sum()} of {len(rows)} rows"
+        " lack a text or a label"
+    )
     if whole.mean() < 0.95:
         raise ValueError(message)
     warnings.warn(f"{message} and are left out", stacklevel=2)
@@ -1056,7 +1074,7 @@ def hub_rows(
 def hub_split(
     entry: dict,  # of the registry
     data,  # datasets.DatasetDict
-) -> tuple:  # a Corpus, and a DataFrame of the rows to choose settings on (dev): text, text_pair (pairs only), label
+) -> tuple:  # a Corpus, and the rows to choose settings on (dev), in the columns of a corpus
     "A hub dataset as a corpus and its dev part, by the rules above."
     train, names = hub_rows(entry, data, entry["train"]), entry["label_names"]
     if entry["test"]:
@@ -1077,7 +1095,8 @@ def hub_split(
     own = getattr(data[entry["train"][0]].features[entry["label"]], "names", None)
     if own and list(own) != names:
         warnings.warn(
-            f"dataset {entry['name']}: the hub names its labels {', '.join(own)}; those are used",
+            f"dataset {entry['name']}: the hub names its labels {', '.join(own)};"
+            " those are used",
             stacklevel=2,
         )
         names = own
@@ -1226,7 +1245,8 @@ def load_corpora(
     for name, corpus in corpora.items():
         if shared := shared_rows(corpus):
             warnings.warn(
-                f"dataset {name}: {shared} of {len(corpus.test)} test rows are training rows too",
+                f"dataset {name}: {shared} of {len(corpus.test)} test rows are training rows"
+                " too",
                 stacklevel=2,
             )
     return corpora
@@ -1240,7 +1260,7 @@ def _listed(names) -> str:
 def describe(
     corpora: dict,  # name -> Corpus
 ) -> pd.DataFrame:  # a row for each corpus
-    "What the datasets are like: sizes, the accuracy of a constant answer, and the median number of words in a training row."
+    "Sizes, the accuracy of a constant answer, and the median number of words in a row."
     words = lambda c: sum(
         c.train[column].str.split().str.len() for column in ["text"] + ["text_pair"] * c.pair
     ).median()

@@ -365,7 +365,7 @@ def _common_name(paths: Iterable) -> str:
 # %% ../nbs/14_zoo.ipynb #266b7128
 def open_zoo(
     folder,  # of a zoo, or with a models.csv, or that table, or what `gather` takes
-    all_checkpoints: bool = False,  # of folders without a table: take every `checkpoint-N` of a run
+    all_checkpoints: bool = False,  # without a table: take every `checkpoint-N` of a run
 ) -> Zoo:  # its models
     "Open a zoo: one built here, or checkpoints that others trained."
     if isinstance(folder, (list, tuple)) and len(folder) != 1:
@@ -392,7 +392,7 @@ def _of_table(
     why: str = "",
     base: dict | None = None,
 ) -> Zoo:
-    "The zoo of a table, and the folders with weights below `root` that the table does not name."
+    "The zoo of a table, and the folders with weights below `root` that it does not name."
     if models.empty:
         raise ValueError(f"{root or name}: no finished model")
     taken, same = _once(models.path.tolist(), dict(zip(models.path, models.model)))
@@ -440,7 +440,7 @@ def _matches(name: str, patterns: tuple) -> bool:
 
 # %% ../nbs/14_zoo.ipynb #4023bd30
 def _what_is_in(folder: Path) -> str | None:
-    "Empty for a checkpoint, else the reason why its weights cannot be taken; None without weights."
+    "Empty for a checkpoint, else why its weights cannot be taken; None without weights."
     try:
         names = sorted(file.name for file in folder.iterdir() if not file.is_dir())
     except OSError as e:
@@ -725,7 +725,8 @@ def require_base(
         if parts:
             raise ValueError(
                 f"{base.folder}: is not the base of {self.name}: the SHA-256 of its"
-                f" {' and its '.join(parts)} is not what {where} records; give the base that the models started from"
+                f" {' and its '.join(parts)} is not what {where} records; give the base that"
+                " the models started from"
             )
 
 
