@@ -210,11 +210,56 @@ def _anatomy_and_names(config, stored: dict, who: str) -> tuple:
 
 @lru_cache(maxsize=64)
 def _anatomy_of(model_type: str, config: str) -> Anatomy:
-    "The anatomy of the class that a configuration (as JSON) names, built without weights."
-    config = transformers.CONFIG_MAPPING[model_type].from_dict(json.loads(config))
-    model = built(config)
-    converts = bool(_conversions(getattr(model, "base_model", model)))
-    return replace(anatomy(model), converts=converts)
+    "The anatomy of the class that a configuration (as JSON) names, as it was kept or anew."
+    file = _kept_anatomy(model_type, config)
+    if file is None or (known := _read_anatomy(file)) is None:
+        config = transformers.CONFIG_MAPPING[model_type].from_dict(json.loads(config))
+        model = built(config)
+        converts = bool(_conversions(getattr(model, "base_model", model)))
+        known = replace(anatomy(model), converts=converts)
+        _keep_anatomy(file, known)
+    return known
+
+# %% ../nbs/02_checkpoints.ipynb #3acede80
+def _kept_anatomy(model_type: str, config: str) -> Path | None:
+    "The file in which the anatomy of a configuration is kept."
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "weightregions"
+    folder = os.environ.get("WEIGHTREGIONS_CACHE", str(home))
+    if not folder:
+        return None
+    code = Path(anatomy.__code__.co_filename)
+    asks = code.read_bytes() if code.is_file() else b""
+    parts = [transformers.__version__.encode(), asks, model_type.encode(), config.encode()]
+    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()
+    return Path(folder).expanduser() / "anatomy" / f"{digest}.json"
+
+
+def _read_anatomy(file: Path) -> Anatomy | None:
+    "The anatomy in a file; None if there is none, or it is damaged."
+    try:
+        kept = read_json(file)
+        fields = json.loads(kept["anatomy"])
+        if hashlib.sha256(kept["anatomy"].encode()).hexdigest() != kept["sha256"]:
+            return None
+        shapes = {
+            part: {n: tuple(shape) for n, shape in fields[part].items()}
+            for part in ("body", "head")
+        }
+        return Anatomy(**fields | shapes | {"ignored": frozenset(fields["ignored"])})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _keep_anatomy(file: Path | None, known: Anatomy) -> None:
+    "Write an anatomy into its file, where that can be written."
+    fields = vars(known) | {"ignored": sorted(known.ignored)}
+    text = json.dumps(fields)
+    kept = {"anatomy": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    try:
+        if file is not None:
+            write_whole(file, json.dumps(kept))
+    except OSError:
+        pass  # the next command asks the class again
 
 # %% ../nbs/02_checkpoints.ipynb #7a87189b
 def _of_state(state: Mapping[str, Tensor]) -> Anatomy:
