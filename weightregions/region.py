@@ -22,7 +22,7 @@ import pandas as pd
 import scipy
 import torch
 
-from .centering import Centroid, _one_base, _members, _shares
+from .centering import Centroid, require_one_base, members_table, shares_of
 from .checkpoints import Checkpoint, as_weights, open_tensors, tensors_file
 from .files import as_json, file_sha256, whole_folder, write_whole
 from .similarity import Gram, gram, rounded_models
@@ -211,7 +211,7 @@ def _region(
             "loo": shape.loo,
         }
     )
-    centre = Difference(Centroid(name, models, _shares(None, names)), base)
+    centre = Difference(Centroid(name, models, shares_of(None, names)), base)
     return Region(name, identity, centre, shape, rows, base)
 
 # %% ../nbs/32_region.ipynb #9944ea42
@@ -383,7 +383,7 @@ def regions_of(
     base = as_weights(base)
     zoo = _with_region(zoo.checked(base), by)
     models = zoo.checkpoints()
-    _one_base(_members(zoo, np.ones(len(zoo))), zoo.name)
+    require_one_base(members_table(zoo, np.ones(len(zoo))), zoo.name)
     found = _measured(models, base, progress)
     shapes = _shapes(
         found.products()[:-1, :-1],
