@@ -32,7 +32,7 @@ from .zoo import Zoo, read_manifest
 
 # %% ../nbs/30_centering.ipynb #6ea1f3fc
 class Centroid(WeightedSum):
-    "The average of some checkpoints, a checkpoint itself: weights are averaged when they are read."
+    "The average of some checkpoints: weights are averaged when they are read."
 
     def __init__(
         self,
@@ -110,8 +110,11 @@ def of_one_start(
     return models
 
 # %% ../nbs/30_centering.ipynb #00b8b011
-def shares_of(weights, names: list[str]) -> np.ndarray:
-    "Weights as shares that sum to 1, in the order of the names; equal ones for None."
+def shares_of(
+    weights,  # a number from 0 up for each model, or name -> number; None: all equal
+    names: list[str],  # of the models
+) -> np.ndarray:  # (k,) in the order of the names
+    "Weights as shares that sum to 1."
     if weights is None:
         return np.full(len(names), 1 / len(names))
     if isinstance(weights, (Mapping, pd.Series)):
@@ -211,26 +214,26 @@ def leave_out(
     | Corpus,  # the dataset that is to count as unseen, by its name in the zoo or itself
 ) -> Zoo:  # the other models
     "All of a zoo but the models of one dataset, whatever name they go by."
-    own, twins = _holds(zoo, target)
-    if isinstance(target, str) and not own.any():
-        raise ValueError(
-            f"{zoo.name}: no dataset {target!r}, only {', '.join(dict.fromkeys(zoo.models.dataset))}; of one that the zoo never saw, give the Corpus itself"
-        )
+    named, twins = _holds(zoo, target)
+    name = target if isinstance(target, str) else target.name
+    if isinstance(target, str) and not named.any():
+        there = ", ".join(dict.fromkeys(zoo.models.dataset))
+        hint = "of one that the zoo never saw, give the Corpus itself"
+        raise ValueError(f"{zoo.name}: no dataset {target!r}, only {there}; {hint}")
     if twins.any():
         names = ", ".join(dict.fromkeys(zoo.models.dataset[twins]))
-        warnings.warn(
-            f"{names}: the same data as {target if isinstance(target, str) else target.name} under another name, left out too",
-            stacklevel=2,
-        )
-    if (own | twins).all():
-        raise ValueError(
-            f"{zoo.name}: nothing is left without {target if isinstance(target, str) else target.name}"
-        )
-    return zoo.keep(~(own | twins))
+        same = f"the same data as {name} under another name, left out too"
+        warnings.warn(f"{names}: {same}", stacklevel=2)
+    if (named | twins).all():
+        raise ValueError(f"{zoo.name}: nothing is left without {name}")
+    return zoo.keep(~(named | twins))
 
 # %% ../nbs/30_centering.ipynb #1df3d48c
-def members_table(zoo: Zoo, weights: np.ndarray) -> pd.DataFrame:
-    "A row a member: what it is, what it scored, and the hashes of its weights and data where its manifest has them."
+def members_table(
+    zoo: Zoo,  # fine-tuned models
+    weights: np.ndarray,  # (k,) share of each
+) -> pd.DataFrame:  # one row per member
+    "What the members are, what they scored, and the hashes in their manifests."
     told = [read_manifest(m.path) for m in zoo.models.itertuples()]
     part = lambda key, field: [about.get(key, {}).get(field, "") for about in told]
     return (
@@ -247,13 +250,15 @@ def members_table(zoo: Zoo, weights: np.ndarray) -> pd.DataFrame:
     )
 
 
-def require_one_base(members: pd.DataFrame, what: str) -> None:
+def require_one_base(
+    members: pd.DataFrame,  # what `members_table` gave
+    what: str,  # what they are for, for the message
+) -> None:
     "Refuse members whose manifests name two bases."
     known = members[members.base_sha256 != ""].drop_duplicates("base_sha256")
     if len(known) > 1:
-        raise ValueError(
-            f"{what}: {' and '.join(known.model[:2])} were fine-tuned from two bases ({', '.join(s[:12] for s in known.base_sha256[:2])})"
-        )
+        pair, hashes = " and ".join(known.model[:2]), [s[:12] for s in known.base_sha256[:2]]
+        raise ValueError(f"{what}: {pair} were fine-tuned from two bases ({', '.join(hashes)})")
 
 # %% ../nbs/30_centering.ipynb #7458e4f5
 def centroid_of(

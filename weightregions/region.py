@@ -123,7 +123,7 @@ def calibrated_p(
 
 
 def _judge(cosine: float, shape: Shape, alpha: float) -> tuple:
-    "The p-value, whether the query is inside, whether the region has a direction, and what to know of that."
+    "The p-value, whether the query is inside, whether the region has a direction, a note."
     if shape.units is not None and 1 / (shape.n + 1) >= alpha:
         takes = int(1 / alpha + 1e-9)
         return (
@@ -169,11 +169,13 @@ class Region:
         return bool(_judge(0, self.shape, 0.05)[2])
 
     def __repr__(self):
-        return f"Region({self.name}: {len(self.members)} members, level {self.shape.level:.3f}, spread {self.spread:.3f}, centre of length {self.shape.length:.3g})"
+        shape = f"level {self.shape.level:.3f}, spread {self.spread:.3f}"
+        length = f"centre of length {self.shape.length:.3g}"
+        return f"Region({self.name}: {len(self.members)} members, {shape}, {length})"
 
 # %% ../nbs/32_region.ipynb #bd801781
 def _measured(checkpoints: list[Checkpoint], base: Checkpoint, progress: bool = False) -> Gram:
-    "Inner products of models that were all fine-tuned from the base; strangers and models that did not move are refused."
+    "Inner products of models that were all fine-tuned from the base, and moved."
     matrices = {n for n, s in zip(base.layout.names, base.layout.shapes) if len(s) > 1}
     found = gram(
         checkpoints,
@@ -289,7 +291,7 @@ def _stretch(weights: Weights, name: str, start: int, stop: int) -> np.ndarray:
 
 
 def _products(q: np.ndarray, b: np.ndarray, centres: list[np.ndarray]) -> np.ndarray:
-    "Products of query and base, with themselves, of the task vector, and of the centres with it."
+    "Products of query and base, their squares, that of the task vector, centres with it."
     with np.errstate(over="ignore", invalid="ignore"):
         tv = q - b
         return np.array([q @ b, q @ q, b @ b, tv @ tv, *(c @ tv for c in centres)])
@@ -377,7 +379,7 @@ def regions_of(
     by: str = "dataset",  # what makes a region: "dataset" or "family" (whose units are datasets)
     progress: bool = True,  # show a progress bar, in weights
 ) -> dict[str, Region]:  # name -> region
-    "The regions of a zoo, with the spread that they have in common; of one model or dataset there is no region."
+    "The regions of a zoo, with the spread that they have in common."
     if by not in ("dataset", "family"):
         raise ValueError(f"regions are made by dataset or by family, not by {by!r}")
     base = as_weights(base)
@@ -401,7 +403,7 @@ def locate(
     checkpoint: Checkpoint,  # the query, or what `as_weights` takes
     regions: Mapping[str, Region] | Iterable[Region],  # regions of one base
     alpha: float = 0.05,  # rate of false alarms: members that are called outsiders
-) -> pd.DataFrame:  # a row a region, the nearest first: region, cosine, level of its members, p, inside, directed, note
+) -> pd.DataFrame:  # one row per region, the nearest first: cosine, level, p, inside, note, ...
     "Which of several regions a checkpoint belongs to."
     regions = list(regions.values() if isinstance(regions, Mapping) else regions)
     if not regions:
@@ -564,7 +566,7 @@ def _strange(about: dict):
 
 
 def _fault(about: dict) -> str | None:
-    "The field that is missing, strange, or other than when it was written; the most precise name there is."
+    "The field that is missing or changed, by the most precise name there is."
     digests, found = about.get("digests"), list(_strange(about))
     if not isinstance(digests, dict) or set(digests) != set(_FIELDS) - {"digests"}:
         return found[0] if found else "digests"
@@ -626,7 +628,7 @@ def locate_from_gram(
     alpha: float = 0.05,  # rate of false alarms: members that are called outsiders
     part: Hashable
     | list = "all",  # tensors to judge by: a label of the Gram matrix, or a list of labels
-) -> pd.DataFrame:  # two rows a model: model, true group, seen (its region was there), named, cosine, p, inside, directed, right
+) -> pd.DataFrame:  # two rows per model: true group, seen (its region was there), named, p, ...
     "Every model of a zoo located among the others: with its own region there, and without."
     apart, (groups, units) = units is not None, _listed(found, groups, units)
     products, rows = found.products(part)[:-1, :-1], []
@@ -689,8 +691,8 @@ def _located(name, group, seen: bool, top) -> dict:
 # %% ../nbs/32_region.ipynb #4dfa5d34
 def location_rates(
     table: pd.DataFrame,  # what `locate_from_gram` gave
-) -> pd.DataFrame:  # a row a measure: rate, ends of its 95 % interval (Wilson's, models taken as independent), models
-    "How often models were named right, called outsiders wrongly (the rate that alpha states), and rightly."
+) -> pd.DataFrame:  # one row per measure: rate, its 95 % interval by Wilson, models
+    "How often models were named right, called outsiders wrongly (rate alpha), and rightly."
     right, inside = (table[c].astype("boolean") for c in ("right", "inside"))
     seen = table.seen.astype(bool)
     measures = {

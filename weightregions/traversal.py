@@ -47,7 +47,7 @@ class Noise:
     "A random Gaussian direction of given length, drawn tensor by tensor."
 
     seed: tuple  # whole numbers from which the generator of every tensor is seeded
-    norms: tuple  # its Euclidean length: one number for the model, or one for each tensor of the layout
+    norms: tuple  # its Euclidean length: one number for the model, or one for each tensor
     per: str = "model"  # "model" or "tensor": what a number of `norms` is the length of
 
 # %% ../nbs/22_traversal.ipynb #5f74b747
@@ -82,7 +82,7 @@ def _affine(weights: Sequence, n: int, who: str) -> tuple:
 # %% ../nbs/22_traversal.ipynb #987a249f
 @dataclass(frozen=True, eq=False, repr=False)
 class Point(WeightedSum):
-    "A point of weight space: the weighted sum of its members, computed tensor by tensor when asked for."
+    "A point of weight space: the weighted sum of its members, computed when it is read."
 
     members: tuple  # M models of one space, or what `as_weights` takes, or points
     weights: tuple  # M numbers that sum to one
@@ -490,11 +490,11 @@ def load_in_memory(
 def load_what_fits(
     models: Iterable,  # checkpoints, points, or what `as_weights` takes
     memory: float
-    | None = None,  # bytes that those in memory may take together; None: as many as similarity takes for its buffers, on a GPU half of what is free there
+    | None = None,  # bytes that they may take; None: `MEMORY`, on a GPU half of what is free
     head: str | None = None,  # see `load_in_memory`
     device: str = "cpu",  # where to hold them
 ) -> list:  # the same models in the same order
-    "Models read into memory, first ones first; those for which there is no room stay where they are, and are read in stretches."
+    "Models read into memory, the first ones first; the others are read when asked for."
     if memory is None:
         memory = torch.cuda.mem_get_info(device)[0] / 2 if device.startswith("cuda") else MEMORY
     found = []
@@ -657,7 +657,7 @@ def _age(model: Weights) -> int:
 
 
 def _inspect(scratch: ScratchModel, members: tuple, ages: tuple) -> dict:
-    "Where members agree; refuses members of another space, with NaN, or in the scratch model's own memory."
+    "Where members agree; another space, NaN and the scratch model's own memory are refused."
     new = [scratch._sound.get(m) != age for m, age in zip(members, ages)]
     for m, is_new in zip(members, new):
         if is_new:
@@ -682,7 +682,7 @@ def _inspect(scratch: ScratchModel, members: tuple, ages: tuple) -> dict:
 
 # %% ../nbs/22_traversal.ipynb #e8c72f82
 def _moved_rows(members: tuple, name: str) -> tuple | None:
-    "Of a large matrix in memory few of whose rows differ between members, these rows and copies of them."
+    "Of a large matrix in memory in which few rows differ, these rows and copies of them."
     if not all_held(members, name):
         return None
     tensors = [m.held(name).detach() for m in members]
@@ -782,7 +782,7 @@ def _plain(value, who: str):
 
 
 def _rows_of(point: Point, coordinates: Mapping, measured, column: str) -> list:
-    "The rows of one point: coordinates, its name, what was measured, and a note where that is not finite."
+    "The rows of one point: coordinates, name, measures, and a note where one is not finite."
     rows = (
         measured
         if isinstance(measured, (list, tuple))
@@ -832,7 +832,7 @@ def _path_of(path: Iterable) -> list:
 
 
 def _keys(pairs: list) -> list:
-    "A digest of every point: where it is, and the bytes of its members, the same whether they are held in memory or not."
+    "A digest of every point: where it is, and the bytes of its members."
     held = lambda m: (
         m
         if all(wide_dtype([dtype]) == dtype for dtype in m.layout.dtypes)
@@ -860,7 +860,7 @@ def _line_of(value) -> bytes:
 
 
 def _alone(file: Path | None):
-    "Keep other processes from measuring into the same file; where nothing can be written, there is nothing to keep from."
+    "Keep other processes from measuring into the same file, where it can be written at all."
     if file is None:
         return nullcontext()
     file.parent.mkdir(parents=True, exist_ok=True)
