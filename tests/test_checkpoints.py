@@ -1127,3 +1127,39 @@ def test_passes_and_single_reads_of_many_threads_do_not_close_each_others_files(
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(one, range(60)))
     assert stored.reading.users == 0 and descriptors(tmp_path) == []
+
+
+def test_what_a_class_says_of_itself_is_asked_once(saved, tmp_path, monkeypatch, tried):
+    from weightregions import checkpoints
+
+    def opened():
+        checkpoints._anatomy_of.cache_clear()
+        return open_checkpoint(saved)
+
+    def built(config):
+        asked.append(config)
+        return real(config)
+
+    asked, real, first = [], checkpoints.built, opened()
+    monkeypatch.setenv("WEIGHTREGIONS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(checkpoints, "built", built)
+    for again in (opened(), opened()):
+        assert again.anatomy == first.anatomy and again.sha256() == first.sha256()
+        assert again.layout == first.layout and again.aside == first.aside
+    assert len(asked) == 1
+    (file,) = (tmp_path / "cache" / "anatomy").iterdir()
+    whole, damages = file.read_text(), 0
+    for damaged in ("", "[]", "{}", whole[:40], whole.replace("weight", "wait"), "\0"):
+        file.write_text(damaged)
+        assert opened().anatomy == first.anatomy and file.read_text() == whole
+        damages += 1
+    assert len(asked) == 1 + damages
+    monkeypatch.setattr(checkpoints.transformers, "__version__", "0")
+    opened()
+    assert len(asked) == 2 + damages
+    monkeypatch.setenv("WEIGHTREGIONS_CACHE", str(saved / "config.json"))  # no folder
+    assert opened().anatomy == first.anatomy
+    checkpoints._anatomy_of.cache_clear()
+    tried(
+        "a kept anatomy that is damaged or outdated", "checkpoints", damages + 1, "made again"
+    )

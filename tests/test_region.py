@@ -361,7 +361,7 @@ def test_saving_is_all_or_nothing(tmp_path):
     def broken(name, start, stop):
         raise ValueError("no disk")
 
-    region.centre.reader = broken
+    region.centre.read = broken
     with pytest.raises(ValueError, match="no disk"):
         region.save(tmp_path / "g0")
     assert not list(tmp_path.iterdir())

@@ -437,8 +437,8 @@ def test_a_sketch_depends_on_nothing_but_the_seed(seed, k, threads):
         for i in range(3)
     ]
     whole, alone = (
-        sketch(models, base, k, seed, False, threads),
-        sketch(models[1:2], base, k, seed, False),
+        sketch(models, base, k, seed, progress=False, threads=threads),
+        sketch(models[1:2], base, k, seed, progress=False),
     )
     np.testing.assert_allclose(whole.values[1], alone.values[0], rtol=1e-5, atol=1e-4)
     exact = gram(models, base, progress=False)
@@ -449,7 +449,7 @@ def test_a_sketch_depends_on_nothing_but_the_seed(seed, k, threads):
         base,
         k,
         seed,
-        False,
+        progress=False,
     )
     np.testing.assert_allclose(twice.values[0], 2 * whole.values[0], rtol=1e-5, atol=1e-4)
 

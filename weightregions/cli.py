@@ -401,7 +401,7 @@ def _opened(options):
 
     zoo = open_zoo(options.folder, options.all_checkpoints)
     base = open_checkpoint(_pretrained(options.base))
-    zoo.checkpoints()[0].require_started_from(base)
+    zoo.checkpoints()[0].require_same_start(base, sample=2**12)
     return zoo.checked(base), base
 
 
@@ -736,7 +736,7 @@ def traverse(
     zoo, base = _opened(options)
     models, out = zoo.checkpoints(), Path(options.out)
     for m in models:
-        m.require_started_from(base)
+        m.require_same_start(base, sample=2**12)
     kind, rows, start, draw = _measured(options, models, base, corpus)
     _write(rows, out / f"{kind}.csv")
     _write_left_out(zoo, out / "left_out.csv")

@@ -56,9 +56,8 @@ class Gram:
         "Inner products of the task vectors and, in the last row and column, the base."
         wanted = group if isinstance(group, list) else [group]
         if unknown := [g for g in wanted if g != "all" and g not in self.groups]:
-            raise ValueError(
-                f"no tensor carries the label {unknown[0]!r}; there are {', '.join(map(repr, self.groups[:8]))}"
-            )
+            there = ", ".join(map(repr, self.groups[:8]))
+            raise ValueError(f"no tensor carries the label {unknown[0]!r}; there are {there}")
         chosen = [
             cell
             for labels, cell in self.cells.items()
@@ -83,7 +82,7 @@ def _finite(values: np.ndarray, names: Sequence[str]) -> np.ndarray:
 
 # %% ../nbs/04_similarity.ipynb #f7191b38
 def _cosines(products: np.ndarray, names: Sequence[str], what: str) -> np.ndarray:
-    "Cosines from inner products, exactly 1 with itself; NaN and a warning for a vector of length zero."
+    "Cosines from inner products, 1 with itself; NaN and a warning for vectors of length zero."
     norms = np.sqrt(np.diag(products).clip(min=0))
     if zero := [name for name, norm in zip(names, norms) if norm == 0]:
         more = f" and {len(zero) - 3} more" if len(zero) > 3 else ""

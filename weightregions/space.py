@@ -26,7 +26,7 @@ from torch import Tensor
 def patch(
     f: Callable,  # a function whose first argument is annotated with a class
 ):
-    "Make `f` a method of the class that annotates its first argument; the name outside keeps its old meaning."
+    "Make `f` a method of the class that annotates its first argument; outside, nothing changes."
     cls = next(iter(f.__annotations__.values()))
     f.__qualname__ = f"{cls.__name__}.{f.__name__}"
     setattr(cls, f.__name__, f)
@@ -113,7 +113,7 @@ def select(
     self: Layout,
     which: Iterable[str] | Callable[[str], bool],  # names to keep, or a predicate on names
 ) -> Layout:
-    "The layout of some of the tensors, in the same order; a selection that matches nothing is refused."
+    "The layout of some of the tensors, in the same order; at least one must match."
     keep = (
         set(filter(which, self.names))
         if callable(which)
@@ -175,7 +175,7 @@ def layer_of(
 def kind_of(
     name: str,  # dotted name of a tensor
 ) -> str:
-    "What a tensor does: `bias`, `norm`, `attention`, `embeddings` (outside the layers) or `feed-forward`."
+    "What a tensor does: `bias`, `norm`, `attention`, `feed-forward`, or `embeddings` outside layers."
     low = name.lower()
     if low.endswith("bias"):
         return "bias"
@@ -190,7 +190,7 @@ def kind_of(
 def table(
     self: Layout,
 ) -> pd.DataFrame:
-    "One row a tensor: shape, dtype, offset and size in the flat vector (in weights), layer and kind."
+    "One row per tensor: shape, dtype, offset and size in the flat vector, layer and kind."
     dtypes = [str(d).removeprefix("torch.") for d in self.dtypes]
     layers, kinds = [layer_of(n) for n in self.names], [kind_of(n) for n in self.names]
     return pd.DataFrame(
@@ -221,7 +221,7 @@ class Weights(Mapping):
         out: Tensor | None = None,  # 1-D tensor to fill, in its own data type
     ) -> Tensor:  # a copy: in the tensor's shape if read whole, else 1-D
         "One tensor, or a stretch of it."
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is read")
+        raise TypeError(f"{type(self).__name__} does not say how it is read")
 
     @property
     def sources(self) -> list["Weights"]:
@@ -574,7 +574,7 @@ def _matrix_cosine(a: Weights, b: Weights, sample: int | None) -> float:
 class TaskVector:
     "Fine-tuned weights minus pretrained weights, as one immutable value."
 
-    vector: Tensor  # shape (layout.numel,), float32 or float64: a copy of what was given, to be read only
+    vector: Tensor  # (layout.numel,), float32 or float64: a copy of what was given
     layout: Layout  # which tensors it is made of
 
     def __post_init__(self):
@@ -594,7 +594,7 @@ class TaskVector:
         cls,
         base: Mapping[str, Tensor],  # the pretrained model: a state dict or a checkpoint
         fine_tuned: Mapping[str, Tensor],  # the model fine-tuned from it, of the same layout
-        dtype: torch.dtype = torch.float32,  # float32 or float64: in which the difference is taken and kept
+        dtype: torch.dtype = torch.float32,  # float32 or float64: of the difference
     ) -> "TaskVector":
         "The task vector from `base` to `fine_tuned`, both read one tensor at a time."
         if isinstance(fine_tuned, Weights):
@@ -608,7 +608,8 @@ class TaskVector:
         )
 
     def __repr__(self):
-        return f"TaskVector({self.layout.numel:,} weights in {len(self.layout)} tensors, norm {self.norm():.4g})"
+        size = f"{self.layout.numel:,} weights in {len(self.layout)} tensors"
+        return f"TaskVector({size}, norm {self.norm():.4g})"
 
 # %% ../nbs/00_space.ipynb #b7aab911
 def _made(vector: Tensor, layout: Layout) -> TaskVector:
@@ -716,7 +717,7 @@ def apply_to(
     base: Mapping[str, Tensor],  # the model to start from: a state dict or a checkpoint
     partial: bool = False,  # allow tensors of `base` beyond this layout; they are left out
 ) -> dict[str, Tensor]:
-    "The tensors of `base` plus this task vector, summed in its precision, in the data types of `base`."
+    "The tensors of `base` plus this task vector, in the data types of `base`."
     have = Layout.of(base)
     if partial:
         have = have.select(n for n in self.layout.names if n in have)
