@@ -49,6 +49,7 @@ class StartExperiment:
     n_test: int = 500  # test rows, a stratified draw
     budgets: tuple = ()  # steps of longer fine-tunings, which tell why a start gains
     budget_rows: int = 200  # their training examples
+    budget_targets: int | None = None  # their targets, the first ones; None: all
 
 # %% ../nbs/43_contest.ipynb #cce20747
 def targets_of(
@@ -125,7 +126,7 @@ def prepare(
     inputs |= {"max_length": contest.recipe.max_length, "penalties": PENALTIES}
     advise = lambda: _advise(zoo, corpus, base, contest, exclude, file)
     kept(file, inputs, advise)
-    advice = read_table(file, ("target", "role", "start", "kind"), ["role", "start"])
+    advice = read_table(file, _TEXT, ["role", "start"])
     named = {role: start for role, start in zip(advice.role, advice.start) if role in ROLES}
     starts = {}
     for role in sorted(named, key=ROLES.index):
@@ -142,6 +143,9 @@ def _advise(zoo, corpus, base, contest, exclude, file):
     advice.insert(0, "role", _roles(advice, corpus.family))
     advice.insert(0, "target", corpus.name)
     write_whole(file, advice.to_csv(index=False, float_format="%.5g"))
+
+
+_TEXT = ("target", "role", "start", "kind", "pooling")  # columns of advice.csv
 
 # %% ../nbs/43_contest.ipynb #243fc098
 def _folder_of(role, start, base, folder, made_of):
@@ -323,6 +327,7 @@ def explain_gains(
 ) -> pd.DataFrame:  # rows of `compare_starts` with columns explanation and variant
     "Fine-tune in other ways, from the pretrained model, the centroid and a further base."
     base, further = bases
+    corpora = dict(list(corpora.items())[: contest.budget_targets])
     prepared = _prepared(zoo, corpora, base, folder, contest, shared, workers)
     targets = {name: at_most(c, None, contest.n_test) for name, c in corpora.items()}
     two = ROLES[:2]

@@ -56,7 +56,7 @@ TINY = Scale(
     contest=StartExperiment(
         targets=2, sizes=(50, None), seeds=1, curve=(100,), curve_targets=2,
         recipe=Recipe(steps=30, trains="bitfit"), sample=60, n_test=80,
-        budgets=(40,), budget_rows=50,
+        budgets=(40,), budget_rows=50, budget_targets=1,
     ),
 )  # fmt: skip
 
