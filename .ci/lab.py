@@ -6,6 +6,7 @@ the package is written by `make prepare`.
 """
 
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -15,7 +16,28 @@ from nbdev.clean import clean_jupyter
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from pages import is_machinery  # noqa: E402 (the folder is known only now)
 
+HERE = Path(__file__).resolve().parent
 os.environ["IN_TEST"] = "1"  # read by nbdev_export in the kernels, which does nothing then
+before = os.environ.get("JUPYTER_CONFIG_PATH", "")
+os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join(
+    filter(None, [str(HERE / "jupyter"), before])
+)
+KERNEL = {  # what JupyterLab writes into a notebook when its kernel has started
+    "kernelspec": {
+        "display_name": "Python 3 (ipykernel)",
+        "language": "python",
+        "name": "python3",
+    },
+    "language_info": {
+        "codemirror_mode": {"name": "ipython", "version": 3},
+        "file_extension": ".py",
+        "mimetype": "text/x-python",
+        "name": "python",
+        "nbconvert_exporter": "python",
+        "pygments_lexer": "ipython3",
+        "version": platform.python_version(),
+    },
+}
 
 
 class Folded(AsyncLargeFileManager):
@@ -24,6 +46,7 @@ class Folded(AsyncLargeFileManager):
     async def get(self, path, content=True, **how):
         model = await super().get(path, content=content, **how)
         if content and model["type"] == "notebook":
+            model["content"]["metadata"].update(KERNEL)  # else it counts as changed at once
             for cell in model["content"]["cells"]:
                 if cell["cell_type"] == "code" and folded(cell["source"]):
                     cell["metadata"]["jupyter"] = {"source_hidden": True}
@@ -37,7 +60,4 @@ def folded(source):
 
 c.ServerApp.contents_manager_class = Folded  # noqa: F821 (Jupyter hands in `c`)
 c.FileContentsManager.pre_save_hook = clean_jupyter  # noqa: F821
-c.LabApp.news_url = None  # noqa: F821
 c.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"  # noqa: F821
-announcements = "@jupyterlab/apputils-extension:announcements"
-c.LabApp.page_config_data = {"disabledExtensions": {announcements: True}}  # noqa: F821

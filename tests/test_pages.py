@@ -1,21 +1,33 @@
 "Pages in a real browser: nothing fails, nothing comes from the network, controls change what is shown."
 
+import ast
+import html
 import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 
 from weightregions.explore import (
     Page,
     heat_panel,
+    line_page,
     line_panel,
+    locate_page,
     map_panel,
     plane_panel,
     region_panel,
+    similarity_page,
 )
+from weightregions.report import write_page
+
+pytestmark = [pytest.mark.xdist_group("pages"), pytest.mark.timeout(600)]
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 WIDTHS = (1280, 390)
@@ -37,6 +49,14 @@ def browser():
         window.close()
 
 
+def cosines_of(names):
+    "Cosines of six made-up models, and their datasets."
+    models = pd.Series({f"{d}/{s}": d for d in names for s in (1, 2, 3)}, name="dataset")
+    same = models.to_numpy()[:, None] == models.to_numpy()
+    values = np.where(np.eye(6, dtype=bool), 1.0, np.where(same, 0.4, 0.05))
+    return pd.DataFrame(values, models.index, models.index), models
+
+
 def a_page(names=("films", "meals")):
     "A page with every kind of panel."
     models = pd.DataFrame(
@@ -46,9 +66,7 @@ def a_page(names=("films", "meals")):
             for s in (1, 2, 3)
         ]
     ).set_index("model")
-    same = models.dataset.to_numpy()[:, None] == models.dataset.to_numpy()
-    values = np.where(np.eye(6, dtype=bool), 1.0, np.where(same, 0.4, 0.05))
-    cosine = pd.DataFrame(values, models.index, models.index)
+    cosine, _ = cosines_of(names)
     rng = np.random.default_rng(0)
     places = pd.DataFrame(rng.normal(size=(6, 2)), models.index, ["x", "y"])
     alphas = [-31, -3, 0, 0.5, 1, 4, 32]
@@ -84,6 +102,8 @@ def a_page(names=("films", "meals")):
 class Visit:
     "A page in a window, and what went wrong there."
 
+    ready = "document.querySelectorAll('.plot svg').length >= 5"
+
     def __init__(self, browser, file, width, scheme="light"):
         self.page = browser.new_page(
             viewport={"width": width, "height": 900}, color_scheme=scheme
@@ -93,7 +113,7 @@ class Visit:
         self.page.on("pageerror", lambda e: self.errors.append(str(e)))
         self.page.on("request", lambda r: self.requests.append(r.url))
         self.page.goto(Path(file).resolve().as_uri())
-        self.page.wait_for_function("document.querySelectorAll('.plot svg').length >= 5")
+        self.page.wait_for_function(self.ready)
 
     def remote(self):
         return [u for u in self.requests if not u.startswith(("file:", "data:", "blob:"))]
@@ -180,3 +200,173 @@ def test_the_script_is_written_once(tmp_path):
         "plotly.min.js",
     ]
     assert 'src="plotly.min.js"' in (tmp_path / "lines.html").read_text()
+
+
+# --- the book ---------------------------------------------------------------------------------------------------------
+
+PAGES = [
+    "index",
+    "study/c7_c11_lines",
+    "study/c8_c10_hull",
+    "00_space",
+    "22_traversal",
+    "24_comparison",
+    "glossary",
+    "making",
+]
+HIDDEN_SCROLL = "pre => pre.scrollWidth > pre.clientWidth + 1"
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    "The book, built once; a broken link fails it."
+    folder = tmp_path_factory.mktemp("book") / "pages"
+    done = subprocess.run(
+        [sys.executable, ".ci/book.py", folder], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return folder
+
+
+class Reading(Visit):
+    "A page of the book in a window."
+
+    ready = "document.readyState === 'complete'"
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_of_the_book_are_whole(browser, book, page, scheme, width):
+    visit = Reading(browser, book / f"{page}.html", width, scheme)
+    assert not visit.errors and not visit.remote()
+    assert visit.overflow() <= 0
+    alts = visit.page.eval_on_selector_all("img", "is => is.map(i => i.alt)")
+    assert all(alts), f"{page}: a figure without words"
+    visit.page.close()
+
+
+@pytest.mark.parametrize("page", PAGES[:5])
+def test_axe_finds_nothing_serious_in_the_book(browser, book, page):
+    from axe_playwright_python.sync_playwright import Axe
+
+    visit = Reading(browser, book / f"{page}.html", 1280)
+    inside = {"include": [["article"]]}
+    found = Axe().run(visit.page, context=inside).response["violations"]
+    grave = [v for v in found if v["impact"] in ("serious", "critical")]
+    assert not grave, [(v["id"], v["nodes"][0]["html"][:200]) for v in grave]
+    visit.page.close()
+
+
+def test_code_fits_the_page(browser, book):
+    scrolls, blocks = 0, 0
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    for file in book.rglob("*.html"):
+        page.goto(file.as_uri())
+        each = page.eval_on_selector_all("pre", f"ps => ps.map({HIDDEN_SCROLL})")
+        scrolls, blocks = scrolls + sum(each), blocks + len(each)
+    page.close()
+    assert blocks > 500 and scrolls <= 0.02 * blocks, f"{scrolls} of {blocks} scroll sideways"
+
+
+def test_links_and_anchors_of_the_book_resolve(book):
+    texts = {f: f.read_text(encoding="utf-8") for f in book.rglob("*.html")}
+    names = {f: set(re.findall(r'\bid="([^"]+)"', text)) for f, text in texts.items()}
+    for file, text in texts.items():
+        for link in re.findall(r'href="(?!\w+:)([^"]*)"', text):
+            address, _, anchor = html.unescape(link).partition("#")
+            there = (file.parent / address.partition("?")[0]).resolve() if address else file
+            assert there.exists(), f"{file.name} links to {link}"
+            if anchor and there in names:
+                assert anchor in names[there], f"{file.name} links to {link}"
+
+
+def test_every_chapter_on_a_concept_has_a_figure(book):
+    for page in concepts():
+        assert "<img" in (book / f"{page}.html").read_text(encoding="utf-8"), page
+
+
+def concepts():
+    "The chapters on concepts, as the book's builder lists them."
+    tree = ast.parse((ROOT / ".ci" / "book.py").read_text(encoding="utf-8"))
+    lists = [n for n in tree.body if isinstance(n, ast.Assign)]
+    return next(ast.literal_eval(n.value) for n in lists if n.targets[0].id == "CONCEPTS")
+
+
+def test_next_leads_through_the_story(book):
+    page, seen = "index", []
+    for _ in range(4):
+        text = (book / f"{page}.html").read_text(encoding="utf-8")
+        link = re.search(r'class="right-next"\s+href="([^"]+)"', text)[1]
+        page = os.path.normpath(os.path.join(os.path.dirname(page), link)).removesuffix(".html")
+        seen.append(page)
+    assert all(page.startswith("study/") for page in seen), seen
+
+
+def test_pages_have_a_title_a_description_and_an_icon(book):
+    for page in PAGES:
+        text = (book / f"{page}.html").read_text(encoding="utf-8")
+        assert re.search(r"<title>[^<]{8,}</title>", text), page
+        assert re.search(r'<meta name="description" content="[^"]{20,}"', text), page
+        assert "favicon.svg" in text, page
+
+
+def test_machinery_is_folded(book):
+    text = (book / "22_traversal.html").read_text(encoding="utf-8")
+    assert text.count("tag_hide-input") >= 5
+
+
+# --- the page of a study ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["whole", "early"])
+def a_study(request, tmp_path_factory):
+    "The page of a study at its end, and while only similarities are measured."
+    out = tmp_path_factory.mktemp("study") / request.param
+    shutil.copytree(ROOT / "nbs" / "study" / "recorded", out)
+    (out / "zoo").mkdir()
+    if request.param == "early":
+        for name in ("points", "paths", "plane", "starts", "advice"):
+            (out / "rows" / f"{name}.csv").unlink()
+        shutil.rmtree(out / "claims")
+        write_page(out, ("walks", "starts"))
+    else:
+        write_page(out)
+    return out
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_of_a_study_is_whole(browser, a_study, width, scheme):
+    from axe_playwright_python.sync_playwright import Axe
+
+    visit = Reading(browser, a_study / "index.html", width, scheme)
+    assert not visit.errors and not visit.remote() and visit.overflow() <= 0
+    assert all(visit.page.eval_on_selector_all("img", "is => is.map(i => i.alt)"))
+    assert visit.page.locator("img").count() >= 2
+    assert visit.page.locator("article.card").count() == 13
+    early = a_study.name == "early"
+    assert (visit.page.get_by_text("The study is running").count() == 1) == early
+    found = Axe().run(visit.page).response["violations"]
+    grave = [v for v in found if v["impact"] in ("serious", "critical")]
+    assert not grave, [(v["id"], v["nodes"][0]["html"][:200]) for v in grave]
+    visit.page.close()
+
+
+def test_pages_of_the_commands_are_whole(browser, tmp_path):
+    panels = {p.name: p for p in a_page().panels}
+    cosine, groups = cosines_of(("films", "meals"))
+    pages = [
+        similarity_page(cosine, groups),
+        line_page(
+            pd.DataFrame({"alpha": [0, 0.5, 1], "loss": [0.5, 0.4, 0.6]}), ["a", "b"], "t", 0.7
+        ),
+        locate_page(pd.DataFrame({"region": ["films", "meals"], "cosine": [0.1, 0.4]}), "mine"),
+    ]
+    for number, page in enumerate(pages):
+        file = page.write(tmp_path, f"{number}.html")
+        visit = Reading(browser, file, 1280)
+        visit.page.wait_for_function("document.querySelectorAll('.plot svg').length >= 1")
+        assert not visit.errors and not visit.remote()
+        visit.page.close()
+    assert set(panels) == {"heat-map", "map", "line", "plane", "region"}

@@ -385,4 +385,6 @@ def test_small_figures_are_small_and_the_same_bytes():
         pd.DataFrame([dict(x=x, y=y, loss=x * y) for x in range(9) for y in range(9)])
     )
     png = _palette_png(ax.figure)
-    assert png == _palette_png(ax.figure) and png.startswith(b"\x89PNG") and len(png) < 30_000
+    data, about = png
+    assert png == _palette_png(ax.figure) and data.startswith(b"\x89PNG") and len(data) < 40_000
+    assert about["alt"] and about["width"] > 300

@@ -278,10 +278,11 @@ def test_the_page_shows_claims_figures_and_links_that_exist(out):
     page = (out / "index.html").read_text()
     assert 'href="explore.html"' in page and (out / "explore.html").is_file()
     assert (out / "plotly.min.js").is_file()
-    for target in re.findall(r'(?:href|src)="([^"#]+)"', page):
+    for target in re.findall(r'(?:href|src)="(?!data:)([^"#]+)"', page):
         assert (out / target).is_file(), target
-    assert page.count("<figure>") == len(CAPTIONS)
-    assert page.index("<table>") < page.index("<figure>")
+    assert page.count("<figure>") == len(CAPTIONS) + 2  # and heat map and basin, and the map
+    assert page.index("<figure>") < page.index("<article") < page.index("<details>")
+    assert page.count("<article") == 13 and "still to come" not in page.lower()
     assert "Traceback" not in "".join(f.read_text() for f in (out / "notebooks").glob("*.html"))
 
 

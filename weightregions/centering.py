@@ -20,6 +20,7 @@ import torch
 from huggingface_hub import ModelCardData
 from torch import Tensor
 
+from .bases import MINILM, MINILM_SHA256
 from .checkpoints import Checkpoint, as_group, open_checkpoint
 from .checkpoints import Beside, plain_config, write_folder
 from .corpora import Corpus, letters
@@ -45,6 +46,7 @@ class Centroid(WeightedSum):
     ):
         self.name, self.models, self.weights = name, checkpoints, weights
         self.members = self.table() if members is None else members
+        self.base = None  # name and SHA-256 of the pretrained model, where these are known
         self.description, first = description, checkpoints[0].layout
         self.layout = Layout(first.names, first.shapes, (torch.float32,) * len(first))
 
@@ -250,6 +252,23 @@ def members_table(
     )
 
 
+_UNRECORDED = "not recorded: named so by its folder or table"
+
+
+def _about_data(zoo: Zoo, members: pd.DataFrame) -> str:
+    "What the models of a zoo were fine-tuned on, as far as it is recorded."
+    names = list(dict.fromkeys(zoo.models.dataset))
+    listed = f"{len(names)} dataset{'s' * (len(names) > 1)} ({', '.join(names)})"
+    unknown = int((members.data_sha256 == "").sum())
+    if not unknown:
+        return f"fine-tuned on {listed}"
+    if len(names) == len(zoo):
+        listed = ", ".join(names)
+    if unknown == len(zoo):
+        return f"named by their folders or table {listed}; their data are not recorded"
+    return f"named {listed}; of {unknown} of them the data are not recorded"
+
+
 def require_one_base(
     members: pd.DataFrame,  # what `members_table` gave
     what: str,  # what they are for, for the message
@@ -290,17 +309,23 @@ def centroid_of(
     shares = shares_of(weights, [c.name for c in found])
     members = members_table(zoo, shares)
     require_one_base(members, what)
-    datasets = list(dict.fromkeys(zoo.models.dataset))
     spread = "Uniform" if np.ptp(shares) == 0 else "Weighted"
-    about = f"{spread} average of {len(found)} models fine-tuned on {len(datasets)} dataset{'s' * (len(datasets) > 1)} ({', '.join(datasets)})"
-    told = (
-        ""
-        if target is None
-        else f"; some of them have seen {name}"
-        if seen
-        else f"; none of them has seen {name}"
-    )
-    return Centroid(what, found, shares, members, about + told + ".")
+    about = f"{spread} average of {len(found)} models {_about_data(zoo, members)}"
+    about += _about_target(name, seen, members)
+    centroid = Centroid(what, found, shares, members, about + ".")
+    centroid.base = zoo.held_base
+    return centroid
+
+
+def _about_target(name: str | None, seen: list, members: pd.DataFrame) -> str:
+    "What is known of whether models have seen a dataset."
+    if name is None:
+        return ""
+    if seen:
+        return f"; some of them have seen {name}"
+    if (members.data_sha256 != "").all():
+        return f"; none of them has seen {name}"
+    return f"; none of them is named {name}, or has a record of its data"
 
 # %% ../nbs/30_centering.ipynb #3848562f
 def family_centroids(
@@ -351,9 +376,12 @@ def best_member(
 
 # %% ../nbs/30_centering.ipynb #4a3f2829
 def _cell(value) -> str:
-    "One value as the text of a table's cell."
-    text = f"{value:.4g}" if isinstance(value, (float, np.floating)) else str(value)
-    return re.sub(r"\s+", " ", text).replace("|", "\\|")
+    "One value as the text of a table's cell; a number that is not known is a dash."
+    is_number = isinstance(value, (float, np.floating))
+    if is_number and np.isnan(value):
+        return "-"
+    text = f"{value:.4g}" if is_number else str(value)
+    return re.sub(r"\s+", " ", text).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _table(rows: pd.DataFrame) -> str:
@@ -410,12 +438,13 @@ def model_card(
     members = _member_hashes(centroid)
     told = lambda column: list(dict.fromkeys(v for v in members.get(column, ()) if v))
     hub = [found[1] for s in told("data") if (found := re.match(r"hub ([\w.-]+/[\w.-]+)", s))]
-    start = (told("base") or [None])[0]  # a local folder's name is no address on the hub
+    start, sha256 = _start_of(centroid, told)
     head = ModelCardData(
-        base_model=start if start and "/" in start else None,
+        base_model=start if start and "/" in start else None,  # a folder's name is no address
         library_name="transformers",
         datasets=list(dict.fromkeys(hub)) or None,
         tags=["weightregions", "centroid", "merge", "feature-extraction"],
+        **({"base_model_sha256": sha256} if sha256 else {}),
     )
     columns = {
         "model": "model",
@@ -425,10 +454,12 @@ def model_card(
         "weight": "weight",
         "weights_sha256": "SHA-256 of the weights",
     }
+    if "accuracy" in members and members.accuracy.isna().all():
+        del columns["accuracy"]
     listed = members[[c for c in columns if c in members]].rename(columns=columns)
     parts = [
         f"# Centroid: {_cell(centroid.name)}",
-        centroid.description or f"Average of {len(members)} models.",
+        _cell(centroid.description or f"Average of {len(members)} models."),
         "A body without a head: `AutoModel` opens it, and `AutoModelForSequenceClassification` with a fresh head to be fine-tuned.",
         "## Members",
         _table(listed),
@@ -436,10 +467,11 @@ def model_card(
     if start:
         parts.insert(
             3,
-            f"All members were fine-tuned from `{start}`, whose weights have the SHA-256 `{told('base_sha256')[0]}`.",
+            f"All members were fine-tuned from `{start}`, whose weights have the SHA-256 `{sha256}`.",
         )
     if "data_sha256" in members:
         data = members[["dataset", "data", "data_sha256"]].drop_duplicates()
+        data = data.assign(data=data.data.where(data.data_sha256 != "", _UNRECORDED))
         parts += [
             "## Data",
             _table(
@@ -460,6 +492,15 @@ def model_card(
         + "\n\n".join([*parts, "## Citation", _CITATION])
         + "\n"
     )
+
+
+def _start_of(centroid: Centroid, told) -> tuple:
+    "Name and SHA-256 of the pretrained model: by the manifests, else by what was held to it."
+    if told("base"):
+        return told("base")[0], told("base_sha256")[0]
+    held = centroid.base or {}
+    known = MINILM if held.get("sha256") == MINILM_SHA256 else held.get("name")
+    return known, held.get("sha256")
 
 # %% ../nbs/30_centering.ipynb #3335ecb1
 def save_centroid(

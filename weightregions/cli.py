@@ -581,20 +581,29 @@ def _build(options, corpora):
 
 # %% ../nbs/52_cli.ipynb #92e07bd4
 def _draw_similarity(cosine, models, groups, out, ending):
-    "Heat map and map of all models, coloured by group where there are groups."
+    "Heat map, map and page of all models, coloured by group, or by cluster where none is known."
     from weightregions.clustering import embed_map
 
     plots, families = _plots(), None
-    if groups is not None and groups.name == "dataset" and set(models.family) != {"unknown"}:
+    if groups.name == "dataset" and set(models.family) != {"unknown"}:
         families = dict(zip(models.dataset, models.family))
-    what = "cluster" if groups is None else "group"
-    _draw(
-        plots.similarity_heatmap(cosine, groups, families, what), out / f"similarity.{ending}"
-    )
+    heat = plots.similarity_heatmap(cosine, groups, families, "group")
+    _draw(heat, out / f"similarity.{ending}")
+    _explore("similarity_page", out, cosine, groups)
     if len(cosine) < 4:
         return _say("a map takes at least four models")
-    colours = cosine.index.to_series() if groups is None else groups
-    _draw(plots.region_map(embed_map(cosine), colours, families), out / f"map.{ending}")
+    _draw(plots.region_map(embed_map(cosine), groups, families), out / f"map.{ending}")
+
+
+def _explore(page, out, *rows):
+    "Write a page to play with, where plotly is installed."
+    from importlib.util import find_spec
+
+    from weightregions import explore
+
+    if find_spec("plotly") is None:
+        return _say("no page to play with: pip install 'weightregions[explore]'")
+    print(f"written: {getattr(explore, page)(*rows).write(out)}", file=sys.stderr)
 
 # %% ../nbs/52_cli.ipynb #8c523422
 def _clusters(options, cosine, models):
@@ -640,8 +649,8 @@ def similarity(
     _write_left_out(zoo, out / "left_out.csv")
     if scores:
         _write(scores.table.reset_index(), out / "scores.csv")
-    groups = scores.groups if scores else None
-    _draw_similarity(cosine, models, groups, out, options.format)
+    labels = scores.groups if scores else rows.cluster.map("cluster {}".format)
+    _draw_similarity(cosine, models, labels, out, options.format)
     _show(rows.reset_index(), "models")
     if scores:
         _show(scores.table.reset_index(), "groups")
@@ -678,7 +687,7 @@ def _path(options, models):
         return "plane", whole, lambda plots, rows: plots.plane_map(rows, whole.marks())
     if options.beyond is not None:
         points = extrapolation(*models, n + 1, options.beyond)  # the ends are two of them
-        return "beyond", points, lambda plots, rows: plots.edges(rows)
+        return "beyond", points, lambda plots, rows: plots.name_ends(plots.edges(rows), ends)
     points = line(*models, [i / (n - 1) for i in range(n)])
     return "line", points, lambda plots, rows: plots.loss_line(rows, ends=ends)
 
@@ -740,7 +749,10 @@ def traverse(
     kind, rows, start, draw = _measured(options, models, base, corpus)
     _write(rows, out / f"{kind}.csv")
     _write_left_out(zoo, out / "left_out.csv")
-    _draw(draw(_plots(), rows), out / f"{kind}.{options.format}")
+    drawn, ends = draw(_plots(), rows), [m.name for m in models[:2]]
+    if kind in ("line", "beyond"):
+        _dress_line(drawn, rows, ends, corpus.name, start["loss"], out)
+    _draw(drawn, out / f"{kind}.{options.format}")
     places = [c for c in ("alpha", "x", "y") if c in rows] or ["group", "point"]
     _show(rows[[*places, "loss", "accuracy"]], "points")
     _tell(
@@ -748,6 +760,15 @@ def traverse(
         f" loss {start['loss']:.4g}, accuracy {start['accuracy']:.4g}",
         "verdict",
     )
+
+
+def _dress_line(ax, rows, ends, target, pretrained, out):
+    "Draw the pretrained model's loss beside a line, and write the line's page."
+    from weightregions.plots import add_reference
+
+    add_reference(ax, pretrained)
+    if rows.loss.notna().any():
+        _explore("line_page", out, rows, ends, target, pretrained)
 
 # %% ../nbs/52_cli.ipynb #f25e5c2a
 def _measured(options, models, base, corpus):
@@ -951,6 +972,7 @@ def locate(
     regions = regions_of(rest, base, by)
     rows, out = locate(query, regions, options.alpha), Path(options.out)
     _write(rows, out)
+    _explore("locate_page", out.parent, rows, query.name)
     _write_left_out(zoo, out.with_name(f"{out.stem}-left_out.csv"))
     _show(rows, "regions")
     first = regions[rows.region[0]].members.model.tolist()

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LINE_COLUMNS', 'STYLE', 'HELPERS', 'LINE_SCRIPT', 'REGION_SCRIPT', 'START', 'SCRIPT', 'Panel', 'quiet_layout',
-           'literal', 'heat_panel', 'map_panel', 'line_panel', 'plane_panel', 'region_panel', 'Page', 'study_page']
+           'literal', 'heat_panel', 'map_panel', 'line_panel', 'plane_panel', 'region_panel', 'Page', 'study_page',
+           'similarity_page', 'line_page', 'plane_page', 'locate_page']
 
 # %% ../nbs/47_explore.ipynb #0d04917e
 import html
@@ -603,3 +604,56 @@ def _verdicts(location: pd.DataFrame) -> dict:
         row.model: f"nearest region: {row.named}, cosine {row.cosine:.2f}, p = {row.p:.2g}"
         for row in seen.itertuples()
     }
+
+# %% ../nbs/47_explore.ipynb #8bda5331
+def similarity_page(
+    cosine: pd.DataFrame,  # cosines, models as rows and as columns
+    groups: pd.Series,  # dataset of each model, or the cluster it was found in
+) -> Page:
+    "Who points the same way, among a reader's own models."
+    models = groups.rename("dataset").to_frame()
+    panels = [heat_panel(cosine, models)]
+    if len(cosine) >= 4:
+        panels.append(map_panel(embed_map(cosine), models))
+    return Page("Who resembles whom", [*panels, region_panel(cosine, groups)])
+
+
+def line_page(
+    rows: pd.DataFrame,  # of a line: alpha, loss and, if known, accuracy
+    ends: Sequence,  # names of the two models
+    target: str,  # what the loss is measured on
+    pretrained: float | None = None,  # loss of the pretrained model
+) -> Page:
+    "The loss along the line through two of a reader's own models."
+    rows = rows.assign(line=" and ".join(map(str, ends)), target=target)
+    levels = {} if pretrained is None else {target: pretrained}
+    return Page("The loss along a line", [line_panel(rows, levels)])
+
+
+def plane_page(
+    rows: pd.DataFrame,  # of a plane: x, y, loss
+    marks: pd.DataFrame,  # name, x, y: the three models first
+) -> Page:
+    "The loss on the plane through three of a reader's own models."
+    return Page("The loss on a plane", [plane_panel(rows, marks)])
+
+# %% ../nbs/47_explore.ipynb #da8025e9
+def locate_page(
+    rows: pd.DataFrame,  # of `locate`: one row per region, with its cosine
+    model: str,  # the checkpoint that was located
+    name: str = "region",  # column with the names of the regions
+) -> Page:
+    "How near a reader's model is to the centre of each region."
+    near = rows.set_index(rows[name].astype(str)).cosine.astype(float)
+    verdict = f"nearest region: {near.idxmax()}, cosine {near.max():.2f}"
+    panel = Panel(
+        "region",
+        "Which region is this?",
+        "The longest bar is the region that the model points to.",
+        f"cosine of {model} to {len(near)} regions; {verdict}",
+        [dict(type="bar", orientation="h")],
+        quiet_layout(margin=dict(l=160, r=20, t=10, b=50), xaxis=dict(title="cosine")),
+        {"model": [str(model)]},
+        {"bars": {str(model): _bars(near, near.idxmax(), verdict)}, "first": str(model)},
+    )
+    return Page("Which region is this?", [panel])

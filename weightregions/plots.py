@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['COLOURS', 'HUES', 'FAMILY_HUES', 'MARKERS', 'GROUP_HUES', 'GROUP_MARKERS', 'START_HUES', 'START_MARKERS', 'use_theme',
            'describe', 'alt_text', 'small_figures', 'group_colours', 'similarity_heatmap', 'region_map', 'confusion',
-           'f1_bars', 'scores_table', 'part_accuracy', 'loss_line', 'edges', 'group_strip', 'pb_matrix',
-           'one_label_per_place', 'plane_map', 'learning_curves', 'gain_strip', 'hero_words', 'hero']
+           'f1_bars', 'scores_table', 'part_accuracy', 'loss_line', 'edges', 'add_reference', 'name_ends',
+           'group_strip', 'pb_matrix', 'one_label_per_place', 'plane_map', 'learning_curves', 'gain_strip',
+           'hero_words', 'hero']
 
 # %% ../nbs/40_plots.ipynb #8955a285
 import io
@@ -271,11 +272,13 @@ def _cells(matrix: pd.DataFrame, cosine: bool) -> dict:
     )
 
 # %% ../nbs/40_plots.ipynb #11256d6c
-def within_words(matrix: pd.DataFrame, groups: pd.Series, unit: str) -> str:
+def within_words(
+    matrix: pd.DataFrame, groups: pd.Series, unit: str, group: str = "group"
+) -> str:
     "The mean within groups and between them, in words."
     names, values = groups.loc[matrix.index].to_numpy(), matrix.to_numpy(float)
     same, off = names[:, None] == names, ~np.eye(len(names), dtype=bool)
-    parts = {"within a group": same & off, "between groups": ~same}
+    parts = {f"within a {group}": same & off, f"between {group}s": ~same}
     means = [f"{np.nanmean(values[at]):.2f} {where}" for where, at in parts.items() if at.any()]
     return f"mean {unit} {', '.join(means)}"
 
@@ -830,6 +833,28 @@ def edges(
     _legend(ax)
     return ax
 
+# %% ../nbs/40_plots.ipynb #a9947894
+def add_reference(
+    ax: Axes,  # of `loss_line` or `edges`
+    loss: float,  # of the model to compare with
+    name: str = "pretrained",  # what it is
+) -> Axes:
+    "Draw a level, and name it."
+    if np.isfinite(loss):
+        ax.axhline(loss, color="#555555", ls="-.", lw=1.3, zorder=1, label=_plain(name))
+        describe(ax, f"{name} {loss:.3f}")
+    _legend(ax)
+    return ax
+
+
+def name_ends(
+    ax: Axes,  # of `edges`
+    ends: Sequence,  # names of the two models
+) -> Axes:
+    "Say on the axis which models lie at 0 and 1."
+    ax.set_xlabel(f"alpha (0: {_plain(ends[0])}; 1: {_plain(ends[1])})")
+    return ax
+
 # %% ../nbs/40_plots.ipynb #aa74682e
 GROUP_HUES = {"In": HUES[0], "In'": HUES[2], "Ex": HUES[6]}
 GROUP_MARKERS = {"In": "o", "In'": "D", "Ex": "s"}
@@ -1173,7 +1198,7 @@ def hero_words(
     start = "" if pretrained is None else f", {pretrained:.2f} at the pretrained model"
     return (
         f"Left: {len(matrix)} models, ordered by the {groups.nunique()} datasets they were "
-        f"fine-tuned on; {within_words(matrix, groups, 'cosine')}. Right: on straight lines "
+        f"fine-tuned on; {within_words(matrix, groups, 'cosine', 'dataset')}. Right: on straight lines "
         f"through two models the mean loss is {inside.min():.3f} at its lowest between them, "
         f"{ends:.3f} at the models themselves{start} and {far:.2f} far outside."
     )
@@ -1196,7 +1221,10 @@ def hero(
     edges(rows, target=target, references=references, title="The loss along a line", ax=right)
     right.legend(loc="upper center", fontsize=9)
     right.set_xlabel("place on the line (0 and 1: the two models)")
-    figure.alt = hero_words(matrix, groups, rows, pretrained)
+    figure.alt = ""
+    describe(figure, _matrix_words(matrix, groups, "cosine"))
+    mean = rows.assign(alpha=rows.alpha.round(9)).groupby("alpha").loss.mean()
+    describe(figure, f"beside it {_curve_words(mean, 'loss', target)}")
     return figure
 
 

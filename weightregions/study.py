@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REPORTED', 'run_study', 'begin', 'fine_tune_all', 'start', 'other_start', 'parts', 'pairs_of', 'similarity_rows',
-           'identities', 'location_rows', 'shared_texts', 'measure', 'zoos_of', 'walk', 'try_starts']
+           'starts_rows', 'identities', 'location_rows', 'shared_texts', 'measure', 'zoos_of', 'walk', 'try_starts']
 
 # %% ../nbs/50_study.ipynb #70d85bca
 import shutil, warnings
@@ -25,14 +25,14 @@ from weightregions.bases import (
     tiny_base,
 )
 from .checkpoints import open_checkpoint
-from .contest import compare_all_starts, targets_of
+from .contest import compare_all_starts, explain_gains, targets_of
 from .corpora import describe, load_corpora, texts
 from .files import as_json, read_json, write_whole
 from .finetuning import default_device
-from .region import locate_from_gram
+from .region import locate_from_gram, locate_unseen
 from .kept import kept, write_note
-from .report import Clock, applies, notebooks, run_notebooks, say, write_page
-from .results import Study, write_rows
+from .report import Clock, grow, notebooks, say
+from .results import Study, from_own_starts, write_rows
 from .scales import SCALES, Scale, check_classes, choose, enough_rows, some_of
 from .similarity import gram
 from .space import kind_of, layer_of
@@ -43,6 +43,7 @@ from weightregions.walks import (
     path_table,
     paths_as_csv,
     plan_paths,
+    probes_of,
 )
 from .building import build_zoo, learned
 from .zoo import open_zoo
@@ -52,7 +53,7 @@ def run_study(
     out,  # folder for everything
     scale: str = "laptop",  # "tiny", "laptop", "full" or "paper"
     data: str | None = None,  # "builtin", "hub" or a folder of datasets; None: the scale's
-    min_rows: int = 0,  # training rows a dataset must have to take part
+    min_rows: int | None = None,  # training rows a dataset must have; None: the scale's
     workers: int | None = None,  # jobs at a time; None: see `run_jobs`
 ) -> Path:  # the page to begin with
     "Run the whole study, going on where an earlier run stopped."
@@ -61,68 +62,17 @@ def run_study(
     out, scale, asked = Path(out).absolute(), SCALES[scale], notebooks()
     data, clock = data or scale.data, Clock()
     say(f"study at scale {scale.name} on {_source(data)}, into {out}")
-    corpora = _datasets(scale, data, min_rows)
+    least = scale.min_rows if min_rows is None else min_rows
+    corpora = _datasets(scale, data, least)
     out.mkdir(parents=True, exist_ok=True)
     base = start(scale.base, out)
     begin(out, scale, data, base, corpora)
-    write_rows(out, "datasets", describe(corpora))
-    write_rows(out, "shared_texts", shared_texts(corpora))
-    with clock.part("fine-tuning"):
-        fine_tune_all(out, scale, base, corpora, workers)
-    with clock.part("similarity"):
-        measure(out, scale, base)
-    with clock.part("walks", "the loss at models, between them and beyond"):
-        walk(out, scale, base, corpora, workers)
-    with clock.part("contest", "fine-tuning from other starts"):
-        try_starts(out, scale, base, corpora, workers)
-    return _finish(out, asked, clock)
-
-# %% ../nbs/50_study.ipynb #d56dfc4b
-def _source(data):
-    "Where the datasets come from, for readers."
-    if data in ("builtin", "hub") or not Path(data).exists():
-        return data  # also the id of a dataset on the hub
-    return f"the {'folder' if Path(data).is_dir() else 'file'} {Path(data).name}"
-
-
-def _datasets(scale, data, min_rows):
-    "The datasets that take part."
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* test rows are training rows too")
-        corpora = load_corpora(data, n_train=scale.n_train, n_test=scale.n_test)
-    chosen = choose(corpora, scale.per_family, min_rows)
-    say(_taken(corpora, chosen, scale, min_rows))
-    check_classes(chosen, scale)
-    return chosen
-
-
-def _taken(corpora, chosen, scale, min_rows):
-    "Which datasets take part, and which are left out by what rule."
-    left = [name for name in corpora if name not in chosen]
-    text = f"datasets: {', '.join(chosen)}"
-    if not left:
-        return f"{text}; none is left out"
-    rules = [f"the first {scale.per_family} of each family"] if scale.per_family else []
-    rules += [f"those with {min_rows:,} training rows or more"] if min_rows else []
-    return (
-        f"{text}; left out: {', '.join(left)} (scale {scale.name} takes {' of '.join(rules)})"
-    )
-
-
-def _finish(out, asked, clock):
-    "Run the notebooks that have something to show, and write the page."
+    _describe_data(out, corpora)
     shutil.rmtree(out / "claims", ignore_errors=True)
-    asked = [file for file in asked if applies(file, Study(out))]
-    with clock.part("notebooks", f"{len(asked)} of them, on the rows"):
-        failed = run_notebooks(asked, out)
-    page = write_page(out)
-    if failed:
-        raise ChildProcessError(
-            f"{page} is without {', '.join(failed)}: what failed stands above, "
-            f"and how far each came in {out / 'notebooks'}"
-        )
-    say(f"done ({clock}): open {page}")
-    return page
+    failed = []
+    for stage in _measure_all(out, scale, base, corpora, workers, clock):
+        failed += _show(out, asked, stage, clock)
+    return _finish(out, failed, clock)
 
 # %% ../nbs/50_study.ipynb #da416457
 def begin(
@@ -132,7 +82,7 @@ def begin(
     base: str,  # folder or hub id of the base
     corpora: dict,  # the chosen datasets
 ):
-    "Say what is studied in about.json; refuse a folder that holds another study."
+    "Write what is studied to about.json; refuse a folder that holds another study."
     about = {
         "scale": scale.name,
         "data": _source(data).removeprefix("the "),
@@ -142,17 +92,10 @@ def begin(
         "datasets": {name: c.sha256 for name, c in corpora.items()},
     }
     file = out / "about.json"
-    if not file.exists():
+    if file.exists():
+        _require_same_study(out, read_json(file), about)
+    else:
         write_whole(file, as_json(about))
-        return
-    old = read_json(file)
-    if isinstance(old.get("base"), dict) and not other_parts(about["base"], old["base"]):
-        old["base"] = about["base"]
-    if differ := [k for k in about if old.get(k) != about[k]]:
-        raise ValueError(
-            f"{out} holds a study of another {', '.join(differ)}: "
-            "name another folder with OUT or --out"
-        )
 
 # %% ../nbs/50_study.ipynb #4eb2cf02
 def fine_tune_all(
@@ -177,14 +120,6 @@ def fine_tune_all(
             build_zoo(folder, base, enough, fewer, [1], workers, f"{rows} rows")
     _say_how_much(out, scale, what)
 
-
-def _say_how_much(out, scale, second_start):
-    "Add to about.json what the second start is, and how much is measured."
-    file, contest = out / "about.json", asdict(scale.contest)
-    contest |= {"recipe": scale.contest.recipe.as_dict()}
-    more = {"second_start": second_start, "reach": asdict(scale.budget), "contest": contest}
-    write_whole(file, as_json(read_json(file) | more))
-
 # %% ../nbs/50_study.ipynb #8fbe88bb
 def start(
     base: str,  # "tiny", "minilm" or a hub id
@@ -197,7 +132,7 @@ def start(
         return str(minilm())
     return str(pinned(base)) if base in REVISIONS else base
 
-
+# %% ../nbs/50_study.ipynb #29b0cc68
 def other_start(
     scale: Scale,  # of the study
     base: str,  # the first start
@@ -250,7 +185,30 @@ def similarity_rows(
     made_of = {"models": identities(checkpoints), "base": base.sha256()}
     kept(Path(folder) / "rows" / f"{table}.csv", made_of, make)
 
+# %% ../nbs/50_study.ipynb #9370952c
+def starts_rows(
+    folder: Path,  # the study's folder
+    first: list,  # models of the first start
+    second: list,  # models of the second start
+    starts: tuple,  # checkpoints of the two
+):
+    "Measure models of two starts, from the first start and each from its own."
+    checkpoints, file = [*first, *second], Path(folder) / "rows" / "similarity_starts.csv"
+    made_of = {"models": identities(checkpoints), "starts": [s.sha256() for s in starts]}
 
+    def make():
+        base, other = starts
+        measured = gram([*checkpoints, other], base, by=parts, device=default_device())
+        own = [None] * len(first) + [len(checkpoints)] * (len(second) + 1)
+        at = np.triu_indices(len(measured.names), 1)
+        cosines = from_own_starts(measured.products()[:-1, :-1], own)[at]
+        rows = pairs_of(measured).assign(**{"cosine from own start": cosines})
+        rows = rows[rows.b != other.name].reset_index(drop=True)
+        write_rows(folder, "similarity_starts", rows, note=False)
+
+    kept(file, made_of, make)
+
+# %% ../nbs/50_study.ipynb #12c53381
 def identities(
     checkpoints: list,  # some models
 ) -> list:  # name and SHA-256 of each, in their order
@@ -279,19 +237,6 @@ def location_rows(
 
     kept(Path(folder) / "rows" / "location.csv", made_of, make)
 
-
-def _locations(m, checkpoints, base):
-    "Each model among the others, by dataset and by family."
-    say("locating each model among the others")
-    measured = gram(checkpoints, base, device=default_device())
-    tables = {"dataset": locate_from_gram(measured, m.dataset.tolist())}
-    # with a dataset taken away, two are left
-    m = m[m.family.map(m.groupby("family").dataset.nunique()) > 2]
-    if m.family.nunique() > 1:
-        few = measured.select(m.model.tolist())
-        tables["family"] = locate_from_gram(few, m.family.tolist(), m.dataset.tolist())
-    return pd.concat([t.assign(by=by) for by, t in tables.items()])
-
 # %% ../nbs/50_study.ipynb #1b677c28
 def shared_texts(
     corpora: dict,  # name -> Corpus
@@ -305,6 +250,9 @@ def shared_texts(
     return table[table.shared > 0].reset_index(drop=True)
 
 # %% ../nbs/50_study.ipynb #56b54f9f
+REPORTED = "model dataset family seed accuracy loss majority n_train n_test".split()
+
+# %% ../nbs/50_study.ipynb #009af86a
 def measure(
     out: Path,  # the study's folder
     scale: Scale,  # how much
@@ -320,19 +268,12 @@ def measure(
     opened = {c.name: c for c in main.checkpoints()}
     similarity_rows(out, "main", list(opened.values()), anchor)
     location_rows(out, main.models, list(opened.values()), anchor)
+    say("similarity across starts")
     twins = main.where(dataset=set(second.models.dataset), seed=set(second.models.seed))
     twins = [opened[name] for name in twins.models.model]
-    say("similarity across starts")
-    similarity_rows(out, "starts", twins + second.checkpoints(), anchor)
-    if sized := [z for kind, z in zoos.items() if kind.endswith("rows")]:
-        whole = main.where(dataset=set(sized[0].models.dataset), seed=1)
-        say("similarity across sizes")
-        sized = [c for zoo in sized for c in zoo.checkpoints()]
-        sized += [opened[name] for name in whole.models.model]
-        similarity_rows(out, "sizes", sized, anchor)
-
-
-REPORTED = "model dataset family seed accuracy loss majority n_train n_test".split()
+    other = open_checkpoint(out / "second-start", name="second start")
+    starts_rows(out, twins, second.checkpoints(), (anchor, other))
+    _measure_sizes(out, zoos, opened, anchor)
 
 # %% ../nbs/50_study.ipynb #ed579828
 def zoos_of(
@@ -373,9 +314,13 @@ def walk(
     points, marks = measure_paths(walks, out / "walks", paths, base, corpora, budget, workers)
     write_rows(out, "points", points[[c for c in _POINTS if c in points]])
     write_rows(out, "plane", marks)
+    probes = probes_of(walks, out / "walks", base, corpora, budget, workers)
+    write_rows(out, "targets", probes)
 
 
-_POINTS = "kind walk point alpha x y target loss accuracy train_loss pooling note".split()
+_POINTS = (
+    "kind walk point alpha x y target loss accuracy train_loss pooling penalty note".split()
+)
 
 # %% ../nbs/50_study.ipynb #b394dd3e
 def try_starts(
@@ -400,3 +345,133 @@ def try_starts(
         return say("no target has enough rows to hold some back")
     write_rows(out, "starts", rows)
     write_rows(out, "advice", advice)
+    if contest.budgets:
+        bases, folder = (base, out / "second-start"), out / "starts"
+        why = explain_gains(zoo, targets, bases, folder, contest, shared, workers)
+        write_rows(out, "why", why)
+
+# %% ../nbs/50_study.ipynb #72d39a64
+def _measure_all(out, scale, base, corpora, workers, clock):
+    "Fine-tune and measure, each part with its time; the names of stages whose rows are there."
+    with clock.part("fine-tuning"):
+        fine_tune_all(out, scale, base, corpora, workers)
+    with clock.part("similarity"):
+        measure(out, scale, base)
+    yield "similarity"
+    with clock.part("walks", "the loss at models, between them and beyond"):
+        walk(out, scale, base, corpora, workers)
+    yield "walks"
+    with clock.part("contest", "fine-tuning from other starts"):
+        try_starts(out, scale, base, corpora, workers)
+    yield "starts"
+
+# %% ../nbs/50_study.ipynb #6b99aeb7
+def _require_same_study(out: Path, old: dict, about: dict):
+    "Refuse a folder whose study differs; a base is the same under another name."
+    if isinstance(old.get("base"), dict) and not other_parts(about["base"], old["base"]):
+        old["base"] = about["base"]
+    if differ := [k for k in about if old.get(k) != about[k]]:
+        raise ValueError(
+            f"{out} holds a study of another {', '.join(differ)}: "
+            "name another folder with OUT or --out"
+        )
+
+# %% ../nbs/50_study.ipynb #d56dfc4b
+def _source(data):
+    "Where the datasets come from, for readers."
+    if data in ("builtin", "hub") or not Path(data).exists():
+        return data  # also the id of a dataset on the hub
+    return f"the {'folder' if Path(data).is_dir() else 'file'} {Path(data).name}"
+
+# %% ../nbs/50_study.ipynb #18bcc026
+def _datasets(scale, data, min_rows):
+    "The datasets that take part."
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* test rows are training rows too")
+        corpora = load_corpora(data, n_train=scale.n_train, n_test=scale.n_test)
+    chosen = choose(corpora, scale.per_family, min_rows)
+    say(_taken(corpora, chosen, scale, min_rows))
+    check_classes(chosen, scale)
+    return chosen
+
+
+def _taken(corpora, chosen, scale, min_rows):
+    "Which datasets take part, and which are left out by what rule."
+    left = [name for name in corpora if name not in chosen]
+    text = f"datasets: {', '.join(chosen)}"
+    if not left:
+        return f"{text}; none is left out"
+    rules = [f"the first {scale.per_family} of each family"] if scale.per_family else []
+    rules += [f"those with {min_rows:,} training rows or more"] if min_rows else []
+    return (
+        f"{text}; left out: {', '.join(left)} (scale {scale.name} takes {' of '.join(rules)})"
+    )
+
+# %% ../nbs/50_study.ipynb #0c5b6354
+def _describe_data(out, corpora):
+    "Write down what the datasets are, and which of them share texts."
+    write_rows(out, "datasets", describe(corpora))
+    write_rows(out, "shared_texts", shared_texts(corpora))
+
+# %% ../nbs/50_study.ipynb #963d83c1
+def _say_how_much(out, scale, second_start):
+    "Add to about.json what the second start is, and how much is measured."
+    file, contest = out / "about.json", asdict(scale.contest)
+    contest |= {"recipe": scale.contest.recipe.as_dict()}
+    more = {"second_start": second_start, "reach": asdict(scale.budget), "contest": contest}
+    write_whole(file, as_json(read_json(file) | more))
+
+# %% ../nbs/50_study.ipynb #4462c338
+def _measure_sizes(out: Path, zoos: dict, opened: dict, anchor):
+    "Measure the similarities of models that were trained on fewer rows, if there are any."
+    sized = [z for kind, z in zoos.items() if kind.endswith("rows")]
+    if sized:
+        whole = zoos["main"].where(dataset=set(sized[0].models.dataset), seed=1)
+        say("similarity across sizes")
+        sized = [c for zoo in sized for c in zoo.checkpoints()]
+        sized += [opened[name] for name in whole.models.model]
+        similarity_rows(out, "sizes", sized, anchor)
+
+# %% ../nbs/50_study.ipynb #de35c3b9
+def _locations(m, checkpoints, base):
+    "Each model among the others, by dataset and by family."
+    say("locating each model among the others")
+    measured = gram(checkpoints, base, device=default_device())
+    tables = {"dataset": locate_from_gram(measured, m.dataset.tolist())}
+    tables["never seen"] = _never_seen(measured, m)
+    # with a dataset taken away, two are left
+    m = m[m.family.map(m.groupby("family").dataset.nunique()) > 2]
+    if m.family.nunique() > 1:
+        few = measured.select(m.model.tolist())
+        tables["family"] = locate_from_gram(few, m.family.tolist(), m.dataset.tolist())
+    return pd.concat([t.assign(by=by) for by, t in tables.items()])
+
+
+def _never_seen(measured, m):
+    "Later seeds, and whole datasets, located by a zoo of the first seeds of the others."
+    seeds, names = sorted(set(m.seed)), list(dict.fromkeys(m.dataset))
+    early, tables = seeds[: max(3, 3 * len(seeds) // 5)], [pd.DataFrame()]
+    if len(seeds) <= len(early) or len(names) < 4:
+        return tables[0]  # a region takes three models, and some are to be set aside
+    for half in (names[::2], names[1::2]):
+        zoo = m.model[m.dataset.isin(half) & m.seed.isin(early)]
+        tables.append(locate_unseen(measured, m.dataset.tolist(), zoo))
+    return pd.concat(tables)
+
+# %% ../nbs/50_study.ipynb #fb586dcc
+def _show(out, asked, stage, clock):
+    "Run the notebooks whose rows are there, and let the page grow; which of them failed."
+    with clock.part("notebooks", f"those that wait for {stage}"):
+        return grow(out, asked, stage)
+
+
+def _finish(out, failed, clock):
+    "Say how it ended, and where the page is."
+    page = out / "index.html"
+    if failed:
+        raise ChildProcessError(
+            f"{page} is without {', '.join(failed)}: what failed stands above, "
+            f"and how far each came in {out / 'notebooks'}"
+        )
+    say(f"done ({clock}): open {page}")
+    return page

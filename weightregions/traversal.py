@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
-from math import isfinite, sqrt
+from math import isfinite, prod, sqrt
 from numbers import Real
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -33,7 +33,7 @@ from .anatomy import body_parameters
 from .checkpoints import Checkpoint, as_weights, open_checkpoint
 from .checkpoints import layout_of_stored, write_checkpoint
 from .stored import InMemoryTensor, reading
-from .files import append_line, write_whole
+from .files import append_line, read_bytes, write_whole
 from .similarity import gram, rounded_models
 from .space import BLOCK, Weights, checked_sum, dot
 from .space import is_finite, patch, refuse_sum
@@ -44,11 +44,11 @@ from .streaming import MEMORY, stretches
 # %% ../nbs/22_traversal.ipynb #06e975eb
 @dataclass(frozen=True)
 class Noise:
-    "A random Gaussian direction of given length, drawn tensor by tensor."
+    "A random direction of given length, drawn tensor by tensor."
 
     seed: tuple  # whole numbers from which the generator of every tensor is seeded
-    norms: tuple  # its Euclidean length: one number for the model, or one for each tensor
-    per: str = "model"  # "model" or "tensor": what a number of `norms` is the length of
+    norms: tuple  # its length: one of the model or of each tensor, or its singular values
+    per: str = "model"  # "model", "tensor" or "spectrum": what `norms` holds
 
 # %% ../nbs/22_traversal.ipynb #5f74b747
 def _flat(members: Sequence, weights: Sequence[float]) -> tuple:
@@ -133,7 +133,7 @@ def read(
         return WeightedSum.read(self, name, start, stop, out)
     made = WeightedSum.read(self, name, start, stop)
     flat, i = made.view(-1), self.layout._index[name]
-    flat += _direction(self.noise, self.layout.sizes, i)[start:stop].to(flat.dtype)
+    flat += _direction(self.noise, self.layout.shapes, i)[start:stop].to(flat.dtype)
     if not is_finite(flat):
         raise ValueError(f"{self.what} overflows at {name}")
     return made if out is None else out.copy_(flat)
@@ -252,26 +252,30 @@ def _whole(value, what: str) -> int:
 # %% ../nbs/22_traversal.ipynb #c5e11d6d
 def perturbations(
     base,  # the model to start from, usually the pretrained one
-    like,  # how far to go: a length, or a model whose task vector has it, or several, taken in turn
+    like,  # how far: a length, or a model whose task vector has it, or several, taken in turn
     n: int,  # points
     seed: int = 0,  # of the directions
-    per: str = "model",  # "model": one length for all weights; "tensor": each tensor its own, as in `like`
+    per: str = "model",  # what is kept of `like`: the length "model", each "tensor", "spectrum"
 ) -> Iterator[tuple]:  # coordinates {"draw"} and point
-    "Points in random Gaussian directions from a model, as far away as fine-tuned models are."
+    "Points in random directions from a model, as far away as fine-tuned models are."
     base, seed, n = as_weights(base), _whole(seed, "seed"), _whole(n, "number of points")
     likes = [like] if isinstance(like, (Real, str, Path, Mapping, nn.Module)) else list(like)
-    if per not in ("model", "tensor"):
-        raise ValueError(f"per {per!r} is not one of model, tensor")
+    if per not in _KEPT:
+        raise ValueError(f"per {per!r} is not one of {', '.join(_KEPT)}")
     if not likes:
         raise ValueError(f"perturbations of {base.name}: no length and no model that gives one")
-    norms = [_norms(base, x if isinstance(x, Real) else as_weights(x), per) for x in likes]
+    likes = [x if isinstance(x, Real) else as_weights(x) for x in likes[: max(n, 1)]]
+    norms = [_norms(base, x, per) for x in likes]
     return (_perturbed(base, Noise((seed, i), norms[i % len(norms)], per), i) for i in range(n))
+
+
+_KEPT = ("model", "tensor", "spectrum")
 
 # %% ../nbs/22_traversal.ipynb #180a4c26
 def _norms(base, like, per: str) -> tuple:
-    "Length of a task vector, or of each of its tensors, in float64."
+    "Length of a task vector or of each of its tensors, or their singular values, in float64."
     if isinstance(like, Real):
-        if per == "tensor":
+        if per != "model":
             raise ValueError(
                 "one length says nothing of each tensor: give a model, or per='model'"
             )
@@ -284,6 +288,8 @@ def _norms(base, like, per: str) -> tuple:
         raise ValueError(
             f"{like.name}: did not move from {base.name}, its task vector has length 0"
         )
+    if per == "spectrum":
+        return tuple(_spectrum(like[name], base[name]) for name in base.layout.names)
     return (length,) if per == "model" else tuple(map(sqrt, squares))
 
 
@@ -298,6 +304,21 @@ def _squares(base: Weights, like: Weights) -> list[float]:
     return list(squares.values())
 
 
+def _spectrum(a: Tensor, b: Tensor) -> tuple:
+    "The singular values of a difference, the largest first; its length, if it is no matrix."
+    moved = a.double() - b.double()
+    if min(_as_matrix(moved.shape)) < 2:
+        return (float(moved.norm()),)
+    m = moved.reshape(_as_matrix(moved.shape))
+    m = m if len(m) < m.shape[1] else m.T
+    return tuple(torch.linalg.eigvalsh(m @ m.T).clamp(min=0).sqrt().flip(0).tolist())
+
+
+def _as_matrix(shape: tuple) -> tuple:
+    "Rows and columns of a tensor: its first axis, and all others."
+    return (shape[0], prod(shape[1:])) if len(shape) > 1 else (1, prod(shape))
+
+# %% ../nbs/22_traversal.ipynb #8e3b449d
 def _perturbed(base, noise: Noise, i: int) -> tuple:
     "The point of one perturbation."
     name = f"perturbation {i} of {base.name} per {noise.per}, seed {noise.seed[0]}"
@@ -323,12 +344,29 @@ def _length(seed: tuple, sizes: tuple) -> float:
 
 
 @lru_cache(maxsize=1)
-def _direction(noise: Noise, sizes: tuple, i: int) -> Tensor:
+def _direction(noise: Noise, shapes: tuple, i: int) -> Tensor:
     "The noise of tensor `i`, flat."
-    g = _gaussian(noise.seed, i, sizes[i])
+    if noise.per == "spectrum" and len(noise.norms[i]) > 1:
+        return _turned(noise, shapes[i], i)
+    g = _gaussian(noise.seed, i, prod(shapes[i]))
     if noise.per == "model":
-        return g.mul_(noise.norms[0] / _length(noise.seed, sizes))
-    return g.mul_(noise.norms[i] / (sqrt(dot(g, g)) or 1))
+        return g.mul_(noise.norms[0] / _length(noise.seed, tuple(map(prod, shapes))))
+    norm = noise.norms[i] if noise.per == "tensor" else noise.norms[i][0]
+    return g.mul_(norm / (sqrt(dot(g, g)) or 1))
+
+
+def _turned(noise: Noise, shape: tuple, i: int) -> Tensor:
+    "A matrix with given singular values and random singular vectors, flat."
+    (rows, columns), values = _as_matrix(shape), torch.tensor(noise.norms[i])
+    g = _gaussian(noise.seed, i, (rows + columns) * len(values)).view(-1, len(values))
+    left, right = (_orthonormal(part) for part in (g[:rows], g[rows:]))
+    return ((left * values) @ right.T).reshape(-1)
+
+
+def _orthonormal(g: Tensor) -> Tensor:
+    "Random orthonormal columns from Gaussian ones, every direction as likely as any other."
+    q, r = torch.linalg.qr(g)
+    return q * r.diagonal().sign()
 
 # %% ../nbs/22_traversal.ipynb #3bfe9b1f
 class Plane:
@@ -756,7 +794,7 @@ def load(
                 _fill(p, members, name, point.weights)
             if point.noise:
                 p.add_(
-                    _direction(point.noise, self.like.layout.sizes, i)
+                    _direction(point.noise, self.like.layout.shapes, i)
                     .view(p.shape)
                     .to(p.device, p.dtype)
                 )
@@ -873,7 +911,7 @@ def _alone(file: Path | None):
 
 def _resume(file: Path, head: dict, keys: list, again: bool = False) -> dict:
     "What a file has measured already: key -> rows; begun if it is not there, and mended."
-    content = file.read_bytes() if file.exists() else b""
+    content = read_bytes(file, 2**30) if file.exists() else b""
     if b"\n" not in content:
         if not _line_of(head).startswith(content):
             raise ValueError(f"{file}: is no file of a traversal")
@@ -980,7 +1018,7 @@ def read_rows(
 ) -> pd.DataFrame:  # all rows, in the order in which they were measured
     "The rows in a file of a traversal; a torn last line is passed over."
     return pd.DataFrame(
-        [row for rows in _lines(file, Path(file).read_bytes())[1].values() for row in rows]
+        [row for rows in _lines(file, read_bytes(file, 2**30))[1].values() for row in rows]
     )
 
 # %% ../nbs/22_traversal.ipynb #34036539

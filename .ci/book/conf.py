@@ -4,7 +4,8 @@ from configparser import ConfigParser
 from pathlib import Path
 
 from docutils import nodes
-from latex2mathml.converter import convert
+
+from weightregions.report import formula
 
 parser = ConfigParser(delimiters=["="])
 parser.read(Path(__file__).resolve().parent.parent / "settings.ini", encoding="utf-8")
@@ -37,32 +38,12 @@ html_context = {"default_mode": "auto"}
 html_math_renderer = "mathml"
 
 
-def as_understood(tex):
-    "Formulas in what the converter knows: it drops escaped braces, and sets arg as a, r, g."
-    for written, known in (
-        (r"\{", r"\lbrace "),
-        (r"\}", r"\rbrace "),
-        (r"\arg\min", r"\operatorname{argmin}"),
-        (r"\arg \min", r"\operatorname{argmin}"),
-        (r"\arg\max", r"\operatorname{argmax}"),
-        (r"\arg \max", r"\operatorname{argmax}"),
-    ):
-        tex = tex.replace(written, known)
-    return tex
-
-
 def mathml(self, node):
     """Formulas as MathML, which browsers draw by themselves: no script from elsewhere, and the
     book reads offline."""
-    formula = convert(
-        as_understood(node.astext()),
-        display="block" if isinstance(node, nodes.math_block) else "inline",
-    )
-    self.body.append(
-        f'<div class="formula">{formula}</div>'
-        if isinstance(node, nodes.math_block)
-        else formula
-    )
+    block = isinstance(node, nodes.math_block)
+    drawn = formula(node.astext(), block)
+    self.body.append(f'<div class="formula">{drawn}</div>' if block else drawn)
     raise nodes.SkipNode
 
 
