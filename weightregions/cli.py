@@ -603,7 +603,7 @@ def _explore(page, out, *rows):
 
     if find_spec("plotly") is None:
         return _say("no page to play with: pip install 'weightregions[explore]'")
-    print(f"written: {getattr(explore, page)(*rows).write(out)}", file=sys.stderr)
+    _note_written(getattr(explore, page)(*rows).write(out))
 
 # %% ../nbs/52_cli.ipynb #8c523422
 def _clusters(options, cosine, models):
