@@ -1,7 +1,6 @@
 "Own models and own data as people have them: every command ends with an answer, and every snippet runs."
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -10,13 +9,12 @@ import sys
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 
 import weightregions
 from weightregions.bases import tiny_base
-from weightregions.centering import centroid_of, leave_out, model_card
+from weightregions.centering import centroid_of, model_card
 from weightregions.checkpoints import open_checkpoint
 from weightregions.cli import main, parser
 from weightregions.corpora import Columns, load_corpora
