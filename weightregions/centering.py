@@ -446,23 +446,12 @@ def model_card(
         tags=["weightregions", "centroid", "merge", "feature-extraction"],
         **({"base_model_sha256": sha256} if sha256 else {}),
     )
-    columns = {
-        "model": "model",
-        "dataset": "dataset",
-        "family": "family",
-        "accuracy": "accuracy",
-        "weight": "weight",
-        "weights_sha256": "SHA-256 of the weights",
-    }
-    if "accuracy" in members and members.accuracy.isna().all():
-        del columns["accuracy"]
-    listed = members[[c for c in columns if c in members]].rename(columns=columns)
     parts = [
         f"# Centroid: {_cell(centroid.name)}",
         _cell(centroid.description or f"Average of {len(members)} models."),
         "A body without a head: `AutoModel` opens it, and `AutoModelForSequenceClassification` with a fresh head to be fine-tuned.",
         "## Members",
-        _table(listed),
+        _table(_listed(members)),
     ]
     if start:
         parts.insert(
@@ -493,7 +482,7 @@ def model_card(
         + "\n"
     )
 
-
+# %% ../nbs/30_centering.ipynb #b5c6dd25
 def _start_of(centroid: Centroid, told) -> tuple:
     "Name and SHA-256 of the pretrained model: by the manifests, else by what was held to it."
     if told("base"):
@@ -501,6 +490,21 @@ def _start_of(centroid: Centroid, told) -> tuple:
     held = centroid.base or {}
     known = MINILM if held.get("sha256") == MINILM_SHA256 else held.get("name")
     return known, held.get("sha256")
+
+
+def _listed(members: pd.DataFrame) -> pd.DataFrame:
+    "The members as a card lists them."
+    columns = {
+        "model": "model",
+        "dataset": "dataset",
+        "family": "family",
+        "accuracy": "accuracy",
+        "weight": "weight",
+        "weights_sha256": "SHA-256 of the weights",
+    }
+    if "accuracy" in members and members.accuracy.isna().all():
+        del columns["accuracy"]
+    return members[[c for c in columns if c in members]].rename(columns=columns)
 
 # %% ../nbs/30_centering.ipynb #3335ecb1
 def save_centroid(
