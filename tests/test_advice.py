@@ -331,7 +331,7 @@ def test_a_model_that_is_called_like_another_start_is_refused(zoo, corpora, base
 
 
 def test_all_starts_are_tuned_under_the_pooler_of_the_base(corpora, tmp_path):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
     from transformers import BertConfig, BertModel
 
     config = BertConfig(

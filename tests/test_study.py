@@ -458,7 +458,7 @@ def test_a_short_training_stands_beside_a_run(tmp_path):
 
 
 def test_more_seeds_of_a_dataset_can_drown_its_family():
-    rng, names = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
     family = {"a": rng.normal(size=80), "b": rng.normal(size=80)}
     vectors, rows = [], []
     for f, along in family.items():
