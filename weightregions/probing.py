@@ -542,13 +542,13 @@ def generalized_losses(
     splits = target.train, target.test
     of_splits = [encode_all(model, s, tuple(penalties), bf16=bf16) for s in splits]
     rows = []
-    for (pooling, penalty), train, test in zip(penalties.items(), *of_splits):
-        if note := _unfinite(target, train=train, test=test):
+    for (pooling, penalty), x, x_test in zip(penalties.items(), *of_splits):
+        if note := _unfinite(target, train=x, test=x_test):
             lost = dict(loss=inf, train_loss=inf, objective=inf, penalty=penalty, note=note)
             rows.append(_row(target, pooling, **lost))
             continue
-        probe = fit_probe(train, target.train.labels, len(target.labels), penalty)
-        rows.append(_row(target, pooling, **_measured(probe, target, train, test, penalty)))
+        probe = fit_probe(x, target.train.labels, len(target.labels), penalty)
+        rows.append(_row(target, pooling, **_measured(probe, target, x, x_test, penalty)))
     return rows
 
 # %% ../nbs/20_probing.ipynb #966616f8

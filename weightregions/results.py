@@ -207,7 +207,7 @@ def mean_cosines(
     kinds = np.select([dataset, family], ["same dataset", "same family"], "other families")
     return pairs.cosine.groupby(kinds).mean()
 
-
+# %% ../nbs/46_results.ipynb #3567f3fb
 def strength_of(
     studies: dict,  # name of a training, such as "200 steps" -> Study with claims
 ) -> pd.DataFrame:  # training, figure, value and the ends of its interval
@@ -225,7 +225,7 @@ def strength_of(
             rows.append(about)
     return pd.DataFrame(rows).drop_duplicates(["training", "figure"])
 
-
+# %% ../nbs/46_results.ipynb #2dcb657a
 def families_by_size(
     cosines: pd.DataFrame,  # of the models of some families, labelled on both sides
     models: pd.DataFrame,  # one row per model, indexed by name: dataset, family, seed
@@ -250,7 +250,7 @@ def families_by_size(
             rows.append(dict(seeds=n, datasets=k, draw=draw, accuracy=accuracy))
     return pd.DataFrame(rows)
 
-
+# %% ../nbs/46_results.ipynb #60b0929b
 def gains_with(
     study: Study,  # a run with starts
     size: str,  # training examples: "200", "1000" or "all"
