@@ -232,7 +232,9 @@ def build(dest):
     for page, path in pages.items():
         nb = dress(visible(path, note=symbols), page, path, homes)
         if page == "index":
-            nb.cells.append(nbformat.v4.new_markdown_cell(EXPLORE + contents(pages)))
+            install = [c.source.startswith("## Install") for c in nb.cells].index(True)
+            nb.cells.insert(install, nbformat.v4.new_markdown_cell(EXPLORE))
+            nb.cells.append(nbformat.v4.new_markdown_cell(contents(pages)))
         file = SOURCE / f"{page}.ipynb"
         file.parent.mkdir(exist_ok=True)
         nbformat.write(nb, file)

@@ -297,7 +297,7 @@ class Card:
 # %% ../nbs/47_cards.ipynb #7d5612e0
 def cards_of(
     claims: pd.DataFrame,  # all rows, see `Study.claims`; perhaps none yet
-    missing: str = "not measured: the data lack what this claim is about",
+    missing: str = "not measured: the data lack what this claim is about",  # said without rows
 ) -> list[Card]:  # thirteen
     "A card for each claim, from the rows about the models of this run."
     claims = claims.reindex(columns=CLAIM_COLUMNS)
@@ -370,7 +370,7 @@ def dot(
 
 # %% ../nbs/47_cards.ipynb #3df37cb5
 def card_html(
-    card: Card,
+    card: Card,  # one of `cards_of`
     link: str,  # address of a page, with {} for its name; empty: no link
 ) -> str:
     "One card."
@@ -396,7 +396,7 @@ def card_html(
 CARD_STYLE = """<style>
 .cards { --ok: #11683c; --part: #7a4f00; --no: #a11d1d; --soft: #59636e; --line: #d0d7de;
   --paper: #ffffff; --text: #1b1f24; display: grid; gap: .8rem; margin: 1rem 0; padding: 0;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)) }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 14.5rem), 1fr)) }
 html[data-theme=dark] .cards { --ok: #6fd29b; --part: #e9b75a; --no: #ff9c9c; --soft: #a8b1bb;
   --line: #3d444d; --paper: #1b2027; --text: #e6e8ea }
 @media (prefers-color-scheme: dark) {
@@ -439,7 +439,7 @@ def cards_html(
 
 # %% ../nbs/47_cards.ipynb #c0daf8f6
 def cards_markdown(
-    cards: list[Card],
+    cards: list[Card],  # see `cards_of`
     link: str,  # address of a page, with {} for its name
 ) -> str:  # a table in markdown
     "One row per claim: verdict, claim, paper, ours."

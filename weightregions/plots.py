@@ -85,7 +85,7 @@ def _written_on(ax: Axes) -> str:
     return " ".join(": ".join(filter(None, [title, against, labels])).split())
 
 # %% ../nbs/40_plots.ipynb #971f0a7f
-COLOURS = 40  # of a stored figure
+COLOURS = 64  # of a stored figure
 
 
 def _palette_png(figure: Figure) -> tuple:
@@ -273,7 +273,10 @@ def _cells(matrix: pd.DataFrame, cosine: bool) -> dict:
 
 # %% ../nbs/40_plots.ipynb #11256d6c
 def within_words(
-    matrix: pd.DataFrame, groups: pd.Series, unit: str, group: str = "group"
+    matrix: pd.DataFrame,  # (n, n), labelled on both sides
+    groups: pd.Series,  # group of each model
+    unit: str,  # what the matrix holds
+    group: str = "group",  # what the groups are called
 ) -> str:
     "The mean within groups and between them, in words."
     names, values = groups.loc[matrix.index].to_numpy(), matrix.to_numpy(float)
@@ -1197,9 +1200,10 @@ def hero_words(
     ends = mean.loc[[a for a in (0.0, 1.0) if a in mean.index]].mean()
     start = "" if pretrained is None else f", {pretrained:.2f} at the pretrained model"
     return (
-        f"Left: {len(matrix)} models, ordered by the {groups.nunique()} datasets they were "
-        f"fine-tuned on; {within_words(matrix, groups, 'cosine', 'dataset')}. Right: on straight lines "
-        f"through two models the mean loss is {inside.min():.3f} at its lowest between them, "
+        f"Left: the cosines of {len(matrix)} models, ordered by the {groups.nunique()} "
+        f"datasets they were fine-tuned on, one square on the diagonal for each; "
+        f"{within_words(matrix, groups, 'cosine', 'dataset')}. Right: straight lines through "
+        f"two models; the mean loss is {inside.min():.3f} at its lowest between them, "
         f"{ends:.3f} at the models themselves{start} and {far:.2f} far outside."
     )
 

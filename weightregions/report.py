@@ -227,7 +227,8 @@ summary { cursor: pointer } math[display=block] { overflow-x: auto; max-width: 1
 
 # %% ../nbs/48_report.ipynb #03d29485
 HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
 <meta name="description" content="Claims on fine-tuned language models, measured">
 <title>{title}</title><style>{style}</style>"""
 NOTEBOOK = (
@@ -300,7 +301,8 @@ def _coming(parts):
     if not parts:
         return ""
     listed = html.escape(", ".join(parts))
-    return f"<p><b>The study is running.</b> Still to come: {listed}. The page grows by itself.</p>"
+    running = "<b>The study is running</b>, and the page grows by itself."
+    return f"<p>{running} Still to come: {listed}.</p>"
 
 
 def _explore(study):
