@@ -24,10 +24,11 @@ import torch
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from .checkpoints import Checkpoint, open_checkpoint
+from .checkpoints import Checkpoint, open_checkpoint, require_one_base, updates_of
 from .stored import reading
 from .files import whole_file
 from .space import BLOCK, Layout, patch
+from .updates import update_products
 
 # %% ../nbs/04_similarity.ipynb #c43296bb
 @dataclass(frozen=True, repr=False, eq=False)
@@ -291,6 +292,7 @@ def _checked_models(checkpoints: Iterable, base, least: int = 2) -> list[Checkpo
             c.require_same_space(opened[-1])
         else:
             opened[-1].layout.require_same(c.layout, c.name)
+    require_one_base(opened)
     return opened
 
 # %% ../nbs/04_similarity.ipynb #54c6ca45
@@ -365,6 +367,35 @@ def _cells(
         labels = () if by is None else by(name)
         key = tuple(labels) if isinstance(labels, list) or by is None else (labels,)
         cells[key] = cells[key] + products if key in cells else products
+    return cells
+
+# %% ../nbs/04_similarity.ipynb #6838fe2c
+def _update_cells(
+    models: Sequence[Checkpoint], by: Callable | None, progress: bool
+) -> dict | None:
+    "Products by labels where all models are adapters of the base; None where one is not."
+    *members, base = models
+    updates = [updates_of(m, base) for m in members]
+    if None in updates:
+        return None
+    sizes, cells = dict(zip(base.layout.names, base.layout.sizes)), {}
+    quiet = {} if progress else {"disable": True}
+    with (
+        reading.stay_open(),
+        tqdm(
+            total=base.layout.numel,
+            desc=f"similarity of {len(members)} adapters",
+            unit=" weights",
+            unit_scale=True,
+            **quiet,
+        ) as bar,
+    ):
+        for name, products in update_products(updates, base._body, base.layout.names):
+            _refuse_infinite(products, models, name, 0, sizes[name])
+            labels = () if by is None else by(name)
+            key = tuple(labels) if isinstance(labels, list) or by is None else (labels,)
+            cells[key] = cells[key] + products if key in cells else products
+            bar.update(sizes[name])
     return cells
 
 # %% ../nbs/04_similarity.ipynb #2566971c
@@ -449,7 +480,9 @@ def gram(
 ) -> Gram:
     "Inner products of all task vectors and the base, in one pass over the weights."
     models = _checked_models(checkpoints, base)
-    cells = _cells(models, by, 0, block, progress, threads, device, memory)
+    cells = _update_cells(models, by, progress)
+    if cells is None:
+        cells = _cells(models, by, 0, block, progress, threads, device, memory)
     names = tuple(m.name for m in models[:-1])
     found = Gram(names, {key: (cell + cell.T) / 2 for key, cell in cells.items()})
     _require_finite(found)
@@ -529,6 +562,8 @@ def extended(
     fresh = [c if hasattr(c, "layout") else open_checkpoint(c) for c in new]
     if not fresh:
         return self
+    if any(updates_of(m, base) for m in (*fresh, *opened.values())):
+        return gram([*(opened[n] for n in self.names), *fresh], base, by, **kwargs)
     cells = _cells(
         _checked_models([*fresh, *(opened[n] for n in self.names)], base),
         by,
