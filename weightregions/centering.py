@@ -26,6 +26,7 @@ from weightregions.checkpoints import (
     copy_tokenizer,
     open_checkpoint,
     plain_config,
+    require_one_base,
 )
 from .corpora import Corpus, letters
 from .files import whole_folder, write_whole
@@ -187,6 +188,7 @@ def state(
 def _opened(checkpoints: Iterable, what: str) -> list[Checkpoint]:
     "Checkpoints that can be averaged: two or more, of different names, in one space and from one start."
     found = [c if hasattr(c, "layout") else open_checkpoint(c) for c in checkpoints]
+    require_one_base(found)
     names = [c.name for c in found]
     if len(found) < 2:
         raise ValueError(f"{what} takes at least two checkpoints, not {len(found)}")

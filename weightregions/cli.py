@@ -277,8 +277,8 @@ def _opened(options):
     from weightregions.checkpoints import open_checkpoint
     from weightregions.zoo import open_zoo
 
-    zoo = open_zoo(options.folder, options.all_checkpoints)
     base = open_checkpoint(_pretrained(options.base))
+    zoo = open_zoo(options.folder, options.all_checkpoints, base)
     zoo.checkpoints()[0].require_started_from(base)
     return zoo.checked(base), base
 
@@ -729,7 +729,8 @@ def locate(
     from weightregions.checkpoints import open_checkpoint
     from weightregions.region import locate, regions_of
 
-    query, (zoo, base) = open_checkpoint(options.checkpoint), _opened(options)
+    zoo, base = _opened(options)
+    query = open_checkpoint(options.checkpoint, base=base)
     same = zoo.models.path.map(lambda path: _is_same(path, options.checkpoint, query.folder))
     if same.any():
         _say(f"{options.checkpoint} is a model of {zoo.name}, and left out of its region")

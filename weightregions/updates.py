@@ -173,6 +173,10 @@ class Update:
     def rank(self) -> int:
         return self.a.shape[0]
 
+    @property
+    def module(self) -> str:  # as the adapter names it
+        return self.where.rpartition(": ")[2]
+
     def factors(self) -> tuple[Tensor, Tensor]:  # (rows, rank) and (rank, columns), float64
         "Two matrices whose product is the update; the scale is in the first."
         a, b = (_finite(t.read().view(t.shape), self.where).double() for t in (self.a, self.b))
