@@ -652,6 +652,8 @@ def _unseen(zoo, options):
         choices=("float32", "bfloat16", "float16"),
         help="data type of the stored weights",
     ),
+    _count("--rank", "rank of the centroid of adapters (default: exact)", metavar="R"),
+    _flag("--full", "write the centroid of adapters as a whole model"),
 )
 def center(
     options: argparse.Namespace,  # folder, base, out, which models, weights, dtype
@@ -678,12 +680,32 @@ def _center(options):
         instead = "--without leaves it out, --saw-target allows it"
         python = "take leave_out(zoo, target), or say saw_target=True"
         raise ValueError(str(e).replace(python, instead)) from None
-    _save(centroid, out, base, options.dtype)
+    if not _save_adapter(centroid, options):
+        _save(centroid, out, base, options.dtype)
     members = centroid.members[["model", "dataset", "family", "accuracy", "weight"]]
     _write(members, out / "members.csv")
     _write_left_out(zoo, out / "left_out.csv")
     print(centroid.description)
     _show(members)
+
+# %% ../nbs/52_cli.ipynb #5b0aa4c5
+def _save_adapter(centroid, options):
+    "Write the centroid of adapters as an adapter; False where it is to be a whole model."
+    import torch
+
+    from weightregions.adapters import adapter_card, adapter_centroid, save_adapter
+
+    adapters = all(getattr(m, "base", None) for m in centroid.checkpoints)
+    if options.rank is not None and (options.full or not adapters):
+        why = "--full writes a whole model" if options.full else "some members are whole models"
+        raise ValueError(f"--rank is of the centroid of adapters, and {why}")
+    if options.full or not adapters:
+        return False
+    made = adapter_centroid(centroid.checkpoints, centroid.weights, options.rank, centroid.name)
+    card = adapter_card(made, [m.name for m in centroid.checkpoints], centroid.description)
+    save_adapter(made, options.out, getattr(torch, options.dtype), card)
+    print(f"an adapter of rank {made.rank}, relative error {made.error:.3g}")
+    return True
 
 # %% ../nbs/52_cli.ipynb #53a1d4be
 def _require_place(folder):

@@ -329,7 +329,7 @@ def measure_path(
 ) -> tuple:  # one row per point and target; of a plane also the places to mark on it
     "Measure the points of a walk that are not in its file yet."
     start = open_checkpoint(base, name="base")
-    members = [open_checkpoint(paths[m], name=m) for m in walk.members]
+    members = [open_checkpoint(paths[m], name=m, base=start) for m in walk.members]
     with one_thread(default_device()):
         probing = Probing(
             [_target(base, corpora[t], budget) for t in walk.targets], pooling_of(base)
