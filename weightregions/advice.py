@@ -56,7 +56,8 @@ def candidates(
     ones = (
         rest.models.sort_values("seed", kind="stable").drop_duplicates("dataset").sort_index()
     )
-    members = {c.name: c for c in Zoo(zoo.name, ones).checkpoints()}
+    some = rest.keep(rest.models.model.isin(ones.model))
+    members = {c.name: c for c in some.checkpoints()}
     if twice := [name for name in members if name in found]:
         raise ValueError(
             f"{zoo.name}: a model is called {twice[0]!r}, which is the name of another start;"

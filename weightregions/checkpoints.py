@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['COUNTS', 'SHORT_NAMES', 'TOKENIZER_FILES', 'Checkpoint', 'layout_of_stored', 'open_checkpoint', 'open_tensors',
-           'as_weights', 'as_group', 'tensors_file', 'write_at', 'write_checkpoint', 'Beside', 'write_folder',
-           'tokenizer_files', 'copy_tokenizer', 'plain_config']
+           'as_weights', 'as_group', 'module_kinds', 'require_one_adapter_base', 'updates_of', 'tensors_file',
+           'write_at', 'write_checkpoint', 'Beside', 'write_folder', 'tokenizer_files', 'copy_tokenizer',
+           'plain_config']
 
 # %% ../nbs/02_checkpoints.ipynb #31532b0e
 import copy
@@ -32,6 +33,7 @@ from .space import Layout, StateDict, Weights, _short, is_finite, patch
 from .stored import InMemoryTensor, one_line
 from .stored import DTYPES, safetensors_header, stored_tensors, weights_file
 from .streaming import Streaming, stream
+from .updates import Update, is_adapter, read_adapter
 
 # %% ../nbs/02_checkpoints.ipynb #fe1b1887
 def _known_config(raw: dict, where: str) -> transformers.PretrainedConfig:
@@ -119,6 +121,7 @@ class Checkpoint(Weights):
         self._along = dropped | buffers  # no part of the body, but written with it
         self.aside |= dict.fromkeys(dropped, "pooler")
         self.layout, self.head = layout_of_stored(self._body), layout_of_stored(self._head)
+        self.base, self.base_name = None, ""  # of an adapter: what it was trained over
 
     def __repr__(self):
         body = f"{self.layout.numel:,} weights in {len(self)} tensors"
@@ -142,6 +145,7 @@ def open_checkpoint(
     revision: str | None = None,  # branch, tag or commit of a hub id
     name: str | None = None,  # what to call it; None: folder's name, hub id or class
     pooler: str = "drop",  # "drop" the pooler from the body, or "keep" it
+    base=None,  # of an adapter: the model that it was trained over, or what opens it
 ) -> Checkpoint:
     "Open a checkpoint; of files, only the headers are read."
     require_pooler_policy(pooler)
@@ -150,6 +154,8 @@ def open_checkpoint(
     if not isinstance(source, (str, Path)):
         return _in_memory(source, name, pooler)
     folder, short, where = _folder(source, revision)
+    if is_adapter(folder):
+        return _adapted(folder, name or short, where, base, pooler)
     config, stored = _read_folder(folder)
     found, stored = _anatomy_and_names(config, stored, short)
     return Checkpoint(name or short, where, config, found, stored, pooler, folder)
@@ -319,7 +325,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        for weights in ("model*.safetensors", "pytorch_model*.bin"):
+        for weights in ("model*.safetensors", "pytorch_model*.bin", "adapter_model.*"):
             patterns = ["*.json", "*.txt", "*.model*", "*.codes", weights]
             found = snapshot_download(
                 repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
@@ -389,6 +395,7 @@ def as_group(
         raise ValueError(f"{what} takes at least {count}, not {len(models)}")
     if twice := [n for n in dict.fromkeys(names) if names.count(n) > 1]:
         raise ValueError(f"two checkpoints are called {twice[0]!r}")
+    require_one_adapter_base(models)
     for m in models:
         m.require_same_space(models[0] if base is None else base)
     return models
@@ -425,6 +432,144 @@ def check_finite(self: Checkpoint) -> None:
     for name in (*self.layout.names, *self.head.names):
         if bad := int((~torch.isfinite(self.read(name))).sum()):
             raise ValueError(f"{self.name}: {name} holds {bad} NaN or infinite values")
+
+# %% ../nbs/02_checkpoints.ipynb #74a4c1d7
+def _adapted(folder: Path, name: str, where: str, base, pooler: str) -> Checkpoint:
+    "An adapter's folder as a checkpoint."
+    if base is None:
+        raise ValueError(
+            f"{folder}: holds an adapter; give the model it was trained over too (base=...)"
+        )
+    base = open_checkpoint(base, pooler=pooler)
+    if base.config is None:
+        raise ValueError(f"{folder}: holds an adapter, and {base.name} has no configuration")
+    stored = base._along | base._body | base._head
+    modules = module_kinds(base.config.model_type, base.config.to_json_string(use_diff=False))
+    prefix, body = base.anatomy.prefix, base.anatomy.body
+    adapter = read_adapter(folder, stored, modules, prefix, body)
+    _require_named(adapter.config.base, base, folder)
+    config, kind = _with_its_head(base, adapter)
+    whole = base._along | base._body | adapter.body
+    opened = Checkpoint(
+        name, where, config, kind, whole | (adapter.head or base._head), base.pooler, folder
+    )
+    opened.base, opened.base_name = base, adapter.config.base
+    opened.aside |= adapter.aside
+    return opened
+
+# %% ../nbs/02_checkpoints.ipynb #cf31cc1a
+@lru_cache(maxsize=64)
+def module_kinds(
+    model_type: str,  # of a configuration
+    config: str,  # the configuration as JSON
+) -> dict[str, str]:  # canonical name of a module -> its class
+    "The classes of the modules that a configuration (as JSON) builds, by canonical names."
+    model = built(transformers.CONFIG_MAPPING[model_type].from_dict(json.loads(config)))
+    prefix, base = model.base_model_prefix, getattr(model, "base_model", model)
+    kinds = {n: m for n, m in model.named_modules() if base is not model}
+    inner = {n: m for n, m in base.named_modules()}
+    named = {n.removeprefix(f"{prefix}."): m for n, m in kinds.items()} | inner
+    return {
+        n: "Embedding" if isinstance(m, nn.Embedding) else type(m).__name__
+        for n, m in named.items()
+        if isinstance(getattr(m, "weight", None), Tensor) and m.weight.ndim == 2
+    }
+
+# %% ../nbs/02_checkpoints.ipynb #6761627f
+def _with_its_head(base: Checkpoint, adapter) -> tuple:
+    "Configuration and anatomy of an adapted model: with the classifier that the adapter brings."
+    kinds = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    shapes = {n: tuple(t.shape) for n, t in adapter.head.items()}
+    if adapter.config.task != "SEQ_CLS" or not shapes or type(base.config) not in kinds:
+        return base.config, base.anatomy
+    for rows in sorted({s[0] for s in shapes.values() if len(s) == 2 and s[0] < 10**6}):
+        config = copy.deepcopy(base.config)
+        config.architectures = [kinds[type(base.config)].__name__]
+        config.id2label = {i: f"LABEL_{i}" for i in range(rows)}
+        config.label2id = {f"LABEL_{i}": i for i in range(rows)}
+        found = _anatomy_of(config.model_type, config.to_json_string(use_diff=False))
+        if shapes.items() <= found.head.items():
+            return config, found
+    return base.config, base.anatomy
+
+# %% ../nbs/02_checkpoints.ipynb #6a2381be
+def _require_named(named: str, base: Checkpoint, folder: Path) -> None:
+    "Refuse a base that is another than the one that an adapter names."
+    if base.folder is None or not named:
+        return
+    if Path(named).is_dir():
+        folders = Path(named).resolve(), base.folder.resolve()
+        one, other = (_digest_there(f, base.pooler) for f in folders)
+        same = None in (one, other) or one == other
+    else:
+        asked, given = (
+            _hub_name(named),
+            _hub_name(base.source.split("@")[0]) or _cached(base.folder),
+        )
+        same = not asked or not given or asked == given
+    if not same:
+        raise ValueError(f"{folder}: was trained over {named}, which is not {base.name}")
+
+
+def _hub_name(text: str) -> str:
+    "The last part of what may be a name of the hub, in small letters; empty for a path."
+    match = re.fullmatch(r"(?:[\w-][\w.-]*/)?([\w-][\w.-]*)", text)
+    return match[1].lower() if match and not Path(text).is_dir() else ""
+
+
+def _cached(folder: Path) -> str:
+    "The same of a folder in the cache of the hub."
+    match = re.search(r"models--(?:[^/]+--)?([^/]+)/snapshots/", str(folder.absolute()))
+    return match[1].lower() if match else ""
+
+# %% ../nbs/02_checkpoints.ipynb #ccfb14ad
+def _digest_there(folder: Path, pooler: str) -> str | None:
+    "The digest of the body in a folder, computed once; None if it is no checkpoint."
+    try:
+        stamp = weights_file(folder).stat()
+        return _digest_at(folder, pooler, stamp.st_size, stamp.st_mtime_ns)
+    except (ValueError, OSError):
+        return None
+
+
+@lru_cache(maxsize=64)
+def _digest_at(folder: Path, pooler: str, size: int, changed: int) -> str:
+    return open_checkpoint(folder, pooler=pooler).sha256()
+
+
+def require_one_adapter_base(
+    models,  # checkpoints, some of which may be adapters
+) -> None:
+    "Refuse adapters that name two bases of the hub."
+    named = {}
+    for m in models:
+        if name := _hub_name(getattr(m, "base_name", "")):
+            named.setdefault(name, m)
+    if len(named) > 1:
+        (a, first), (b, second) = list(named.items())[:2]
+        raise ValueError(
+            f"{first.name} was trained over {a}, {second.name} over {b}: two bases"
+        )
+
+# %% ../nbs/02_checkpoints.ipynb #3102d83d
+def updates_of(
+    model,  # a checkpoint
+    base,  # the pretrained model that it is compared with
+) -> dict | None:  # canonical name -> `Update`, or the tensor that takes the base's place
+    "The tensors that an adapter changes; None of what is no adapter over this base."
+    start = getattr(model, "base", None)
+    if start is None or not (start is base or _is_one_file(start, base)):
+        return None
+    changed = {n: t for n, t in model._body.items() if t is not start._body.get(n)}
+    return changed if any(isinstance(t, Update) for t in changed.values()) else None
+
+
+def _is_one_file(a, b) -> bool:
+    "Whether two checkpoints were opened from one folder, and have the same tensors."
+    folders = getattr(a, "folder", None), getattr(b, "folder", None)
+    if None in folders or not isinstance(b, Checkpoint) or a.layout != b.layout:
+        return False
+    return a.base is b.base is None and folders[0].resolve() == folders[1].resolve()
 
 # %% ../nbs/02_checkpoints.ipynb #941a1579
 @contextmanager

@@ -399,8 +399,8 @@ def _opened(options):
     from weightregions.checkpoints import open_checkpoint
     from weightregions.zoo import open_zoo
 
-    zoo = open_zoo(options.folder, options.all_checkpoints)
     base = open_checkpoint(_pretrained(options.base))
+    zoo = open_zoo(options.folder, options.all_checkpoints, base)
     zoo.checkpoints()[0].require_same_start(base, sample=2**12)
     return zoo.checked(base), base
 
@@ -855,6 +855,8 @@ def _unseen(zoo, options):
         choices=("float32", "bfloat16", "float16"),
         help="data type of the stored weights",
     ),
+    _count("--rank", "rank of the centroid of adapters (default: exact)", metavar="R"),
+    _flag("--full", "write the centroid of adapters as a whole model"),
 )
 def center(
     options: argparse.Namespace,  # folder, base, out, which models, weights, dtype
@@ -881,13 +883,33 @@ def _center(options):
         instead = "--without leaves it out, --saw-target allows it"
         python = "take leave_out(zoo, target), or say saw_target=True"
         raise ValueError(str(e).replace(python, instead)) from None
-    _save(centroid, out, base, options.dtype)
+    if not _save_adapter(centroid, options):
+        _save(centroid, out, base, options.dtype)
     _SHOWN[-1].kept["folder"] = out
     members = centroid.members[["model", "dataset", "family", "accuracy", "weight"]]
     _write(members, out / "members.csv")
     _write_left_out(zoo, out / "left_out.csv")
     _tell(centroid.description, "description")
     _show(members, "members")
+
+# %% ../nbs/52_cli.ipynb #5b0aa4c5
+def _save_adapter(centroid, options):
+    "Write the centroid of adapters as an adapter; False where it is to be a whole model."
+    import torch
+
+    from weightregions.adapters import adapter_card, adapter_centroid, save_adapter
+
+    adapters = all(getattr(m, "base", None) for m in centroid.checkpoints)
+    if options.rank is not None and (options.full or not adapters):
+        why = "--full writes a whole model" if options.full else "some members are whole models"
+        raise ValueError(f"--rank is of the centroid of adapters, and {why}")
+    if options.full or not adapters:
+        return False
+    made = adapter_centroid(centroid.checkpoints, centroid.weights, options.rank, centroid.name)
+    card = adapter_card(made, [m.name for m in centroid.checkpoints], centroid.description)
+    save_adapter(made, options.out, getattr(torch, options.dtype), card)
+    print(f"an adapter of rank {made.rank}, relative error {made.error:.3g}")
+    return True
 
 # %% ../nbs/52_cli.ipynb #5c4a9e17
 def _changed(centroid, folder, base, dtype):
@@ -958,7 +980,8 @@ def locate(
     from weightregions.checkpoints import open_checkpoint
     from weightregions.region import locate, regions_of
 
-    query, (zoo, base) = open_checkpoint(options.checkpoint), _opened(options)
+    zoo, base = _opened(options)
+    query = open_checkpoint(options.checkpoint, base=base)
     same = zoo.models.path.map(lambda path: _is_same(path, options.checkpoint, query.folder))
     if same.any():
         _say(f"{options.checkpoint} is a model of {zoo.name}, and left out of its region")

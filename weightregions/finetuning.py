@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOOK', 'GAIN', 'CHOICES', 'ALIKE', 'Recipe', 'default_device', 'fast_bfloat16', 'Tokenized', 'BucketSampler',
-           'set_trainable', 'with_head', 'zero_head', 'BucketTrainer', 'trainer_for', 'evaluate', 'one_thread', 'train']
+           'set_trainable', 'padding_of', 'with_head', 'zero_head', 'BucketTrainer', 'trainer_for', 'evaluate',
+           'one_thread', 'train']
 
 # %% ../nbs/12_finetuning.ipynb #c9fc3410
 import contextlib, math, tempfile, unicodedata
@@ -253,6 +254,16 @@ def set_trainable(
         )
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
+# %% ../nbs/12_finetuning.ipynb #ea2c5124
+def padding_of(
+    start,  # folder or hub id of a checkpoint
+    tokenizer,  # that pads its batches
+) -> dict:  # settings of its configuration; none where it names a padding token itself
+    "The padding token of a decoder that names none: its classifier reads the token before it."
+    if load_config(start).get_text_config().pad_token_id is not None:
+        return {}
+    return {"pad_token_id": tokenizer.pad_token_id}
+
 # %% ../nbs/12_finetuning.ipynb #e7fbe80f
 def with_head(
     start,  # folder or hub id of a checkpoint
@@ -487,7 +498,7 @@ def train(
     with quiet(), one_thread(device), tempfile.TemporaryDirectory() as scratch:
         set_seed(seed)
         tokenizer = load_tokenizer(base, padding=True)
-        model = with_head(base, corpus.labels)
+        model = with_head(base, corpus.labels, **padding_of(base, tokenizer))
         if recipe.head == "zero":
             zero_head(model)
         set_trainable(model, recipe.trains)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .checkpoints import tokenizer_files
 from .files import file_sha256, read_json
+from .updates import adapter_file, is_adapter
 
 # %% ../nbs/05_identity.ipynb #f75c07dc
 def seen_sha256(
@@ -39,6 +40,8 @@ def weights_files(
             return [file]
         if (index := Path(folder) / f"{name}.index.json").is_file():
             return _shards(index)
+    if is_adapter(folder):  # its settings say what its factors are multiplied by
+        return [Path(folder) / "adapter_config.json", adapter_file(folder)]
     return []
 
 # %% ../nbs/05_identity.ipynb #f5ad2c63

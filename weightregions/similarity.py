@@ -18,10 +18,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from tqdm import tqdm
 
-from .checkpoints import as_group, as_weights
+from .checkpoints import as_group, as_weights, updates_of
 from .files import whole_file
 from .space import BLOCK, Weights, checked_sum, patch
+from .stored import reading
 from weightregions.streaming import (
     ROOM,
     Buffer,
@@ -29,6 +31,7 @@ from weightregions.streaming import (
     stream,
     task_vectors,
 )
+from .updates import update_products
 
 # %% ../nbs/04_similarity.ipynb #c43296bb
 @dataclass(frozen=True, repr=False, eq=False)
@@ -192,6 +195,29 @@ def _cells(models: Sequence[Weights], by: Callable | None, rows: int, options) -
         cells[key] = checked_sum(cells.get(key, 0), products, blame, task)
     return cells
 
+# %% ../nbs/04_similarity.ipynb #6838fe2c
+def _update_cells(
+    models: Sequence[Weights], by: Callable | None, progress: bool
+) -> dict | None:
+    "Products by labels where all models are adapters of the base; None where one is not."
+    *members, base = models
+    updates = [updates_of(m, base) for m in members]
+    if None in updates:
+        return None
+    sizes, cells = dict(zip(base.layout.names, base.layout.sizes)), {}
+    what, kinds = f"similarity of {len(members)} adapters", base.layout.names
+    with (
+        reading.stay_open(),
+        tqdm(total=base.layout.numel, desc=what, unit_scale=True, disable=not progress) as bar,
+    ):
+        for name, products in update_products(updates, base._body, kinds):
+            labels = () if by is None else by(name)
+            key = tuple(labels) if isinstance(labels, list) or by is None else (labels,)
+            task = name, 0, sizes[name]
+            cells[key] = checked_sum(cells.get(key, 0.0), products, _base_first(models), task)
+            bar.update(sizes[name])
+    return cells
+
 # %% ../nbs/04_similarity.ipynb #2566971c
 MOST_ROUNDING = 0.1  # share of a task vector's length from which rounding is warned of
 
@@ -257,8 +283,10 @@ def gram(
     **changes,  # of these options: block, threads, device, memory, progress
 ) -> Gram:
     "Inner products of all task vectors and the base, in one pass over the weights."
-    models = _with_base(checkpoints, base)
-    cells = _cells(models, by, 0, replace(options, **changes))
+    models, options = _with_base(checkpoints, base), replace(options, **changes)
+    cells = _update_cells(models, by, options.progress)
+    if cells is None:
+        cells = _cells(models, by, 0, options)
     names = tuple(m.name for m in models[:-1])
     g = Gram(names, {key: (cell + cell.T) / 2 for key, cell in cells.items()})
     still = rounded_models(models[:-1], models[-1], g.norms())
@@ -338,6 +366,10 @@ def extended(
     fresh = [as_weights(c) for c in new]
     if not fresh:
         return self
+    base = as_weights(base)
+    if any(updates_of(m, base) for m in (*fresh, *opened.values())):
+        models = [*(opened[n] for n in self.names), *fresh]
+        return gram(models, base, by, options, **changes)
     models = _with_base([*fresh, *(opened[n] for n in self.names)], base)
     cells = _cells(models, by, len(fresh), replace(options, **changes))
     if other := cells.keys() ^ self.cells.keys():

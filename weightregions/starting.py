@@ -43,6 +43,7 @@ from weightregions.finetuning import (
     set_trainable,
     trainer_for,
     default_device,
+    padding_of,
     with_head,
     zero_head,
 )
@@ -157,7 +158,12 @@ def classifier_from(
     with quiet():
         tokenizer = load_tokenizer(start, padding=True)
         set_seed(seed)
-        model = with_head(start, labels, problem_type="single_label_classification")
+        model = with_head(
+            start,
+            labels,
+            problem_type="single_label_classification",
+            **padding_of(start, tokenizer),
+        )
         set_seed(seed)
         fresh = AutoModelForSequenceClassification.from_config(
             model.config, dtype=torch.float32

@@ -160,7 +160,9 @@ def weights_file(
         if (folder / name).is_file():
             return folder / name
     if any(folder.glob("adapter_config.json")) or any(folder.glob("adapter_model.*")):
-        raise ValueError(f"{folder}: holds an adapter, merge it into its base model first")
+        raise ValueError(
+            f"{folder}: holds an adapter; it takes adapter_config.json and its base"
+        )
     raise FileNotFoundError(f"{folder}: no weights ({', '.join(READERS)})")
 
 

@@ -384,7 +384,7 @@ def measure_path(
     "Measure the points of a walk that are not in its file yet."
     poolings, penalties, budget = settings
     start = open_checkpoint(base, name="base")
-    members = [open_checkpoint(paths[m], name=m) for m in walk.members]
+    members = [open_checkpoint(paths[m], name=m, base=start) for m in walk.members]
     with one_thread(default_device()):
         targets = [_target(base, corpora[t], budget) for t in walk.targets]
         probing, points = Probing(targets, poolings, penalties), points_of(walk, members, start)

@@ -18,10 +18,17 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .checkpoints import Checkpoint, open_checkpoint, tokenizer_files
+from weightregions.checkpoints import (
+    Checkpoint,
+    open_checkpoint,
+    require_one_adapter_base,
+    tokenizer_files,
+    updates_of,
+)
 from .files import check_name, read_json, read_text
 from .identity import model_identity, other_parts, weights_files, weights_sha256
 from .space import patch
+from .updates import is_adapter
 
 # %% ../nbs/14_zoo.ipynb #094db50f
 class Zoo:
@@ -37,6 +44,7 @@ class Zoo:
     ):
         self.name, self.models, self.base = name, models.reset_index(drop=True), base
         self.held_to = self.held_base = None  # hash of the base it was checked with, and more
+        self.start = None  # the base that its adapters are opened over
         self.left_out = _left_out([]) if left_out is None else left_out.reset_index(drop=True)
 
     def __len__(self):
@@ -70,7 +78,7 @@ def keep(
 ) -> Zoo:  # with these models only
     "Some of the models."
     part = Zoo(self.name, self.models[mask], self.left_out, self.base)
-    part.held_to, part.held_base = self.held_to, self.held_base
+    part.held_to, part.held_base, part.start = self.held_to, self.held_base, self.start
     return part
 
 
@@ -100,10 +108,12 @@ def checkpoints(
     pooler: str = "drop",  # what becomes of a pooler: see the chapter on checkpoints
 ) -> list[Checkpoint]:  # one for each model, in the table's order
     "Open every model's checkpoint; weights are read when they are asked for."
-    return [
-        open_checkpoint(m.path, revision=m.revision or None, name=m.model, pooler=pooler)
+    opened = [
+        open_checkpoint(m.path, m.revision or None, m.model, pooler, self.start)
         for m in self.models.itertuples()
     ]
+    require_one_adapter_base(opened)
+    return opened
 
 # %% ../nbs/14_zoo.ipynb #44f08398
 COLUMNS = [
@@ -329,6 +339,7 @@ def _numbers(rows: pd.DataFrame, column: str, table: Path) -> pd.Series:
 def gather(
     paths,  # a folder with NAME/ or DATASET/NAME/ in it, or a list of folders and hub ids
     all_checkpoints: bool = False,  # take every `checkpoint-N` of a run, not only its last
+    base=None,  # the pretrained model, over which adapters are opened; None: they are left out
 ) -> Zoo:  # two models or more
     "Open checkpoints that no table lists."
     if isinstance(paths, (str, Path)):
@@ -336,13 +347,14 @@ def gather(
         none += " a weights file) one level down or two"
         if not Path(paths).is_dir():
             raise FileNotFoundError(f"{paths}: there is no such folder")
-        models, left_out = _below(Path(paths), all_checkpoints)
+        models, left_out = _below(Path(paths), all_checkpoints, base is not None)
     else:
         none = "there are no checkpoints to open"
-        models, left_out = _each(list(paths), all_checkpoints)
+        models, left_out = _each(list(paths), all_checkpoints, base is not None)
         name = _common_name(models)
     zoo = Zoo(name or "checkpoints", _gathered(models), _left_out(left_out))
     _require_several(zoo, none)
+    zoo.start = base
     zoo.checkpoints()  # what cannot be read is named now
     return _warn(zoo)
 
@@ -366,23 +378,25 @@ def _common_name(paths: Iterable) -> str:
 def open_zoo(
     folder,  # of a zoo, or with a models.csv, or that table, or what `gather` takes
     all_checkpoints: bool = False,  # without a table: take every `checkpoint-N` of a run
+    base=None,  # the pretrained model, over which adapters are opened; None: they are left out
 ) -> Zoo:  # its models
     "Open a zoo: one built here, or checkpoints that others trained."
     if isinstance(folder, (list, tuple)) and len(folder) != 1:
-        return gather(folder, all_checkpoints)
+        return gather(folder, all_checkpoints, base)
     folder = Path(folder[0] if isinstance(folder, (list, tuple)) else folder)
     if folder.suffix == ".csv" and not folder.is_dir():
-        return _of_table(folder.stem, _listed(folder))
+        return _of_table(folder.stem, _listed(folder), start=base)
     if os.path.lexists(folder / "zoo.json"):
         about = _checked_fields(
             read_json(folder / "zoo.json", _MOST), _ZOO, folder / "zoo.json"
         )
         why = "no finished model of this zoo"
-        return _of_table(folder.resolve().name, _built(folder), folder, why, about["base"])
+        models = _built(folder)
+        return _of_table(folder.resolve().name, models, folder, why, about["base"], base)
     if os.path.lexists(folder / "models.csv"):
         models, why = _listed(folder / "models.csv"), "not listed in models.csv"
-        return _of_table(folder.resolve().name, models, folder, why)
-    return gather(folder, all_checkpoints)
+        return _of_table(folder.resolve().name, models, folder, why, start=base)
+    return gather(folder, all_checkpoints, base)
 
 # %% ../nbs/14_zoo.ipynb #81eb2438
 def _of_table(
@@ -391,6 +405,7 @@ def _of_table(
     root: Path | None = None,
     why: str = "",
     base: dict | None = None,
+    start=None,
 ) -> Zoo:
     "The zoo of a table, and the folders with weights below `root` that it does not name."
     if models.empty:
@@ -409,11 +424,13 @@ def _of_table(
         else []
     )
     left_out = [*same, *((_relative(folder, root), reason) for folder, reason in rest)]
-    return _warn(Zoo(name, models[models.path.isin(taken)], _left_out(left_out), base))
+    zoo = Zoo(name, models[models.path.isin(taken)], _left_out(left_out), base)
+    zoo.start = start
+    return _warn(zoo)
 
 # %% ../nbs/14_zoo.ipynb #d5b3e1d4
 _FORMATS = {
-    "an adapter, which is to be merged into its base model first": (
+    "an adapter, which takes its base: open_zoo(folder, base=...)": (
         "adapter_config.json",
         "adapter_model.*",
     ),
@@ -439,13 +456,15 @@ def _matches(name: str, patterns: tuple) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 # %% ../nbs/14_zoo.ipynb #4023bd30
-def _what_is_in(folder: Path) -> str | None:
+def _what_is_in(folder: Path, adapters: bool = False) -> str | None:
     "Empty for a checkpoint, else why its weights cannot be taken; None without weights."
     try:
         names = sorted(file.name for file in folder.iterdir() if not file.is_dir())
     except OSError as e:
         return f"cannot be read ({e.strerror})"
     adapter, *others = _FORMATS.items()
+    if adapters and is_adapter(folder):
+        return ""
     if any(_matches(name, adapter[1]) for name in names):
         return adapter[0]
     if weights_files(folder):
@@ -489,9 +508,10 @@ def _leads_back(folder: Path, top: Path) -> bool:
     return target.is_relative_to(top) or top.is_relative_to(target)
 
 
-def _with_weights(root: Path) -> dict[Path, str]:
+def _with_weights(root: Path, adapters: bool = False) -> dict[Path, str]:
     "The folders with weights at and below `root`, and why one is no checkpoint."
-    reasons = {folder: _what_is_in(folder) for folder in (root, *_folders(root, root))}
+    folders = (root, *_folders(root, root))
+    reasons = {folder: _what_is_in(folder, adapters) for folder in folders}
     parents = {p for f, reason in reasons.items() if reason is not None for p in f.parents}
     return {
         folder: reason
@@ -501,10 +521,10 @@ def _with_weights(root: Path) -> dict[Path, str]:
     }
 
 # %% ../nbs/14_zoo.ipynb #c9e5d6f3
-def _below(root: Path, all_checkpoints: bool) -> tuple[dict, list]:
+def _below(root: Path, all_checkpoints: bool, adapters: bool = False) -> tuple[dict, list]:
     "The checkpoints at and below a folder (path -> name), and the folders that are left out."
     models, left_out = {}, []
-    for folder, reason in _with_weights(root).items():
+    for folder, reason in _with_weights(root, adapters).items():
         if reason := reason or _misplaced(folder, root, models):
             left_out.append((_relative(folder, root), reason))
         else:
@@ -578,13 +598,13 @@ def _is_link(path) -> bool:
     return folder.is_symlink() or any(f.is_symlink() for f in weights_files(folder))
 
 # %% ../nbs/14_zoo.ipynb #48498d6f
-def _each(paths: list, all_checkpoints: bool) -> tuple[dict, list]:
+def _each(paths: list, all_checkpoints: bool, adapters: bool = False) -> tuple[dict, list]:
     "Several checkpoints (path -> name); of the folder of a run its last step."
     local = [Path(os.path.abspath(p)) for p in paths if Path(p).is_dir()]
     root = os.path.commonpath([p.parent for p in local] or ["."])
     models, left_out = {}, []
     for path in paths:
-        steps, early = _of_run(path, all_checkpoints)
+        steps, early = _of_run(path, all_checkpoints, adapters)
         for p in steps:
             at = Path(os.path.abspath(p))
             name = at.relative_to(root).as_posix() if at.is_dir() else str(p)
@@ -596,12 +616,12 @@ def _each(paths: list, all_checkpoints: bool) -> tuple[dict, list]:
     return {p: models[p] for p in kept}, left_out + same
 
 
-def _of_run(path, all_checkpoints: bool) -> tuple[list, list]:
+def _of_run(path, all_checkpoints: bool, adapters: bool = False) -> tuple[list, list]:
     "A checkpoint or hub id as it is; of the folder of a run its steps."
-    if not Path(path).is_dir() or (reason := _what_is_in(Path(path))) == "":
+    if not Path(path).is_dir() or (reason := _what_is_in(Path(path), adapters)) == "":
         return [path], []
     steps = [f for f in _folders(Path(path), Path(path), 1) if _step(f) is not None]
-    steps = [f for f in steps if _what_is_in(f) == ""]
+    steps = [f for f in steps if _what_is_in(f, adapters) == ""]
     if not steps:
         reason = reason or "config.json beside a weights file"
         raise ValueError(
@@ -702,7 +722,9 @@ def _without_base(self: Zoo, base: Checkpoint) -> Zoo:
         raise ValueError(f"{self.name}: no model remains; {_lines(rows)[0]}")
     _warn(Zoo(self.name, self.models, rows))
     left_out = pd.concat([self.left_out, rows]) if same.any() else self.left_out
-    return Zoo(self.name, self.models[~same], left_out, self.base)
+    moved = Zoo(self.name, self.models[~same], left_out, self.base)
+    moved.start = self.start
+    return moved
 
 # %% ../nbs/14_zoo.ipynb #a55bd2a6
 @patch
@@ -737,7 +759,8 @@ def _no_move(checkpoint: Checkpoint, base: Checkpoint) -> str:
     if None not in folders and os.path.samefile(*folders):
         return "the base itself"
     sizes = dict(zip(base.layout.names, base.layout.sizes))
-    for name in sorted(sizes, key=sizes.get):  # small ones first: most models differ in all
+    changed = updates_of(checkpoint, base) or sizes  # of an adapter, what it changes
+    for name in sorted(changed, key=sizes.get):  # small ones first: most models differ in all
         weights = checkpoint.read(name)
         if not torch.equal(weights, base.read(name).to(weights.dtype)):
             return ""
