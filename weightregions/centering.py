@@ -439,6 +439,7 @@ def model_card(
     told = lambda column: list(dict.fromkeys(v for v in members.get(column, ()) if v))
     hub = [found[1] for s in told("data") if (found := re.match(r"hub ([\w.-]+/[\w.-]+)", s))]
     start, sha256 = _start_of(centroid, told)
+    began = "All members were fine-tuned from" if told("base") else _HELD
     head = ModelCardData(
         base_model=start if start and "/" in start else None,  # a folder's name is no address
         library_name="transformers",
@@ -456,7 +457,7 @@ def model_card(
     if start:
         parts.insert(
             3,
-            f"All members were fine-tuned from `{start}`, whose weights have the SHA-256 `{sha256}`.",
+            f"{began} `{start}`, whose weights have the SHA-256 `{sha256}`.",
         )
     if "data_sha256" in members:
         data = members[["dataset", "data", "data_sha256"]].drop_duplicates()
@@ -505,6 +506,9 @@ def _listed(members: pd.DataFrame) -> pd.DataFrame:
     if "accuracy" in members and members.accuracy.isna().all():
         del columns["accuracy"]
     return members[[c for c in columns if c in members]].rename(columns=columns)
+
+
+_HELD = "The members do not record their start; their weights were compared with those of"
 
 # %% ../nbs/30_centering.ipynb #3335ecb1
 def save_centroid(
