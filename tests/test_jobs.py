@@ -25,7 +25,7 @@ from weightregions.bases import tiny_base
 from weightregions.contest import StartExperiment, compare_all_starts
 from weightregions.corpora import load_corpora
 from weightregions.finetuning import Recipe
-from weightregions.jobs import agreed, places, ranks, run_jobs
+from weightregions.jobs import agreed, places, ranks, run_jobs, start_ray
 from weightregions.starting import Search
 from weightregions.walks import TraversalBudget, PathSpec, measure_paths
 from weightregions.building import build_zoo
@@ -117,17 +117,36 @@ def zoo_alone(alone):
 def cluster():
     "A real Ray cluster on this machine, or that of RAY_ADDRESS."
     ray = pytest.importorskip("ray")
-    ray.init(
-        **{}
-        if "RAY_ADDRESS" in os.environ
-        else {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 10**8}
-    )
+    here = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 10**8}
+    start_ray(**{} if "RAY_ADDRESS" in os.environ else here)
     ray.cloudpickle.register_pickle_by_value(
         sys.modules[__name__]
     )  # its workers do not have the folder of the tests in their path
     yield ray
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     ray.shutdown()
+
+
+@pytest.mark.parametrize("slow", range(4))
+def test_a_slow_start_of_ray_is_tried_again(monkeypatch, slow, tried):
+    ray, starts = pytest.importorskip("ray"), []
+
+    def init():
+        starts.append(1)
+        if len(starts) <= slow:
+            raise Exception("The current node timed out during startup. This could happen")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    if slow < 3:
+        start_ray()
+    else:
+        with pytest.raises(
+            ConnectionError, match="^Ray did not start on this machine: The cur"
+        ):
+            start_ray()
+    assert len(starts) == min(slow + 1, 3)
+    tried("Ray is slow to start", f"{slow} times", 1, "tried again; one line after three times")
 
 
 @every_backend

@@ -226,6 +226,7 @@ LAYERS = {
         "region",
         "starting",
         "advice",
+        "rivals",
         "original",
     },
     "figures": {"plots"},
