@@ -231,6 +231,7 @@ LAYERS = {
         "starting",
         "advice",
         "continuing",
+        "rivals",
         "original",
     },
     "figures": {"plots"},

@@ -857,6 +857,17 @@ def _unseen(zoo, options):
     ),
     _count("--rank", "rank of the centroid of adapters (default: exact)", metavar="R"),
     _flag("--full", "write the centroid of adapters as a whole model"),
+    _arg(
+        "--method",
+        default="mean",
+        choices=("mean", "task-arithmetic", "slerp", "ties", "dare", "model-stock"),
+        help="how the models are merged; the others than the mean write a whole model",
+    ),
+    _real(
+        "--strength", "of the other methods: what the merged task vector is multiplied by", 1.0
+    ),
+    _real("--density", "of ties and dare: share of the entries that stay", 0.2),
+    _count("--seed", "of dare: which entries stay", 0),
 )
 def center(
     options: argparse.Namespace,  # folder, base, out, which models, weights, dtype
@@ -883,7 +894,9 @@ def _center(options):
         instead = "--without leaves it out, --saw-target allows it"
         python = "take leave_out(zoo, target), or say saw_target=True"
         raise ValueError(str(e).replace(python, instead)) from None
-    if not _save_adapter(centroid, options):
+    if options.method != "mean":
+        _save_rival(centroid, base, options)
+    elif not _save_adapter(centroid, options):
         _save(centroid, out, base, options.dtype)
     _SHOWN[-1].kept["folder"] = out
     members = centroid.members[["model", "dataset", "family", "accuracy", "weight"]]
@@ -910,6 +923,24 @@ def _save_adapter(centroid, options):
     save_adapter(made, options.out, getattr(torch, options.dtype), card)
     print(f"an adapter of rank {made.rank}, relative error {made.error:.3g}")
     return True
+
+# %% ../nbs/52_cli.ipynb #b4f31cf2
+def _save_rival(centroid, base, options):
+    "Write what another method than the mean makes of the models."
+    import torch
+
+    from weightregions.checkpoints import write_checkpoint
+    from weightregions.rivals import RivalSettings, rival
+
+    given = {"--weights": options.weights, "--rank": options.rank}
+    if other := [name for name, value in given.items() if value is not None]:
+        raise ValueError(f"{other[0]} is of the mean, not of {options.method}")
+    settings = RivalSettings(options.strength, options.density, seed=options.seed)
+    point = rival(options.method, centroid.checkpoints, base, settings)
+    dtype = getattr(torch, options.dtype)
+    body = {name: tensor.to(dtype) for name, tensor in point.tensors()}
+    write_checkpoint(body, base, options.out, head="drop")
+    print(f"{options.method} ({settings}):")
 
 # %% ../nbs/52_cli.ipynb #5c4a9e17
 def _changed(centroid, folder, base, dtype):
