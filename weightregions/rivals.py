@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoints import Checkpoint, open_checkpoint, require_one_base
+from .checkpoints import Checkpoint, open_checkpoint, require_one_adapter_base
 from .similarity import gram
 from .space import BLOCK
 
@@ -213,7 +213,7 @@ def rival(
     base, models = open_checkpoint(base), [open_checkpoint(m) for m in models]
     if len(models) < 2:
         raise ValueError(f"{method} takes at least two models, not {len(models)}")
-    require_one_base(models)
+    require_one_adapter_base(models)
     for m in models:
         m.require_same_space(base)
     of = RIVALS[method](models, base, settings)
