@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['adapter_centroid', 'AdapterCentroid', 'as_checkpoint', 'save_adapter', 'adapter_card']
 
-# %% ../nbs/07_adapters.ipynb #5b631f6c
-import json
+# %% ../nbs/07_adapters.ipynb #da8ab333
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field

@@ -10,7 +10,6 @@ __all__ = ['ADAPTER_FILES', 'AdapterConfig', 'read_adapter_config', 'Update', 'i
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from math import isfinite, prod, sqrt
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .files import read_json
-from .space import BLOCK, _short
+from .space import BLOCK
 from .stored import READERS, _pickled, safetensors_header
 
 # %% ../nbs/01_updates.ipynb #5b400409
