@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['adapter_centroid', 'AdapterCentroid', 'as_checkpoint', 'save_adapter', 'adapter_card']
 
-# %% ../nbs/07_adapters.ipynb #5b631f6c
+# %% ../nbs/07_adapters.ipynb #da8ab333
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,12 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from weightregions.checkpoints import (
-    Checkpoint,
-    module_kinds,
-    require_one_adapter_base,
-    updates_of,
-)
+from .checkpoints import Checkpoint, module_kinds, require_one_base, updates_of
 from .files import as_json, whole_folder, write_whole
 from .stored import InMemoryTensor
 from .updates import Update
@@ -129,7 +124,7 @@ def _updates_of_all(adapters: list) -> tuple:
     "The base of some adapters, and what each of them changes."
     if len(adapters) < 2:
         raise ValueError(f"a centroid takes at least two adapters, not {len(adapters)}")
-    require_one_adapter_base(adapters)
+    require_one_base(adapters)
     base = getattr(adapters[0], "base", None)
     updates = [base and updates_of(a, base) for a in adapters]
     for a, changed in zip(adapters, updates):
