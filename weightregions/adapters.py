@@ -17,7 +17,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .checkpoints import Checkpoint, module_kinds, require_one_base, updates_of
+from weightregions.checkpoints import (
+    Checkpoint,
+    module_kinds,
+    require_one_adapter_base,
+    updates_of,
+)
 from .files import as_json, whole_folder, write_whole
 from .stored import InMemoryTensor
 from .updates import Update
@@ -124,7 +129,7 @@ def _updates_of_all(adapters: list) -> tuple:
     "The base of some adapters, and what each of them changes."
     if len(adapters) < 2:
         raise ValueError(f"a centroid takes at least two adapters, not {len(adapters)}")
-    require_one_base(adapters)
+    require_one_adapter_base(adapters)
     base = getattr(adapters[0], "base", None)
     updates = [base and updates_of(a, base) for a in adapters]
     for a, changed in zip(adapters, updates):
