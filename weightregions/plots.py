@@ -85,7 +85,7 @@ def _written_on(ax: Axes) -> str:
     return " ".join(": ".join(filter(None, [title, against, labels])).split())
 
 # %% ../nbs/40_plots.ipynb #971f0a7f
-COLOURS = 64  # of a stored figure
+COLOURS = 48  # of a stored figure
 
 
 def _palette_png(figure: Figure) -> tuple:
