@@ -28,7 +28,7 @@ from weightregions.checkpoints import (
 from .files import check_name, read_json, read_text
 from .identity import model_identity, other_parts, weights_files, weights_sha256
 from .space import patch
-from .updates import is_adapter
+from .updates import ADAPTER_FILES, is_adapter
 
 # %% ../nbs/14_zoo.ipynb #094db50f
 class Zoo:
@@ -464,7 +464,8 @@ def _what_is_in(folder: Path, adapters: bool = False) -> str | None:
         return f"cannot be read ({e.strerror})"
     adapter, *others = _FORMATS.items()
     if adapters and is_adapter(folder):
-        return ""
+        whole = any((folder / name).is_file() for name in ADAPTER_FILES)
+        return "" if whole else "an adapter without weights"
     if any(_matches(name, adapter[1]) for name in names):
         return adapter[0]
     if weights_files(folder):
