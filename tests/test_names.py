@@ -420,7 +420,7 @@ def test_unlucky_names_go_through_every_command(here, monkeypatch, capsys):
     table = read_table(here / out / "place.csv", PLACE_WORDS)
     assert {"NA", "2015"} <= set(table.region)
     run("recommend", f"{out}/zoo", "--base", "base", *on, "--out", f"{out}/advice.csv")
-    table = read_table(here / out / "advice.csv", ("start", "kind"))
+    table = read_table(here / out / "advice.csv", ("start", "kind", "pooling"))
     assert {"pretrained", "centroid", "null centroid"} <= set(table.start)
 
 
