@@ -761,7 +761,7 @@ def traverse(
         "verdict",
     )
 
-
+# %% ../nbs/52_cli.ipynb #a4b71d9e
 def _dress_line(ax, rows, ends, target, pretrained, out):
     "Draw the pretrained model's loss beside a line, and write the line's page."
     from weightregions.plots import add_reference
