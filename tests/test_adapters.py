@@ -1,4 +1,5 @@
-"Adapters: what PEFT writes is read as PEFT merges it, for encoders and decoders; products, centroids, commands and faults."
+"""Adapters: what PEFT writes is read as PEFT merges it, for encoders and decoders; products,
+centroids, commands and faults."""
 
 import json
 import shutil
@@ -224,7 +225,7 @@ def test_a_line_between_adapters(world):
             torch.testing.assert_close(scratch.body[name].detach(), ours, rtol=1e-5, atol=1e-5)
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------
 
 KEY = "base_model.model.roberta.encoder.layer.0.attention.self.query.lora_B.weight"
 A_KEY = KEY.replace("lora_B", "lora_A")
@@ -397,7 +398,7 @@ def test_a_pickled_adapter(example, tmp_path):
     torch.testing.assert_close(one.state(), other.state(), rtol=0, atol=0)
 
 
-# --- the commands ----------------------------------------------------------------------------------------------------
+# --- the commands -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

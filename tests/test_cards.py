@@ -1,4 +1,5 @@
-"Cards, boxes, README and the text of figures: no more than the rows say, and nothing a reader cannot see."
+"""Cards, boxes, README and the text of figures: no more than the rows say, and nothing a reader
+cannot see."""
 
 import re
 
@@ -152,7 +153,7 @@ def test_what_is_no_formula_stays(prose):
     assert with_mathml(prose) == prose
 
 
-# --- figures in words -------------------------------------------------------------------------------------------------
+# --- figures in words -------------------------------------------------------------------------
 
 
 def line(ends=(0.5, 0.5)):

@@ -1,4 +1,5 @@
-"Attacks on weightregions.centering: parity with float64, bounded memory, all or nothing, nothing of the target."
+"""Attacks on weightregions.centering: parity with float64, bounded memory, all or nothing,
+nothing of the target."""
 
 import json
 import os
@@ -348,7 +349,7 @@ def test_memory_grows_neither_with_members_nor_with_weights(tmp_path):
     )
 
 
-# --- of a zoo --------------------------------------------------------------------------------------------------------
+# --- of a zoo ---------------------------------------------------------------------------------
 
 
 def retold(zoo, model, **changes):

@@ -1,4 +1,5 @@
-"""Attacks on checkpoints: seven architectures, every way of saving them, laziness, faults, and writing that leaves nothing half done."""
+"""Attacks on checkpoints: seven architectures, every way of saving them, laziness, faults, and
+writing that leaves nothing half done."""
 
 import json
 import os
@@ -90,7 +91,8 @@ def classifier(kind, seed=0, labels=2, **changes):
 
 
 def body_of(model):
-    "The expected body, from transformers alone: parameters of the base model, tied ones once, without pooler."
+    """The expected body, from transformers alone: parameters of the base model, tied ones once,
+    without pooler."""
     return {
         n: p.detach().clone()
         for n, p in sorted(model.base_model.named_parameters())
@@ -646,7 +648,8 @@ def test_architectures_of_another_kind_or_unknown_are_not_trusted(copied):
 def test_no_damage_to_a_file_goes_unnoticed_or_ends_in_a_traceback(
     saved, tmp_path_factory, data
 ):
-    "Cut or overwrite anything before the weights: a one-line ValueError, or the very same weights."
+    """Cut or overwrite anything before the weights: a one-line ValueError, or the very same
+    weights."""
     blob = (saved / "model.safetensors").read_bytes()
     data_starts = 8 + int.from_bytes(blob[:8], "little")
     if data.draw(st.booleans()):
@@ -865,7 +868,8 @@ def test_written_folders_open_everywhere(kind, head, tmp_path):
 
 
 def test_saved_buffers_travel_along(tmp_path):
-    "I-BERT keeps its quantisation ranges in buffers: no weights, but its folder is not whole without them."
+    """I-BERT keeps its quantisation ranges in buffers: no weights, but its folder is not whole
+    without them."""
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(transformers.IBertConfig(**SMALL))
     with torch.no_grad():

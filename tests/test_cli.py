@@ -1,4 +1,5 @@
-"The commands: each once, as a process of its own; what they refuse, and what an interrupt leaves."
+"""The commands: each once, as a process of its own; what they refuse, and what an interrupt
+leaves."""
 
 import json
 import multiprocessing
@@ -49,7 +50,8 @@ def _child(words, folder):
 
 
 def cli(line, folder):
-    "Exit code, standard output and standard error of a command, run in a folder by a fork of this process."
+    """Exit code, standard output and standard error of a command, run in a folder by a fork of
+    this process."""
     child = fork.Process(target=_child, args=(line.split(), folder))
     child.start()
     child.join()
@@ -87,7 +89,10 @@ def here(tmp_path_factory):
 
 
 def test_help_needs_nothing_heavy():
-    code = "import sys, weightregions.cli as c; c.parser().format_help(); assert not {'torch', 'pandas', 'numpy', 'transformers'} & sys.modules.keys()"
+    code = (
+        "import sys, weightregions.cli as c; c.parser().format_help(); assert not {'torch',"
+        " 'pandas', 'numpy', 'transformers'} & sys.modules.keys()"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     done = subprocess.run(
         [PROGRAM, "traverse", "--help"], capture_output=True, text=True, check=True
@@ -202,7 +207,10 @@ def test_center(here):
         and len(pd.read_csv(here / "centre" / "members.csv")) == 3
     )
     well(
-        "center zoo --base base --for texts:meals --weights accuracy --dtype bfloat16 --out weighted",
+        (
+            "center zoo --base base --for texts:meals --weights accuracy --dtype bfloat16 --out"
+            " weighted"
+        ),
         here,
     )
     assert {t.dtype for _, t in open_checkpoint(here / "weighted").tensors()} == {
@@ -522,11 +530,17 @@ def test_a_mistyped_folder_is_noticed_before_torch_is_imported(here, line, probl
             "--hull takes the number of points, at least 1, not 0",
         ),
         (
-            "traverse heap/run-0 heap/run-1 --base base --data texts --target films --hull 2 --beyond",
+            (
+                "traverse heap/run-0 heap/run-1 --base base --data texts --target films --hull 2"
+                " --beyond"
+            ),
             "--hull and --beyond are two kinds of path",
         ),
         (
-            "traverse heap/run-0 heap/run-1 heap/run-2 --base base --data texts --target films --beyond 4",
+            (
+                "traverse heap/run-0 heap/run-1 heap/run-2 --base base --data texts --target films"
+                " --beyond 4"
+            ),
             "--beyond goes along a line",
         ),
         (

@@ -1,4 +1,5 @@
-"Attacks on weightregions.corpora and weightregions.registry: hostile files, bad rows, properties of draws, the hub registry."
+"""Attacks on weightregions.corpora and weightregions.registry: hostile files, bad rows,
+properties of draws, the hub registry."""
 
 import json
 import subprocess
@@ -528,11 +529,17 @@ def test_registry_holds_the_authors_list_without_stsb():
             "topic",
         ),
         **dict.fromkeys(
-            "poem_sentiment imdb rotten_tomatoes sst_5bins sst2 amazon_reviews_multi financial_phrasebank".split(),
+            (
+                "poem_sentiment imdb rotten_tomatoes sst_5bins sst2 amazon_reviews_multi"
+                " financial_phrasebank"
+            ).split(),
             "sentiment",
         ),
         **dict.fromkeys(
-            "tweet_ev_emoji tweet_ev_emotion tweet_ev_hate tweet_ev_irony tweet_ev_offensive tweet_ev_sentiment".split(),
+            (
+                "tweet_ev_emoji tweet_ev_emotion tweet_ev_hate tweet_ev_irony"
+                " tweet_ev_offensive tweet_ev_sentiment"
+            ).split(),
             "twitter",
         ),
         **dict.fromkeys("mnli qnli rte wnli esnli anli".split(), "nli"),
@@ -714,13 +721,17 @@ def test_against_published():
 
 def test_registry_alone_is_light():
     "The facts can be read without torch, transformers or datasets."
-    code = "import sys, weightregions.registry as r; r.hub_table(); print({'torch', 'transformers', 'datasets'} & sys.modules.keys())"
+    code = (
+        "import sys, weightregions.registry as r; r.hub_table(); print({'torch',"
+        " 'transformers', 'datasets'} & sys.modules.keys())"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
 
 
 def stand_in(entry, n=60):
-    "A real DatasetDict with the columns, label names and splits of an entry, and sentences of our own."
+    """A real DatasetDict with the columns, label names and splits of an entry, and sentences of
+    our own."""
     import datasets
 
     labels, textual = entry["label_names"], entry["name"] in ("isear", "scitail")

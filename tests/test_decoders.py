@@ -1,4 +1,5 @@
-"Decoders, as plain causal models and as classifiers: every command, the generalized loss at the last token, and what is refused."
+"""Decoders, as plain causal models and as classifiers: every command, the generalized loss at
+the last token, and what is refused."""
 
 import json
 import shutil

@@ -1,4 +1,5 @@
-"Pages in a real browser: nothing fails, nothing comes from the network, controls change what is shown."
+"""Pages in a real browser: nothing fails, nothing comes from the network, controls change what
+is shown."""
 
 import ast
 import html
@@ -140,7 +141,10 @@ def test_slider_and_pickers_change_what_is_shown(browser, tmp_path):
     visit = Visit(browser, a_page().write(tmp_path), 1280)
     page = visit.page
     said = page.locator("#line-said")
-    dot = "() => [...document.querySelector('#line').data[1].x, document.querySelector('#line').data[1].y[0]]"
+    dot = (
+        "() => [...document.querySelector('#line').data[1].x,"
+        " document.querySelector('#line').data[1].y[0]]"
+    )
     before, place = said.inner_text(), page.evaluate(dot)
     page.locator("#line-alpha").focus()
     page.keyboard.press("End")
@@ -202,7 +206,7 @@ def test_the_script_is_written_once(tmp_path):
     assert 'src="plotly.min.js"' in (tmp_path / "lines.html").read_text()
 
 
-# --- the book ---------------------------------------------------------------------------------------------------------
+# --- the book ---------------------------------------------------------------------------------
 
 PAGES = [
     "index",
@@ -317,7 +321,7 @@ def test_machinery_is_folded(book):
     assert text.count("tag_hide-input") >= 5
 
 
-# --- the page of a study ----------------------------------------------------------------------------------------------
+# --- the page of a study ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["whole", "early"])

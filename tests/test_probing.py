@@ -1,4 +1,5 @@
-"""Attacks on weightregions.probing: parity with scikit-learn, invariances, families of models, an untouched caller, faults."""
+"""Attacks on weightregions.probing: parity with scikit-learn, invariances, families of models,
+an untouched caller, faults."""
 
 from types import SimpleNamespace
 
@@ -139,7 +140,7 @@ def target(corpora, tokenizer):
     return Target(corpora["headlines"], tokenizer, n_train=120, n_test=80)
 
 
-# --- the probe -------------------------------------------------------------------------------------------------------
+# --- the probe --------------------------------------------------------------------------------
 
 
 def cloud(seed, n, d, classes, spread=1.0):
@@ -264,7 +265,7 @@ def test_bad_features_and_labels(change, message):
         fit_probe(**good | change)
 
 
-# --- batches and targets ---------------------------------------------------------------------------------------------
+# --- batches and targets ----------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 200))
@@ -338,7 +339,7 @@ def test_pairs_are_encoded_as_pairs(corpora, tokenizer):
     )
 
 
-# --- encoding --------------------------------------------------------------------------------------------------------
+# --- encoding ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -435,7 +436,7 @@ def test_models_that_cannot_be_measured(target):
         encode(headless, target.test)
 
 
-# --- losses ----------------------------------------------------------------------------------------------------------
+# --- losses -----------------------------------------------------------------------------------
 
 
 def test_weights_that_are_not_finite_make_a_row_with_a_note(target):

@@ -1,4 +1,5 @@
-"Attacks on weightregions.region: parity with task vectors, the rate of false alarms, folders, bad company."
+"""Attacks on weightregions.region: parity with task vectors, the rate of false alarms, folders,
+bad company."""
 
 import json
 import os
@@ -529,7 +530,10 @@ def test_models_that_are_alone_make_no_region(tmp_path):
         (tmp_path / "zoo" / "a" / str(i)).rename(tmp_path / "zoo" / "flat" / f"run-{i}")
     with pytest.raises(
         ValueError,
-        match="flat: a region takes at least two models, and no dataset has them; models of one dataset lie together in a folder DATASET/NAME",
+        match=(
+            "flat: a region takes at least two models, and no dataset has them; models of one"
+            " dataset lie together in a folder DATASET/NAME"
+        ),
     ):
         regions_of(open_zoo(tmp_path / "zoo" / "flat"), tmp_path / "base", progress=False)
 

@@ -1,4 +1,5 @@
-"Rivals of the mean, each against its public definition written down plainly; stretches, seeds, adapters, bad members."
+"""Rivals of the mean, each against its public definition written down plainly; stretches,
+seeds, adapters, bad members."""
 
 import numpy as np
 import pytest
@@ -112,7 +113,8 @@ def test_slerp(world, t):
 
 
 def test_dare_drops_and_enlarges(world):
-    "Of each task vector a random share stays, divided by the share; its mean over seeds is the mean."
+    """Of each task vector a random share stays, divided by the share; its mean over seeds is
+    the mean."""
     base, models = world
     name, density = "embeddings.word_embeddings.weight", 0.3
     start, moved = vectors(world, name)

@@ -1,4 +1,5 @@
-"""Attacks on weightregions.similarity: float64 parity, additivity, determinism, bounded memory, faults."""
+"""Attacks on weightregions.similarity: float64 parity, additivity, determinism, bounded memory,
+faults."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"Attacks on weightregions.starting: no start is favoured, the test split is looked at once, a killed comparison goes on, counts and tests by hand."
+"""Attacks on weightregions.starting: no start is favoured, the test split is looked at once, a
+killed comparison goes on, counts and tests by hand."""
 
 import multiprocessing
 import os
@@ -91,7 +92,7 @@ def refused(*args, **kwargs):
     raise AssertionError("a job was started")
 
 
-# --- the validation part ---------------------------------------------------------------------------------------------
+# --- the validation part ----------------------------------------------------------------------
 
 
 def made(counts):
@@ -148,7 +149,7 @@ def test_a_rare_class_may_go_without():
         split_validation(made([9, 1]), at_least=0)
 
 
-# --- one start -------------------------------------------------------------------------------------------------------
+# --- one start --------------------------------------------------------------------------------
 
 
 def test_the_same_rates_and_head_for_every_start(base, other, corpus):
@@ -279,7 +280,7 @@ def test_without_peft_lora_says_what_it_takes(monkeypatch, base, corpus, argumen
         compare_starts(**arguments, method="lora")
 
 
-# --- starts, compared ------------------------------------------------------------------------------------------------
+# --- starts, compared -------------------------------------------------------------------------
 
 
 def test_every_start_sees_the_same_rows_and_fewer_are_a_part_of_more(monkeypatch, arguments):
@@ -401,7 +402,7 @@ def test_a_finished_file_starts_no_job_and_two_processes_give_the_same(
         compare_starts(**arguments | {"recipe": replace(RECIPE, steps=7)}, file=file)
 
 
-# --- gains and tables ------------------------------------------------------------------------------------------------
+# --- gains and tables -------------------------------------------------------------------------
 
 
 def told(gain, seeds=(1, 2), size="all"):

@@ -424,7 +424,7 @@ def test_more_classes_than_rows_are_refused_before_anything_is_made():
         check_classes({"films": corpora["films"], "meals": many}, SCALES["tiny"])
 
 
-# --- a start of one's own, a short training beside, sizes of a zoo ------------------------------------------------------
+# --- a start of one's own, a short training beside, sizes of a zoo ----------------------------
 
 
 @pytest.mark.parametrize("seed", range(3))

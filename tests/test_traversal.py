@@ -1,4 +1,5 @@
-"""Attacks on weightregions.traversal: exact ends, float64 parity, untouched inputs, architectures, random directions, kill and resume."""
+"""Attacks on weightregions.traversal: exact ends, float64 parity, untouched inputs,
+architectures, random directions, kill and resume."""
 
 import hashlib
 import json
@@ -145,7 +146,7 @@ def output(model, kind):
     return out.logits if "logits" in out else out.last_hidden_state
 
 
-# --- arithmetic ------------------------------------------------------------------------------------------------------
+# --- arithmetic -------------------------------------------------------------------------------
 
 affine = st.lists(st.floats(-40, 40), min_size=1, max_size=6).map(lambda w: [*w, 1 - sum(w)])
 
@@ -316,7 +317,7 @@ def test_points_serve_where_checkpoints_do():
         )
 
 
-# --- planes ----------------------------------------------------------------------------------------------------------
+# --- planes -----------------------------------------------------------------------------------
 
 
 @settings(max_examples=15)
@@ -351,7 +352,7 @@ def test_plane_passes_through_its_models(seed, scale):
         )
 
 
-# --- random directions -----------------------------------------------------------------------------------------------
+# --- random directions ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("per", ["model", "tensor"])
@@ -415,7 +416,7 @@ def test_perturbations_are_seeded_and_independent():
     )  # the caller's random numbers are the caller's
 
 
-# --- standing --------------------------------------------------------------------------------------------------------
+# --- standing ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -548,7 +549,7 @@ def test_long_tensors_take_the_same_path_in_stretches():
     torch.testing.assert_close(Point(parts, w)["w"].double(), exact, rtol=1e-6, atol=0)
 
 
-# --- faults ----------------------------------------------------------------------------------------------------------
+# --- faults -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -618,7 +619,7 @@ def test_an_overflow_is_a_row_with_a_note():
     assert found.note.tolist()[0] == "" and found.note.tolist()[1] == "loss is nan"
 
 
-# --- rows on disk ----------------------------------------------------------------------------------------------------
+# --- rows on disk -----------------------------------------------------------------------------
 
 
 def spread(model):
@@ -730,7 +731,7 @@ def slow_named(f):
     return f
 
 
-# --- written points --------------------------------------------------------------------------------------------------
+# --- written points ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("gpt2", "t5", "roberta-mlm")])
@@ -789,7 +790,8 @@ def test_the_same_points_on_a_gpu():
 
 
 def test_a_plane_is_the_same_where_sums_come_out_otherwise(tmp_path, monkeypatch):
-    "Another machine adds in another order: the last digits of lengths differ, and a file of points must still be taken for the same path."
+    """Another machine adds in another order: the last digits of lengths differ, and a file of
+    points must still be taken for the same path."""
     from weightregions.traversal import Plane, _keys
 
     models = [

@@ -1,4 +1,5 @@
-"What a stranger tries: each input ends with the right value, or with one line that says why not."
+"""What a stranger tries: each input ends with the right value, or with one line that says why
+not."""
 
 import json
 import math
@@ -41,7 +42,7 @@ def one_line(error, *parts):
     assert "\n" not in text and all(str(part) in text for part in parts), text
 
 
-# --- shards that disagree with their index ---------------------------------------------------------------------------
+# --- shards that disagree with their index ----------------------------------------------------
 
 
 def sharded(folder):
@@ -84,7 +85,7 @@ def test_shards_are_read_as_transformers_reads_them(change, tmp_path, tried):
     tried(f"shards and index: {what}", "checkpoints", 1, "opened with AutoModel's numbers")
 
 
-# --- a zoo, its base, and what is done to them ------------------------------------------------------------------------
+# --- a zoo, its base, and what is done to them ------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -206,7 +207,7 @@ def test_an_empty_word_is_no_folder(word, here, capsys, tried):
     tried("an empty word for a folder", "recommend", 1, "refused in one line")
 
 
-# --- texts and tokens ------------------------------------------------------------------------------------------------
+# --- texts and tokens -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [1, 2])
@@ -290,7 +291,7 @@ def test_a_base_that_once_predicted_numbers_tells_classes(here, tried):
     tried("a base that predicted numbers", "fine-tuning", 1, "trained on classes")
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------
 
 
 def pipe(file):
@@ -390,7 +391,7 @@ def test_nested_columns_are_named(kind, column, tmp_path, tried):
     tried(f"{kind} in a Parquet column", "corpora", 1, "refused in one line that names it")
 
 
-# --- kept tables ------------------------------------------------------------------------------------------------------
+# --- kept tables ------------------------------------------------------------------------------
 
 
 def one_cell(arrays):

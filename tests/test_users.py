@@ -1,4 +1,5 @@
-"Own models and own data as people have them: every command ends with an answer, and every snippet runs."
+"""Own models and own data as people have them: every command ends with an answer, and every
+snippet runs."""
 
 import json
 import re
@@ -126,7 +127,7 @@ def test_figures_have_the_format_that_is_asked_for(here, monkeypatch, capsys):
         assert len(made) == 1, "the same figure has the same bytes"
 
 
-# --- groups that nobody named -----------------------------------------------------------------------------------------
+# --- groups that nobody named -----------------------------------------------------------------
 
 
 def test_too_few_models_for_a_p_value_are_told_so(here, monkeypatch, capsys, tried):
@@ -141,7 +142,7 @@ def test_too_few_models_for_a_p_value_are_told_so(here, monkeypatch, capsys, tri
     tried("too few models for a p-value", "locate", 2, "cosines and a sentence")
 
 
-# --- tables of models -------------------------------------------------------------------------------------------------
+# --- tables of models -------------------------------------------------------------------------
 
 
 def test_a_table_of_models_needs_one_column(here, tmp_path):
@@ -182,7 +183,7 @@ def test_a_table_that_is_wrong_names_its_row(here, tmp_path, tried):
     )
 
 
-# --- what a card claims -----------------------------------------------------------------------------------------------
+# --- what a card claims -----------------------------------------------------------------------
 
 
 def test_a_card_claims_what_is_recorded(here, monkeypatch, capsys):
@@ -195,7 +196,7 @@ def test_a_card_claims_what_is_recorded(here, monkeypatch, capsys):
     assert f"base_model_sha256: {sha256}" in card and str(here) not in card
 
 
-# --- data as people have them -----------------------------------------------------------------------------------------
+# --- data as people have them -----------------------------------------------------------------
 
 
 def same(a, b):
@@ -400,7 +401,7 @@ def test_each_class_keeps_a_row_to_train_with(tmp_path):
     assert corpus.test.label.value_counts().sort_index().tolist() == [6, 2, 1]
 
 
-# --- in Python --------------------------------------------------------------------------------------------------------
+# --- in Python --------------------------------------------------------------------------------
 
 HEAVY = {"torch", "transformers", "pandas", "numpy", "sklearn", "matplotlib", "datasets"}
 
@@ -435,7 +436,7 @@ def test_the_words_of_the_command_line_work_in_python():
     assert base_identity("minilm")["name"].startswith("sentence-transformers/")
 
 
-# --- snippets ---------------------------------------------------------------------------------------------------------
+# --- snippets ---------------------------------------------------------------------------------
 
 
 def snippets(*languages):

@@ -1,4 +1,5 @@
-"A folder of models: what is a model of it, what is left out, and which bytes the numbers belong to."
+"""A folder of models: what is a model of it, what is left out, and which bytes the numbers
+belong to."""
 
 import json
 import os
@@ -145,7 +146,7 @@ def test_a_flipped_weight_changes_the_hash(tmp_path, unbroken):
     assert open_zoo(tmp_path / "zoo").checkpoints()[0].sha256() != clean
 
 
-# --- what is left out ------------------------------------------------------------------------------------------------
+# --- what is left out -------------------------------------------------------------------------
 
 CONFIG = transformers.BertConfig(
     vocab_size=60,
@@ -362,7 +363,7 @@ def test_links_in_a_circle_come_to_an_end(heap):
     assert gather(heap).models.model.tolist() == ["a", "b"]
 
 
-# --- the base among the models -----------------------------------------------------------------------------------------
+# --- the base among the models ----------------------------------------------------------------
 
 
 STILL = {
@@ -401,7 +402,7 @@ def test_a_zoo_of_nothing_but_its_base_is_refused(heap):
         gather(heap).checked(heap.parent / "base")
 
 
-# --- identity ------------------------------------------------------------------------------------------------------------
+# --- identity ---------------------------------------------------------------------------------
 
 
 def moved(folder, scale=0.3):
@@ -506,7 +507,7 @@ def test_an_identity_is_the_one_that_a_zoo_records(base):
     }
 
 
-# --- tables and manifests --------------------------------------------------------------------------------------------
+# --- tables and manifests ---------------------------------------------------------------------
 
 
 def not_regular(file, kind):
@@ -594,7 +595,7 @@ def test_the_cells_of_a_table_are_checked(heap, row, problem):
         open_zoo(heap)
 
 
-# --- what goes with the weights --------------------------------------------------------------------------------------
+# --- what goes with the weights ---------------------------------------------------------------
 
 
 def test_a_centroid_takes_no_code_and_nothing_from_elsewhere(tmp_path, base, unbroken, tried):

@@ -101,7 +101,14 @@ def merge_and_compare(root, n):
 
 def alone(way, root, n):
     "One way in a process of its own: what it says, and its peak of memory in MB."
-    code = f"import json, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import adapters, resource; from pathlib import Path; import torch, weightregions.similarity; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; said = adapters.{way}(Path({str(root)!r}), {n}); print(json.dumps([said, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))"
+    code = (
+        f"import json, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import"
+        " adapters, resource; from pathlib import Path; import torch,"
+        " weightregions.similarity; before ="
+        " resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; said ="
+        f" adapters.{way}(Path({str(root)!r}), {n}); print(json.dumps([said,"
+        " resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))"
+    )
     env = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, check=True
