@@ -287,9 +287,7 @@ def centroid_of(
     | None = None,  # the dataset that is to be fine-tuned on next; the zoo must not hold it
     family: str | None = None,  # only the models of this task family
     saw_target: bool = False,  # allow models of the target
-    # a number from 0 up for each model, in the order of the table, or model -> number; None:
-    # all equal
-    weights=None,
+    weights=None,  # a number from 0 up for each model, in the order of the table, or model -> number; None: all equal
 ) -> Centroid:
     "The centroid of a zoo's models, which must not have seen the target."
     if family is not None:
@@ -302,8 +300,7 @@ def centroid_of(
     )
     if (seen := own + twins) and not saw_target:
         raise ValueError(
-            f"{zoo.name}: {seen[0]} has seen {name}; take leave_out(zoo, target), or say"
-            " saw_target=True"
+            f"{zoo.name}: {seen[0]} has seen {name}; take leave_out(zoo, target), or say saw_target=True"
         )
     what = f"{family or zoo.name}" + (
         f" without {name}" if target is not None and not seen else ""
@@ -373,8 +370,7 @@ def best_member(
     scores = pd.to_numeric(scores, errors="coerce")
     if scores.isna().any():
         raise ValueError(
-            f"{zoo.name}: {scores.isna().idxmax()} has no"
-            f" {by if isinstance(by, str) else 'score'}"
+            f"{zoo.name}: {scores.isna().idxmax()} has no {by if isinstance(by, str) else 'score'}"
         )
     return str(scores.idxmin() if lowest else scores.idxmax())
 
@@ -454,10 +450,7 @@ def model_card(
     parts = [
         f"# Centroid: {_cell(centroid.name)}",
         _cell(centroid.description or f"Average of {len(members)} models."),
-        (
-            "A body without a head: `AutoModel` opens it, and `AutoModelForSequenceClassification`"
-            " with a fresh head to be fine-tuned."
-        ),
+        "A body without a head: `AutoModel` opens it, and `AutoModelForSequenceClassification` with a fresh head to be fine-tuned.",
         "## Members",
         _table(_listed(members)),
     ]
@@ -523,8 +516,7 @@ def save_centroid(
     folder: str | Path,  # the folder to make
     like: Checkpoint
     | str
-    # the base, or another checkpoint of this kind, whose configuration and tokenizer to take
-    | Path,
+    | Path,  # the base, or another checkpoint of this kind, whose configuration and tokenizer to take
     card: bool = True,  # write README.md, the model card
     evaluation=None,  # rows of results for the card: a DataFrame, or measure -> value
     dtype: torch.dtype = torch.float32,  # data type of the stored weights

@@ -103,8 +103,7 @@ class Checkpoint(Weights):
         | None,  # its configuration, None for a module or state dict without one
         anatomy: Anatomy,  # what its class says about its tensors
         stored: dict,  # full name -> stored tensor
-        # "drop" the pooler from the body, or "keep" it where there is one
-        pooler: str = "drop",
+        pooler: str = "drop",  # "drop" the pooler from the body, or "keep" it where there is one
         folder: Path | None = None,  # the folder it was opened from
     ):
         self.name, self.source, self.folder = name, source, folder
@@ -200,8 +199,7 @@ def _in_memory(source, name: str | None, pooler: str) -> Checkpoint:
             found, held = _anatomy_and_names(config, held, name or "the state dict")
     else:
         raise TypeError(
-            "a checkpoint is a folder, a hub id, a module or a state dict, not a"
-            f" {type(state).__name__}"
+            f"a checkpoint is a folder, a hub id, a module or a state dict, not a {type(state).__name__}"
         )
     return Checkpoint(
         name or found.model, f"{found.model} in memory", config, found, held, pooler

@@ -37,13 +37,11 @@ def _check_square(matrix):
     names = list(matrix.index)
     if names != list(matrix.columns):
         raise ValueError(
-            f"rows and columns of the {matrix.shape[0]} x {matrix.shape[1]} matrix must carry"
-            " the same names in the same order"
+            f"rows and columns of the {matrix.shape[0]} x {matrix.shape[1]} matrix must carry the same names in the same order"
         )
     if not matrix.index.is_unique:
         raise ValueError(
-            f"the model name {matrix.index[matrix.index.duplicated()][0]!r} occurs twice in"
-            " the matrix"
+            f"the model name {matrix.index[matrix.index.duplicated()][0]!r} occurs twice in the matrix"
         )
     values = matrix.to_numpy(float)
     for fault, bad in [
@@ -68,8 +66,7 @@ def _grouped(groups, index, what="groups"):
         )
     if not groups.index.is_unique:
         raise ValueError(
-            f"the model name {groups.index[groups.index.duplicated()][0]!r} occurs twice in"
-            f" {what}"
+            f"the model name {groups.index[groups.index.duplicated()][0]!r} occurs twice in {what}"
         )
     missing = index.difference(groups.index[groups.notna()], sort=False)
     if len(missing):
@@ -94,9 +91,7 @@ def _names(groups):
 def within_between(
     similarity: pd.DataFrame,  # (n, n) similarity of the models, the higher the more alike
     groups: pd.Series,  # (n,) group of each model, indexed by its name
-    # a row per group: models, mean similarity within and between, share of nearest neighbours of
-    # the own group
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # a row per group: models, mean similarity within and between, share of nearest neighbours of the own group
     "How alike the models of each group are among themselves and to all others."
     values, groups = _check_square(similarity).copy(), _grouped(groups, similarity.index)
     np.fill_diagonal(values, np.nan)
@@ -135,8 +130,7 @@ def _spectral_labels(affinity: np.ndarray, k: int, seed: int, assign: str) -> np
             return model.fit_predict(affinity)
         except np.linalg.LinAlgError:
             raise ValueError(
-                f"no {k} clusters by {assign!r}: most affinities are 0; widen the kernel, or"
-                " assign by 'cluster_qr'"
+                f"no {k} clusters by {assign!r}: most affinities are 0; widen the kernel, or assign by 'cluster_qr'"
             ) from None
 
 # %% ../nbs/06_clustering.ipynb #c45e1ccb
@@ -160,14 +154,11 @@ def _canonical(affinity: pd.DataFrame) -> list:
 
 # %% ../nbs/06_clustering.ipynb #05f0b1ff
 def spectral_clusters(
-    # (n, n) cosine similarities or another affinity, labelled on both sides
-    similarity: pd.DataFrame,
+    similarity: pd.DataFrame,  # (n, n) cosine similarities or another affinity, labelled on both sides
     k: int,  # number of clusters
     seed: int = 0,  # of the random start
-    # from positions to labels: "discretize" (the authors'), "kmeans", "cluster_qr"
-    assign: str = "discretize",
-    # if entries are negative: "shift" all to (1 + s) / 2, or "clip" those to 0
-    negative: str = "shift",
+    assign: str = "discretize",  # from positions to labels: "discretize" (the authors'), "kmeans", "cluster_qr"
+    negative: str = "shift",  # if entries are negative: "shift" all to (1 + s) / 2, or "clip" those to 0
 ) -> (
     pd.Series
 ):  # (n,) cluster of each model, from 0 in order of appearance; some of the k may stay empty
@@ -259,8 +250,7 @@ class Scores:
             f"random starts {self.mean:.3f} ({self.worst:.3f} to {self.best:.3f})"
         )
         return (
-            f"Scores of {self.n} models in {self.k} clusters: accuracy"
-            f" {self.accuracy:.3f}{sure}, "
+            f"Scores of {self.n} models in {self.k} clusters: accuracy {self.accuracy:.3f}{sure}, "
             f"ARI {self.ari:.3f}, NMI {self.nmi:.3f}, {self.perfect} perfect"
         )
 
@@ -317,10 +307,8 @@ def score(
 def gaussian_affinity(
     distance: pd.DataFrame,  # (n, n) distances, labelled on both sides
     width: float
-    # sigma in the unit of the distances, "median", or "local": one for each model
-    | str = "median",
-    # for "local": sigma is the distance to this nearest other model, or to the last
-    neighbours: int = 7,
+    | str = "median",  # sigma in the unit of the distances, "median", or "local": one for each model
+    neighbours: int = 7,  # for "local": sigma is the distance to this nearest other model, or to the last
 ) -> pd.DataFrame:  # (n, n) affinities between 0 and 1
     "Gaussian kernel of a distance matrix."
     values = _check_square(distance)
@@ -333,8 +321,7 @@ def gaussian_affinity(
         sigma = np.full(len(values), np.median(others) if width == "median" else float(width))
     if not (sigma > 0).all():
         raise ValueError(
-            f"the kernel of {distance.index[sigma.argmin()]!r} has width {sigma.min():g}: it"
-            " must be positive"
+            f"the kernel of {distance.index[sigma.argmin()]!r} has width {sigma.min():g}: it must be positive"
         )
     return pd.DataFrame(
         np.exp(-(values**2) / (2 * np.outer(sigma, sigma))), distance.index, distance.columns
@@ -350,8 +337,7 @@ def _units(by, groups, constant=False):
         mixed = groups.groupby(by.to_numpy()).nunique()
         if (mixed > 1).any():
             raise ValueError(
-                f"the unit {mixed.idxmax()!r} has models of {mixed.max()} groups: its groups"
-                " cannot be shuffled as one"
+                f"the unit {mixed.idxmax()!r} has models of {mixed.max()} groups: its groups cannot be shuffled as one"
             )
     return pd.factorize(by)[0]
 
@@ -585,8 +571,7 @@ def report_of(
 
 # %% ../nbs/06_clustering.ipynb #3d79cf3d
 def cluster_report(
-    # (n, n) cosine similarities or another affinity, labelled on both sides
-    similarity: pd.DataFrame,
+    similarity: pd.DataFrame,  # (n, n) cosine similarities or another affinity, labelled on both sides
     groups: pd.Series,  # (n,) group of each model, indexed by its name
     k: int | None = None,  # number of clusters; None: the number of groups
     by: pd.Series
@@ -656,11 +641,9 @@ def _classical_mds(distance):
 
 # %% ../nbs/06_clustering.ipynb #c8019b6f
 def embed_map(
-    # (n, n) cosine similarities or Euclidean distances, labelled on both sides
-    matrix: pd.DataFrame,
+    matrix: pd.DataFrame,  # (n, n) cosine similarities or Euclidean distances, labelled on both sides
     kind: str = "tsne",  # "tsne" or "mds"
-    # what the matrix holds: "cosine" similarities or "euclidean" distances
-    metric: str = "cosine",
+    metric: str = "cosine",  # what the matrix holds: "cosine" similarities or "euclidean" distances
     seed: int = 0,  # of the optimiser
     perplexity: float
     | None = None,  # t-SNE's number of neighbours; None: a third of the models, at most 30
@@ -669,8 +652,7 @@ def embed_map(
     values = _check_square(matrix)
     if metric not in ("cosine", "euclidean") or kind not in ("tsne", "mds"):
         raise ValueError(
-            f"no map of kind {kind!r} and metric {metric!r}: choose tsne or mds, and cosine or"
-            " euclidean"
+            f"no map of kind {kind!r} and metric {metric!r}: choose tsne or mds, and cosine or euclidean"
         )
     if len(values) < 4:
         raise ValueError(f"a map needs at least 4 models: got {len(values)}")

@@ -42,9 +42,7 @@ class Groups:
     granularity: str  # "dataset", "task" or "general"
     trait: str  # the dataset or the family that In shares; "" at the general level
     In: list  # names of the models that share the trait
-    # names of the models that do not; empty at the general level, where Ex are random
-    # perturbations
-    Ex: list
+    Ex: list  # names of the models that do not; empty at the general level, where Ex are random perturbations
     targets: list  # datasets whose test splits are used
     left_out: dict = field(
         default_factory=dict
@@ -62,10 +60,7 @@ class Groups:
             if self.left_out
             else ""
         )
-        return (
-            f"Groups({what}: {len(self.In)} In, {ex}, measured on"
-            f" {', '.join(self.targets)}{twins})"
-        )
+        return f"Groups({what}: {len(self.In)} In, {ex}, measured on {', '.join(self.targets)}{twins})"
 
 # %% ../nbs/24_comparison.ipynb #e78b564e
 def _checked(models, columns):
@@ -78,8 +73,7 @@ def _checked(models, columns):
         models = models.set_index("model")
     if missing := [c for c in columns if c not in models]:
         raise ValueError(
-            f"the table of models has no column {missing[0]!r}, only"
-            f" {', '.join(map(str, models))}"
+            f"the table of models has no column {missing[0]!r}, only {', '.join(map(str, models))}"
         )
     if not models.index.is_unique:
         raise ValueError(
@@ -99,14 +93,12 @@ def _known(names, there, what):
     names = [names] if isinstance(names, str) else list(names)
     if strange := [n for n in names if n not in set(there)]:
         raise ValueError(
-            f"no model has the {what} {strange[0]!r}, only"
-            f" {', '.join(map(str, dict.fromkeys(there)))}"
+            f"no model has the {what} {strange[0]!r}, only {', '.join(map(str, dict.fromkeys(there)))}"
         )
     return names
 
 # %% ../nbs/24_comparison.ipynb #1c9cbf53
-# of the smaller dataset's sentences: with more in common two datasets are not independent
-SHARED = 0.01
+SHARED = 0.01  # of the smaller dataset's sentences: with more in common two datasets are not independent
 
 
 def sharing(
@@ -132,18 +124,15 @@ def _twins(twins, targets, share=SHARED):
 
 # %% ../nbs/24_comparison.ipynb #af228ecf
 def groups_of(
-    # a row a model: column or index model; columns dataset and, for tasks, family
-    models: pd.DataFrame,
+    models: pd.DataFrame,  # a row a model: column or index model; columns dataset and, for tasks, family
     granularity: str,  # "dataset", "task" or "general"
     trait: str | None = None,  # the dataset, or the family; None at the general level
     ex_families: Iterable | None = None,  # Ex only from these families; None: from all
     targets: Iterable
     | None = None,  # measure on these datasets of the trait only; None: on all of them
     twins: pd.DataFrame
-    # rows a, b, share: datasets with common sentences, whose models are kept out of Ex
-    | None = None,
-    # of the sentences; two datasets with more than that in common are twins
-    share: float = SHARED,
+    | None = None,  # rows a, b, share: datasets with common sentences, whose models are kept out of Ex
+    share: float = SHARED,  # of the sentences; two datasets with more than that in common are twins
 ) -> Groups:  # names of models and of targets
     "Who is In, who is Ex, and on which datasets to measure them."
     if granularity not in GRANULARITIES:
@@ -206,8 +195,7 @@ def _losses(rows, by, units, what):
     bad = rows["loss"].isna() & (note == "")
     if bad.any():
         raise ValueError(
-            f"{what}: the loss of {rows['point'][bad].iloc[0]!r} on {rows[by][bad].iloc[0]!r}"
-            " is NaN, and no note says why"
+            f"{what}: the loss of {rows['point'][bad].iloc[0]!r} on {rows[by][bad].iloc[0]!r} is NaN, and no note says why"
         )
     loss = rows["loss"].astype(float).to_numpy()
     unit = (
@@ -226,8 +214,7 @@ def _losses(rows, by, units, what):
     twice = table.duplicated(["target", "point"])
     if twice.any():
         raise ValueError(
-            f"{what}: {table.point[twice].iloc[0]!r} is measured twice on"
-            f" {table.target[twice].iloc[0]!r}"
+            f"{what}: {table.point[twice].iloc[0]!r} is measured twice on {table.target[twice].iloc[0]!r}"
         )
     return table.sort_values(
         ["target", "unit", "point"],
@@ -283,21 +270,16 @@ class PB(NamedTuple):
     n_a: int  # number of points in A
     n_b: int  # number of points in B
     ties: int  # number of pairs that tie
-    # the same share over all pairs of all targets, which gives targets with more points more
-    # weight
-    pooled: float
+    pooled: float  # the same share over all pairs of all targets, which gives targets with more points more weight
     targets: int  # number of targets
-    # permutation p-value: how often points dealt to A and B at random do as well for A
-    p: float
+    p: float  # permutation p-value: how often points dealt to A and B at random do as well for A
     least: float  # the smallest p-value that so few points can give
     units: int  # independent units of the smaller group
 
     def __repr__(self):
         return (
-            f"P_B = {100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]:"
-            f" {self.n_a} against {self.n_b} points, "
-            f"{self.pairs} pairs on {self.targets} target{'s' * (self.targets != 1)},"
-            f" {self.ties} tied, p = {self.p:.2g}"
+            f"P_B = {100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]: {self.n_a} against {self.n_b} points, "
+            f"{self.pairs} pairs on {self.targets} target{'s' * (self.targets != 1)}, {self.ties} tied, p = {self.p:.2g}"
         )
 
 # %% ../nbs/24_comparison.ipynb #9c0b7245
@@ -340,24 +322,20 @@ def _permutation_p(a, b, observed: float, n: int, rng, units: bool) -> tuple[flo
 
 # %% ../nbs/24_comparison.ipynb #b3b46942
 def probability_of_better(
-    # rows of group A: columns point, loss, the column `by`, and note if a loss may be missing
-    a: pd.DataFrame,
+    a: pd.DataFrame,  # rows of group A: columns point, loss, the column `by`, and note if a loss may be missing
     b: pd.DataFrame,  # rows of group B, on the same targets
     by: str = "target",  # column within which points are paired
     n_boot: int = 1000,  # number of bootstrap draws
     seed: int = 0,  # of the draws
     units: str
-    # column of the unit drawn as a whole, such as "dataset"; where it is empty, the point
-    # itself
-    | None = None,
+    | None = None,  # column of the unit drawn as a whole, such as "dataset"; where it is empty, the point itself
     level: float = 0.95,  # probability that the interval is to cover
 ) -> PB:  # share of pairs in which a point of A has the lower loss
     "How often a point of A has a lower loss than a point of B."
     a, b = _losses(a, by, units, "A"), _losses(b, by, units, "B")
     if apart := sorted(set(a.target) ^ set(b.target), key=str):
         raise ValueError(
-            f"the target {apart[0]!r} is measured in"
-            f" {'A' if apart[0] in set(a.target) else 'B'} only"
+            f"the target {apart[0]!r} is measured in {'A' if apart[0] in set(a.target) else 'B'} only"
         )
     rng, alpha = np.random.default_rng(seed), 1 - level
     (wa, ua), (wb, ub) = _draws(a, n_boot, rng), _draws(b, n_boot, rng)
@@ -405,8 +383,7 @@ PAPER = {
 
 # %% ../nbs/24_comparison.ipynb #820f6913
 def comparison_table(
-    # measured rows: columns group, point, loss, the column `by`, and note if there is one
-    rows: pd.DataFrame,
+    rows: pd.DataFrame,  # measured rows: columns group, point, loss, the column `by`, and note if there is one
     comparisons: Iterable
     | None = None,  # pairs (A, B) of groups; None: those of the paper whose groups are there
     by: str = "target",  # column within which points are paired
@@ -450,9 +427,7 @@ def comparison_table(
 def summary(
     rows: pd.DataFrame,  # measured rows: columns point, loss, and those of `by`
     by: Iterable = ("target", "group"),  # columns that split the rows
-    # a row a part: points, mean, sd, best and worst of the finite losses (nats), failed: how many
-    # are not finite
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # a row a part: points, mean, sd, best and worst of the finite losses (nats), failed: how many are not finite
     "Losses of each group on each target."
     by = [by] if isinstance(by, str) else list(by)
     if missing := [c for c in [*by, "loss"] if c not in rows]:
@@ -539,9 +514,7 @@ class Measurements:
         self,
         file=None,  # the CSV file, made with the first row; None: in memory only
         identity: Mapping
-        # what the rows depend on, such as zoo, probe and seed; a file with another identity is
-        # refused
-        | None = None,
+        | None = None,  # what the rows depend on, such as zoo, probe and seed; a file with another identity is refused
     ):
         self.file = None if file is None else Path(file)
         self.identity, self.header, self.records = (
@@ -560,8 +533,7 @@ class Measurements:
             k for k in {*theirs, *self.identity} if theirs.get(k) != self.identity.get(k)
         ):
             raise ValueError(
-                f"{self.file} holds other measurements: {differ[0]} is"
-                f" {theirs.get(differ[0])!r} there and {self.identity.get(differ[0])!r} here"
+                f"{self.file} holds other measurements: {differ[0]} is {theirs.get(differ[0])!r} there and {self.identity.get(differ[0])!r} here"
             )
         _check_rows(self.file, self.header, self.records)
         whole = self.file.read_bytes().rfind(b"\n") + 1
@@ -594,8 +566,7 @@ def append(
             )
     if differ := sorted({*cells} ^ ({*self.header} - {DIGEST})):
         raise ValueError(
-            f"{self.file or 'the table'}: the column {differ[0]!r} is in"
-            f" {'the new row' if differ[0] in cells else 'the rows before'} only"
+            f"{self.file or 'the table'}: the column {differ[0]!r} is in {'the new row' if differ[0] in cells else 'the rows before'} only"
         )
     record = [cells[c] for c in self.header if c != DIGEST]
     if self.header[-1:] == [DIGEST]:
@@ -730,14 +701,11 @@ def _results(found, group, name, recipe):
 # %% ../nbs/24_comparison.ipynb #5231f773
 def compare(
     points: Iterable,  # pairs (group, point); a point has a .name, or is one
-    # of a point: a loss, a row with at least a loss, or a list of rows, one a target
-    metric: Callable,
-    # CSV file to which rows are added one by one, and from which a comparison goes on
-    file=None,
+    metric: Callable,  # of a point: a loss, a row with at least a loss, or a list of rows, one a target
+    file=None,  # CSV file to which rows are added one by one, and from which a comparison goes on
     progress: bool = True,  # show a bar
     identity: Mapping
-    # what the rows depend on beside the points; a file with another identity is refused
-    | None = None,
+    | None = None,  # what the rows depend on beside the points; a file with another identity is refused
 ) -> (
     pd.DataFrame
 ):  # measured rows: group, point, target, loss, accuracy, what else the metric gives, note
@@ -758,8 +726,7 @@ def compare(
             there = done.get((group, _cell(name)), {})
             if there and there["recipe"] != recipe:
                 raise ValueError(
-                    f"{file}: {group} {name!r} was measured with other members or weights; use"
-                    " another file"
+                    f"{file}: {group} {name!r} was measured with other members or weights; use another file"
                 )
             if there and len(there["targets"]) >= there["rows"]:
                 continue

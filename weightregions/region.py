@@ -91,8 +91,7 @@ def p_value(
     "How often one more member would have a cosine as low as this."
     if not shape.spread > 1e-9:
         raise ValueError(
-            f"the members' cosines have a spread of {shape.spread:.1g}: are they copies of one"
-            " model?"
+            f"the members' cosines have a spread of {shape.spread:.1g}: are they copies of one model?"
         )
     return float(
         scipy.stats.t.cdf(
@@ -108,8 +107,7 @@ def pooled(
     own = [s for s in shapes.values() if s.n > 2]
     if not own:
         raise ValueError(
-            f"no region has three units ({', '.join(map(str, list(shapes)[:8]))}): there is"
-            " nothing to tell the spread from"
+            f"no region has three units ({', '.join(map(str, list(shapes)[:8]))}): there is nothing to tell the spread from"
         )
     dof = sum(s.dof for s in own)
     spread = sqrt(sum(s.dof * s.spread**2 for s in own) / dof)
@@ -315,8 +313,7 @@ def _base_of(regions: list[Region]) -> Checkpoint:
     found = next((r.base for r in regions if r.base is not None), None)
     if found is None:
         raise ValueError(
-            f"region {first.name}: its base {first.base_identity['name']} is not at hand;"
-            " Region.load(folder, base) brings it"
+            f"region {first.name}: its base {first.base_identity['name']} is not at hand; Region.load(folder, base) brings it"
         )
     return found
 
@@ -379,8 +376,7 @@ def _with_region(zoo: Zoo, by: str) -> Zoo:
     )
     if (units < 2).all():
         hint = (
-            "; models of one dataset lie together in a folder DATASET/NAME, or are listed in"
-            " models.csv"
+            "; models of one dataset lie together in a folder DATASET/NAME, or are listed in models.csv"
             if by == "dataset"
             else ""
         )
@@ -389,10 +385,7 @@ def _with_region(zoo: Zoo, by: str) -> Zoo:
         )
     if alone:
         warnings.warn(
-            (
-                f"{', '.join(map(str, alone[:3]))}{' and more' * (len(alone) > 3)}: only one"
-                f" {what}, and no region"
-            ),
+            f"{', '.join(map(str, alone[:3]))}{' and more' * (len(alone) > 3)}: only one {what}, and no region",
             stacklevel=3,
         )
     return zoo.keep(units > 1)
@@ -643,8 +636,7 @@ def load_region(
         base = as_weights(base)
         if base.sha256() != identity["sha256"]:
             raise ValueError(
-                f"region {name}: {base.name} is not its base {identity['name']}, the weights"
-                " differ"
+                f"region {name}: {base.name} is not its base {identity['name']}, the weights differ"
             )
     return Region(name, identity, centre, shape, members, base)
 

@@ -131,10 +131,7 @@ def revision_of(
     how = next(how for how, fields in entry["checked"].items() if "revision" in fields)
     if how in UNPINNED:
         warnings.warn(
-            (
-                f"dataset {entry['name']}: the revision of {entry['id']} is not pinned"
-                f" ({UNPINNED[how]}), so its rows may change"
-            ),
+            f"dataset {entry['name']}: the revision of {entry['id']} is not pinned ({UNPINNED[how]}), so its rows may change",
             stacklevel=2,
         )
     return entry["revision"]
@@ -155,9 +152,7 @@ def published_of(
 
 def against_published(
     models: pd.DataFrame,  # a zoo's table, a row a model: dataset, accuracy (a share of 1)
-    # a row a dataset of the authors: models, accuracy and published in per cent, difference in
-    # points
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # a row a dataset of the authors: models, accuracy and published in per cent, difference in points
     "Mean accuracy of each dataset's models beside the accuracy that the authors published."
     for column in ("dataset", "accuracy"):
         if column not in models:
@@ -165,8 +160,7 @@ def against_published(
     known = models[models.dataset.isin(hub_names())]
     if known.empty:
         raise ValueError(
-            f"none of the datasets {', '.join(sorted(set(models.dataset.astype(str))))} has a"
-            " published accuracy"
+            f"none of the datasets {', '.join(sorted(set(models.dataset.astype(str))))} has a published accuracy"
         )
     table = known.groupby("dataset", sort=False).accuracy.agg(models="size", accuracy="mean")
     table["accuracy"] *= 100

@@ -41,9 +41,7 @@ class Gram:
     names: tuple[str, ...]  # the N models
     cells: dict[
         tuple, np.ndarray
-        # labels of a set of tensors -> (N + 1, N + 1) float64 products, the base last; no tensor is
-        # in two cells
-    ]
+    ]  # labels of a set of tensors -> (N + 1, N + 1) float64 products, the base last; no tensor is in two cells
 
     @property
     def groups(self) -> list:  # in order of first appearance
@@ -92,10 +90,7 @@ def _cosines(products: np.ndarray, names: Sequence[str], what: str) -> np.ndarra
     if zero := [name for name, norm in zip(names, norms) if norm == 0]:
         more = f" and {len(zero) - 3} more" if len(zero) > 3 else ""
         warnings.warn(
-            (
-                f"{what} of {', '.join(zero[:3])}{more} has length 0 and no direction: cosines are"
-                " NaN"
-            ),
+            f"{what} of {', '.join(zero[:3])}{more} has length 0 and no direction: cosines are NaN",
             stacklevel=3,
         )
     norms = np.where(norms > 0, norms, np.nan)

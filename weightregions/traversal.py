@@ -176,8 +176,7 @@ def extrapolation(
     "Points on the line beyond two models, in logarithmic steps on either side."
     if steps < 2 or not furthest > 1:
         raise ValueError(
-            f"an extrapolation of {steps} steps as far as {furthest}: it takes 2 steps and"
-            " goes beyond 1"
+            f"an extrapolation of {steps} steps as far as {furthest}: it takes 2 steps and goes beyond 1"
         )
     beyond = np.geomspace(1, furthest, steps).tolist()
     between = [i / 10 for i in range(1, 10)] if inside else []
@@ -379,8 +378,7 @@ class Plane:
         b,  # the model on the x axis
         c,  # the model above the x axis
         grid: int | tuple = 11,  # points along x and along y, or one number for both
-        # how far the grid goes beyond the models, as a share of their extent
-        margin: float = 0.25,
+        margin: float = 0.25,  # how far the grid goes beyond the models, as a share of their extent
     ):
         self.models = tuple(map(as_weights, (a, b, c)))
         self.grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
@@ -395,8 +393,7 @@ class Plane:
         self.bx, self.cx = sqrt(bb), bc / sqrt(bb)
         if not cc - self.cx**2 > 1e-9 * cc:
             raise ValueError(
-                f"{names[2]} lies on the line through {names[0]} and {names[1]}: there is no"
-                " one plane"
+                f"{names[2]} lies on the line through {names[0]} and {names[1]}: there is no one plane"
             )
         self.cy = sqrt(cc - self.cx**2)
 
@@ -500,9 +497,7 @@ def marks(
 def load_in_memory(
     model,  # a checkpoint, a point, or what `as_weights` takes
     head: str
-    # of a point: "drop" the head (if not given), take the "first" member's, or their weighted
-    # "average"; a checkpoint keeps its own unless "drop"
-    | None = None,
+    | None = None,  # of a point: "drop" the head (if not given), take the "first" member's, or their weighted "average"; a checkpoint keeps its own unless "drop"
     device: str = "cpu",  # where to hold it: on a GPU, points are put together there
 ) -> (
     Checkpoint
@@ -637,17 +632,12 @@ class ScratchModel:
 
     def __init__(
         self,
-        # a live model, a checkpoint, or what `as_weights` takes: what the scratch model is to
-        # be
-        like,
+        like,  # a live model, a checkpoint, or what `as_weights` takes: what the scratch model is to be
         base=None,  # a model in whose space all members must be; `like` alone if not given
         head: str
-        # "drop", "keep", "first" or "average"; if not given, "keep" of a live model, "drop" of
-        # a checkpoint
-        | None = None,
+        | None = None,  # "drop", "keep", "first" or "average"; if not given, "keep" of a live model, "drop" of a checkpoint
         scratch: bool = False,  # use the live model itself, and overwrite it, instead of a copy
-        # of a live model: "keep" it in the body, as the members do, or "drop" it from there
-        pooler: str = "drop",
+        pooler: str = "drop",  # of a live model: "keep" it in the body, as the members do, or "drop" it from there
         device: str
         | None = None,  # where to stand; where the live model is, or the CPU, if not given
     ):
@@ -674,8 +664,7 @@ class ScratchModel:
         self.body = body_parameters(self.model, self.like.pooler)
         if unfilled := [n for n in self.like.layout.names if n not in self.body]:
             raise ValueError(
-                f"{self.like.name}: {unfilled[0]} has no parameter of its own in a"
-                f" {type(self.model).__name__}"
+                f"{self.like.name}: {unfilled[0]} has no parameter of its own in a {type(self.model).__name__}"
             )
         if base is not None:
             self.like.require_same_space(as_weights(base))
@@ -689,10 +678,7 @@ class ScratchModel:
         self._sound, self._path, self._differ, self._written = WeakKeyDictionary(), None, {}, {}
 
     def __repr__(self):
-        return (
-            f"ScratchModel({type(self.model).__name__} like {self.like.name!r}, head"
-            f" {self.head})"
-        )
+        return f"ScratchModel({type(self.model).__name__} like {self.like.name!r}, head {self.head})"
 
 # %% ../nbs/22_traversal.ipynb #0be6630f
 @torch.no_grad()
@@ -721,8 +707,7 @@ def _inspect(scratch: ScratchModel, members: tuple, ages: tuple) -> dict:
             for m, t, is_new in zip(members, parts, new):
                 if t.data_ptr() == own:
                     raise ValueError(
-                        f"{m.name}: {name} is the scratch model's own memory; load_in_memory()"
-                        " it first"
+                        f"{m.name}: {name} is the scratch model's own memory; load_in_memory() it first"
                     )
                 if is_new:
                     _sound(t, m.name, name)
@@ -845,8 +830,7 @@ def _rows_of(point: Point, coordinates: Mapping, measured, column: str) -> list:
     for row in rows:
         if not isinstance(row, Mapping):
             raise ValueError(
-                f"{point.name}: the metric returned a list with a {type(row).__name__} in it,"
-                " not rows"
+                f"{point.name}: the metric returned a list with a {type(row).__name__} in it, not rows"
             )
         if twice := sorted((coordinates.keys() | {"point"}) & row.keys()):
             raise ValueError(
@@ -991,18 +975,14 @@ def _keep_only(file: Path, head: dict, done: dict, keys: list) -> dict:
 # %% ../nbs/22_traversal.ipynb #bb472c6c
 def traverse(
     path: Iterable,  # (coordinates, point) pairs, or points: a line, a hull, a plane, ...
-    # called with the model at each point; returns a number, a dict, or a list of dicts
-    metric: Callable,
+    metric: Callable,  # called with the model at each point; returns a number, a dict, or a list of dicts
     scratch: ScratchModel,  # the scratch model
     rows: str
     | Path
     | None = None,  # a .jsonl file that the rows are kept in, point by point, and taken from
     progress: bool = True,  # show a progress bar, in points
-    # what else the rows of the file depend on, such as data or precision; other files are
-    # refused
-    about: str = "",
-    # measure anew what does not fit the path, instead of refusing the file
-    again: bool = False,
+    about: str = "",  # what else the rows of the file depend on, such as data or precision; other files are refused
+    again: bool = False,  # measure anew what does not fit the path, instead of refusing the file
 ) -> (
     pd.DataFrame
 ):  # columns: coordinates, point, what was measured, note; in the order of the path
@@ -1045,10 +1025,8 @@ def read_rows(
 def save_point(
     point,  # a point, or a checkpoint
     folder: str | Path,  # the folder to make
-    # whose configuration and tokenizer to take; those of the first member if not given
-    like=None,
-    # "drop" it, for `AutoModel`; take the "first" member's, or the weighted "average"
-    head: str = "drop",
+    like=None,  # whose configuration and tokenizer to take; those of the first member if not given
+    head: str = "drop",  # "drop" it, for `AutoModel`; take the "first" member's, or the weighted "average"
     overwrite: bool = False,  # replace the folder if it exists
 ) -> Path:  # the folder
     "Write a point as a checkpoint."
