@@ -243,14 +243,6 @@ def decoder(folder, config, model):
 
 SIZES = DECODER | {"vocab_size": 2000, "max_position_embeddings": 64}
 BASES = {
-    "a Llama without a padding token": (
-        lambda f: decoder(f, hf.LlamaConfig(**SIZES), hf.LlamaModel),
-        "LlamaForSequenceClassification: config.json names no pad_token_id",
-    ),
-    "a GPT-2 without a padding token": (
-        lambda f: decoder(f, hf.GPT2Config(vocab_size=2000, n_embd=16, n_head=2), hf.GPT2Model),
-        "GPT2ForSequenceClassification: config.json names no pad_token_id",
-    ),
     "a model that gives tuples": (
         lambda f: configure(f, return_dict=False),
         "RobertaForSequenceClassification: AttributeError",
