@@ -223,6 +223,7 @@ def test_similarity_goes_on_after_kills(here, tried):
 # --- nobody reads -----------------------------------------------------------------------------
 
 TABLES = {"similarity.csv", "groups.csv", "scores.csv", "similarity.png", "map.png"}
+TABLES |= {"explore.html", "plotly.min.js"}  # the page to play with
 
 
 def closed_pipe():

@@ -754,6 +754,8 @@ def _frame(path: Path, where: str, columns: Columns, picked: dict | None) -> tup
         header = dict.fromkeys(column for row in rows.values() for column in row)
     if picked:  # by the file that trains
         check_columns(header, where, [picked["text"], picked["label"]])
+        if "text_pair" in header:  # also where the other file has none, which is refused later
+            picked = picked | {"text_pair": picked.get("text_pair", "text_pair")}
     else:
         picked = pick_columns(header, columns, where)
         _say_guess(picked, columns, where)

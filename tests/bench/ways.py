@@ -96,18 +96,14 @@ def write(folder, size, first, stop):
     }
 
 
-class Part:
-    "The first layers of a checkpoint as a checkpoint."
+def first_layers(checkpoint, layers):
+    "The first layers of a checkpoint as weights of their own."
+    from weightregions.space import Weights, layer_of
 
-    def __init__(self, checkpoint, layers):
-        from weightregions.space import layer_of
-
-        wanted = {f"layer {i}" for i in range(layers)}
-        self.name, self.layout, self.read = (
-            checkpoint.name,
-            checkpoint.layout.select(lambda n: layer_of(n) in wanted),
-            checkpoint.read,
-        )
+    wanted, part = {f"layer {i}" for i in range(layers)}, Weights()
+    part.name, part.read = checkpoint.name, checkpoint.read
+    part.layout = checkpoint.layout.select(lambda n: layer_of(n) in wanted)
+    return part
 
 
 # --- (a) and (f): similarity ------------------------------------------------------------------
@@ -120,7 +116,8 @@ def similarity(models, base, out=None, layers=None, device="cpu"):
 
     begin = now(device)
     *opened, start = (
-        c if layers is None else Part(c, layers) for c in map(open_checkpoint, [*models, base])
+        c if layers is None else first_layers(c, layers)
+        for c in map(open_checkpoint, [*models, base])
     )
     found = gram(opened, start, progress=False, device=device)
     spent = took(begin)
