@@ -80,7 +80,7 @@ FEW = replace(
     budget=replace(
         SCALES["tiny"].budget, hull=2, targets=1, lines=1, inside=1, line_targets=1, grid=2
     ),
-    contest=replace(SCALES["tiny"].contest, targets=1, sizes=(50,), curve=()),
+    contest=replace(SCALES["tiny"].contest, targets=1, sizes=(50,), curve=(), budgets=()),
 )
 
 
