@@ -456,7 +456,7 @@ def grow(
 ) -> list:  # names of notebooks that failed
     "Run the notebooks of a stage, and write the page with all that is there."
     coming = tuple(STAGES)[list(STAGES).index(stage) + 1 :]
-    write_page(out, (*coming, "claims of this part"))
+    write_page(out, (*coming, f"the claims on {stage}"))
     ready = [f for f in files if stage_of(f) == stage and applies(f, Study(out))]
     failed = run_notebooks(ready, out)
     write_page(out, coming)
