@@ -174,6 +174,7 @@ def test_models_of_which_nothing_is_told(here):
 )
 def test_traverse(here, words, kind, n):
     line = f"traverse {words} --base base --data texts --target meals --rows 40 --out walk"
+    (page := here / "walk" / "explore.html").unlink(missing_ok=True)
     assert "pretrained model on meals (folder texts): loss " in well(line, here)
     rows, kept = (
         pd.read_csv(here / "walk" / f"{kind}.csv"),
@@ -184,6 +185,7 @@ def test_traverse(here, words, kind, n):
         and np.isfinite(rows.loss).all()
         and (here / "walk" / f"{kind}.png").is_file()
     )
+    assert page.is_file() == (kind != "hull")
     if kind != "line":
         return
     (here / "walk" / f"{kind}.jsonl").write_bytes(

@@ -746,12 +746,14 @@ def traverse(
     models, out = zoo.checkpoints(), Path(options.out)
     for m in models:
         m.require_same_start(base, sample=2**12)
-    kind, rows, start, draw = _measured(options, models, base, corpus)
+    kind, path, rows, start, draw = _measured(options, models, base, corpus)
     _write(rows, out / f"{kind}.csv")
     _write_left_out(zoo, out / "left_out.csv")
     drawn, ends = draw(_plots(), rows), [m.name for m in models[:2]]
     if kind in ("line", "beyond"):
         _dress_line(drawn, rows, ends, corpus.name, start["loss"], out)
+    elif kind == "plane" and rows.loss.notna().any():
+        _explore("plane_page", out, rows, path.marks())
     _draw(drawn, out / f"{kind}.{options.format}")
     places = [c for c in ("alpha", "x", "y") if c in rows] or ["group", "point"]
     _show(rows[[*places, "loss", "accuracy"]], "points")
@@ -772,7 +774,7 @@ def _dress_line(ax, rows, ends, target, pretrained, out):
 
 # %% ../nbs/52_cli.ipynb #f25e5c2a
 def _measured(options, models, base, corpus):
-    "The kind of path, the loss at its points and at the base, and how to draw them."
+    "A path and its kind, the loss at its points and at the base, and how to draw it."
     from weightregions.corpora import at_most
     from weightregions.finetuning import one_thread
     from weightregions.probing import Probing, Target, pooling_of
@@ -788,7 +790,7 @@ def _measured(options, models, base, corpus):
     about = f"{corpus.source} {corpus.sha256[:12]}, length {options.max_length}"
     with one_thread(device):
         rows = traverse(path, metric, scratch, Path(options.out) / f"{kind}.jsonl", about=about)
-        return kind, rows, metric(scratch.load(base))[0], draw
+        return kind, path, rows, metric(scratch.load(base))[0], draw
 
 # %% ../nbs/52_cli.ipynb #5e531c1c
 def _sharing(zoo, corpus, data, columns):

@@ -314,16 +314,22 @@ def region_panel(
     verdicts = verdicts or {}
     bars = {str(n): _bars(row, groups[n], verdicts.get(n)) for n, row in near.iterrows()}
     right = sum(b["nearest"] == str(groups[name]) for name, b in bars.items())
-    first = next(iter(bars))
+    said = f"for {right} of {len(bars)} models the nearest dataset is their own"
+    hint = "The longest bar is the region it points to; dark: its own dataset."
+    return _bars_panel(hint, said, "mean cosine", bars)
+
+
+def _bars_panel(hint: str, summary: str, axis: str, bars: dict) -> Panel:
+    "Bars of one model at a time, with a list of models to choose from."
     return Panel(
         "region",
         "Which region is this?",
-        "The longest bar is the region it points to; dark: its own dataset.",
-        f"for {right} of {len(bars)} models the nearest dataset is their own",
+        hint,
+        summary,
         [dict(type="bar", orientation="h")],
-        quiet_layout(margin=dict(l=160, r=20, t=10, b=50), xaxis=dict(title="mean cosine")),
+        quiet_layout(margin=dict(l=160, r=20, t=10, b=50), xaxis=dict(title=axis)),
         {"model": list(bars)},
-        {"bars": bars, "first": first},
+        {"bars": bars, "first": next(iter(bars))},
     )
 
 
@@ -646,14 +652,8 @@ def locate_page(
     "How near a reader's model is to the centre of each region."
     near = rows.set_index(rows[name].astype(str)).cosine.astype(float)
     verdict = f"nearest region: {near.idxmax()}, cosine {near.max():.2f}"
-    panel = Panel(
-        "region",
-        "Which region is this?",
-        "The longest bar is the region that the model points to.",
-        f"cosine of {model} to {len(near)} regions; {verdict}",
-        [dict(type="bar", orientation="h")],
-        quiet_layout(margin=dict(l=160, r=20, t=10, b=50), xaxis=dict(title="cosine")),
-        {"model": [str(model)]},
-        {"bars": {str(model): _bars(near, near.idxmax(), verdict)}, "first": str(model)},
-    )
+    bars = {str(model): _bars(near, near.idxmax(), verdict)}
+    said = f"cosine of {model} to {len(near)} regions; {verdict}"
+    hint = "The longest bar is the region that the model points to."
+    panel = _bars_panel(hint, said, "cosine", bars)
     return Page("Which region is this?", [panel])
