@@ -248,7 +248,7 @@ def reason(
         return f"{ours}, {against}"
     if row.verdict == IN_PART:
         less = f"{ours} where the paper has {paper}" if paper else f"not {row.criterion}"
-        return f"no chance ({chance}), but {less}"
+        return f"more than chance ({chance}), but {less}"
     if row.verdict == NOT_HERE:
         against = "the difference points the other way" if row.p == 1 else "may be chance"
         return f"{ours}: {against} ({chance})"

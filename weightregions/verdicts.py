@@ -21,7 +21,7 @@ from .starting import sign_flips
 # %% ../nbs/45_verdicts.ipynb #0bd2bf7d
 HOLDS, IN_PART, NOT_HERE = "holds", "holds in part", "does not hold here"
 TOO_FEW, NOT_MEASURABLE = "too few to tell", "not measurable"
-SURE = 0.05  # a p-value below this is no chance
+SURE = 0.05  # a p-value below this is more than chance
 TOO_SMALL = ("tiny",)  # scales whose models are too small to judge the paper by
 
 
