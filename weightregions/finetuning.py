@@ -135,7 +135,7 @@ def fast_bfloat16(
     "Whether bfloat16 is worth while on this machine."
     if device == "cuda":
         return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
-    return torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 # %% ../nbs/12_finetuning.ipynb #47d0030d
 class Tokenized(torch.utils.data.Dataset):
