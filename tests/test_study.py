@@ -24,7 +24,7 @@ from weightregions.report import CAPTIONS
 from weightregions.building import build_zoo
 from weightregions.results import Study, square, write_rows, families_by_size, from_own_starts
 from weightregions.scales import SCALES, check_classes
-from weightregions.study import measure, run_study, try_starts, walk
+from weightregions.study import first_look, measure, run_study, try_starts, walk
 from weightregions.verdicts import AUTHORS, CLAIM_COLUMNS, OURS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,6 +71,22 @@ def test_every_claim_has_a_criterion_and_a_tiny_run_no_verdict(out):
     assert (claims.n[claims.criterion.notna()] > 0).all()
     known = claims.dropna(subset=["low"])
     assert (known.low <= known.ours + 1e-9).all() and (known.ours <= known.high + 1e-9).all()
+
+
+def test_a_first_look_comes_before_all_models_are_there(out, tmp_path):
+    study = copied(out, tmp_path / "begun", ("base", "zoo"))
+    first_look(study, study / "base")
+    page = (study / "index.html").read_text()
+    assert "The study is running" in page and "the other seeds" in page
+    shown = re.findall(r'<img src="([^"]+)" alt="([^"]+)"', page)
+    assert shown and all((study / file).exists() and words for file, words in shown)
+    assert "mean cosine" in page and not (study / "rows").exists()
+    # a study that has its similarities shows them
+    (study / "rows").mkdir()
+    (study / "rows" / "similarity_main.csv").touch()
+    (study / "index.html").unlink()
+    first_look(study, study / "base")
+    assert not (study / "index.html").exists()
 
 
 # --- a number belongs to the bytes it was made from -------------------------------------------

@@ -258,12 +258,14 @@ CAPTIONS = {
 def write_page(
     out: Path,  # the study's folder
     coming: tuple = (),  # what is still to be measured
+    early: tuple | None = None,  # models and their cosines, before there are rows of them
 ) -> Path:  # of index.html
     "Write claims.csv and the page of a study, as far as it has come."
     study = Study(out)
     claims = _claims(study)
     write_whole(out / "claims.csv", claims.to_csv(index=False, float_format="%.4g"))
-    _explore(study)
+    if early is None:
+        _explore(study)
     missing = {"missing": "still to come"} if coming else {}
     page = PAGE.format(
         title="Regions in weight space: the study",
@@ -271,7 +273,7 @@ def write_page(
         again=AGAIN if coming else "",
         about=_about(study.about),
         coming=_coming(coming),
-        first=first_figures(study),
+        first=first_figures(study, early),
         claims=cards_html(cards_of(claims, **missing), "notebooks/{}.html") + folded(claims),
         figures=_figures(out),
         notebooks=_links(out),
@@ -401,10 +403,11 @@ def basin_of(
 # %% ../nbs/48_report.ipynb #b314e145
 def first_figures(
     study: Study,  # a run
+    early: tuple | None = None,  # models and their cosines, before there are rows of them
 ) -> str:  # HTML
     "Draw heat map, basin and map as far as their rows are there."
-    models, basin = study.models(), basin_of(study)
-    cosines, families = study.matrix(), dict(zip(models.dataset, models.family))
+    models, cosines = early or (study.models(), study.matrix())
+    basin, families = basin_of(study), dict(zip(models.dataset, models.family))
     with plt.rc_context():
         use_theme()
         if basin is None:
@@ -425,7 +428,8 @@ def _draw(study, name, figure, caption=""):
     plt.close(figure)
     if not _figure(study.folder, name).exists():
         return ""
-    return _figure_html(study.folder, name, caption or alt_text(figure))
+    words = alt_text(figure)
+    return _figure_html(study.folder, name, caption or words[:1].upper() + words[1:])
 
 # %% ../nbs/48_report.ipynb #1c0eedae
 STAGES = {  # what is measured -> the notebooks that its rows are enough for
