@@ -115,7 +115,7 @@ def _kind(name: str, start) -> str:
         else "member"
     )
 
-
+# %% ../nbs/36_advice.ipynb #4126eeeb
 def _sample(corpus: Corpus, n: int, seed: int) -> pd.DataFrame:
     "The training rows that are looked at."
     return corpus.train if n >= len(corpus.train) else corpus.subsample(n, seed).train
@@ -171,7 +171,7 @@ def recommend(
     rows = pd.DataFrame(rows).assign(pooling=pooling, penalty=penalty)
     return _ranked(rows, judged, n_boot, seed)
 
-
+# %% ../nbs/36_advice.ipynb #5d4b534c
 def _penalty(features, labels, classes: int) -> float:
     "The penalty of all probes of a sample; of fewer than ten rows none can be chosen."
     return PENALTY if len(labels) < 10 else choose_penalty(features, labels, classes)

@@ -57,7 +57,7 @@ def tree(
         raise ValueError(f"braces do not match in {template!r}")
     return _branches(iter(re.findall(r"[{}|]|[^{}|]+", template)))[0]
 
-
+# %% ../nbs/08_builtin.ipynb #7eb215c8
 def _branches(tokens) -> list:
     "The trees of a choice, up to its closing brace; one tree where nothing is to be chosen."
     branches = [[]]
@@ -70,14 +70,14 @@ def _branches(tokens) -> list:
             branches[-1].append(_inner(tokens) if token == "{" else token)
     return [_text_or_parts(branch) for branch in branches]
 
-
+# %% ../nbs/08_builtin.ipynb #b6035cdf
 def _text_or_parts(branch: list) -> str | tuple:
     "A branch that is one text as that text; any other as a tuple."
     if len(branch) == 1 and isinstance(branch[0], str):
         return branch[0]
     return tuple(branch)
 
-
+# %% ../nbs/08_builtin.ipynb #7e08cd6a
 def _inner(tokens) -> list | Slot:
     "What stands in braces: a choice or a slot."
     options = _branches(tokens)
@@ -228,7 +228,7 @@ def _draw(
         idle += 1
     return list(drawn.values())
 
-
+# %% ../nbs/08_builtin.ipynb #4d404636
 def _row(
     spec: Spec,  # the dataset
     texts: tuple[str, ...],  # one text, or the two of a pair

@@ -75,7 +75,7 @@ def _grouped(groups, index, what="groups"):
         )
     return groups.reindex(index)
 
-
+# %% ../nbs/06_clustering.ipynb #3df90308
 def _same_length(groups, index, what):
     "The index itself, if an unlabelled list of `groups` fits it."
     if len(groups) != len(index):
@@ -146,7 +146,7 @@ def _affinity(similarity: pd.DataFrame, negative: str) -> pd.DataFrame:
         raise ValueError(f"a similarity of {name!r} is below -1: it is no cosine; clip it")
     return affinity.clip(lower=0)
 
-
+# %% ../nbs/06_clustering.ipynb #430c4bbf
 def _canonical(affinity: pd.DataFrame) -> list:
     "The names in an order that follows from the affinities; only rows of equal sums go by name."
     sums = np.sort(affinity.to_numpy(float), axis=1).sum(axis=1)
@@ -341,7 +341,7 @@ def _units(by, groups, constant=False):
             )
     return pd.factorize(by)[0]
 
-
+# %% ../nbs/06_clustering.ipynb #8f3c16ad
 def _best_hits(clusters, groups):
     "Most models that a one-to-one matching of two integer labellings can put right."
     counts = np.zeros((clusters.max() + 1, groups.max() + 1))
@@ -370,7 +370,7 @@ def permutation_p(
     as_high = sum(hits(rng.permutation(of_unit)[units]) >= observed for _ in range(n))
     return float((1 + as_high) / (1 + n))
 
-
+# %% ../nbs/06_clustering.ipynb #c128b0b0
 def least_p(
     groups: pd.Series,  # (n,) group of each model
     n: int = 1000,  # number of shuffles
@@ -392,7 +392,7 @@ class Interval(NamedTuple):
     low: float  # lower end
     high: float  # upper end
 
-
+# %% ../nbs/06_clustering.ipynb #7ed743c2
 def _draws(n_units, n, seed):
     "How often each unit is drawn in each of `n` bootstrap samples, (n, n_units)."
     return np.random.default_rng(seed).multinomial(
@@ -416,7 +416,7 @@ def exact_interval(
     high = beta.ppf(1 - tail, hits + 1, n - hits) if hits < n else 1.0
     return Interval(float(low), float(high))
 
-
+# %% ../nbs/06_clustering.ipynb #0b6edea9
 def _wider(drawn, share, n, level) -> Interval:
     "The percentile interval of some draws, no narrower than the exact one of `n` units."
     tail, exact = (1 - level) / 2, exact_interval(share, n, level)
@@ -465,7 +465,7 @@ def _f1_draws(s: Scores, units: np.ndarray, n: int, seed: int) -> tuple:
         there[name] = len(np.unique(units[is_group | is_found]))
     return pd.DataFrame(drawn), there
 
-
+# %% ../nbs/06_clustering.ipynb #0bb2c1ef
 def bootstrap_f1(
     clusters: pd.Series,  # (n,) cluster of each model
     groups: pd.Series,  # (n,) group of each model, indexed by its name
@@ -497,7 +497,7 @@ class Gap(NamedTuple):
     high: float  # upper end of it
     p: float  # two-sided: how often draws fall on the other side of 0
 
-
+# %% ../nbs/06_clustering.ipynb #fdefa8c6
 def _gap(value: float, drawn: np.ndarray) -> Gap:
     "A difference from its bootstrap draws."
     drawn = drawn[~np.isnan(drawn)]
@@ -506,7 +506,7 @@ def _gap(value: float, drawn: np.ndarray) -> Gap:
     low, high = np.quantile(drawn, [0.025, 0.975])
     return Gap(*map(float, (value, min(low, value), max(high, value), p)))
 
-
+# %% ../nbs/06_clustering.ipynb #f72a325e
 def f1_gap(
     scores: Scores,  # of a clustering
     group: str,  # whose F1 is compared
@@ -521,7 +521,7 @@ def f1_gap(
     lowest = drawn[list(others)].min(axis=1, skipna=False)
     return _gap(f1[group] - f1[list(others)].min(), (drawn[group] - lowest).to_numpy())
 
-
+# %% ../nbs/06_clustering.ipynb #c67abec2
 def accuracy_gap(
     scores: Scores,  # of one clustering
     reference: Scores,  # of another clustering of the same models
@@ -609,7 +609,7 @@ def level_units(
     np.fill_diagonal(values, np.diag(similarity))
     return pd.DataFrame(values, similarity.index, similarity.columns)
 
-
+# %% ../nbs/06_clustering.ipynb #127b8975
 def outside_neighbour(
     similarity: pd.DataFrame,  # (n, n) similarities, labelled on both sides
     groups: pd.Series,  # (n,) group of each model, such as its family

@@ -87,7 +87,7 @@ def _checked(models, columns):
             )
     return models
 
-
+# %% ../nbs/24_comparison.ipynb #c7811c66
 def _known(names, there, what):
     "The given names as a list; refuses one that is not there."
     names = [names] if isinstance(names, str) else list(names)
@@ -115,7 +115,7 @@ def sharing(
     close = shared[shared["share"] > share]
     return sorted({*close["b"][close["a"] == dataset], *close["a"][close["b"] == dataset]})
 
-
+# %% ../nbs/24_comparison.ipynb #4e81b0bd
 def _twins(twins, targets, share=SHARED):
     "Datasets, none of the targets, that share sentences with one of them, in order of name."
     if twins is None:
@@ -235,7 +235,7 @@ def _draws(table, n, rng):
         )
     return times[:, code], len(names)
 
-
+# %% ../nbs/24_comparison.ipynb #24f08ea7
 def _better(a, b):
     "For every pair: 1 where a has the lower loss, 0 where b has, half where they tie."
     return (a[:, None] < b[None]) + 0.5 * (a[:, None] == b[None])
@@ -307,7 +307,7 @@ def _dealt(losses, n: int, rng, units: bool) -> tuple:
         ways *= comb(len(at), int(is_b[at].sum()))
     return dealt[:, strata.index.get_indexer(block)], ways
 
-
+# %% ../nbs/24_comparison.ipynb #b6134fa6
 def _permutation_p(a, b, observed: float, n: int, rng, units: bool) -> tuple[float, float]:
     "Share of `n` shuffles (and the true deal) in which A does at least as well as observed; and the least that this can be."
     losses = pd.concat([a.assign(side="a"), b.assign(side="b")]).pivot(
@@ -471,7 +471,7 @@ def _cell(value) -> str:
     value = value.item() if hasattr(value, "item") else value
     return "" if value is None else re.sub(r"[\r\n]+", " ", str(value))
 
-
+# %% ../nbs/24_comparison.ipynb #78933862
 def _typed(cells):
     "Cells as integers, as floats (exactly), or as they are."
     for kind in (int, lambda c: float(c) if c else np.nan):
@@ -481,7 +481,7 @@ def _typed(cells):
             pass
     return cells
 
-
+# %% ../nbs/24_comparison.ipynb #fd6957b6
 def _line(cells) -> str:
     "One line of CSV."
     quote = lambda c: (
@@ -575,7 +575,7 @@ def append(
         append_line(self.file, _line(record).encode())
     self.records.append(record)
 
-
+# %% ../nbs/24_comparison.ipynb #9f06c391
 @patch
 def frame(self: Measurements) -> pd.DataFrame:  # the rows, numbers as numbers
     "All rows as a table."
@@ -611,7 +611,7 @@ def _digest(cells: list) -> str:
     "The first digits of the SHA-256 of a row, by which a changed cell is seen."
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()[:16]
 
-
+# %% ../nbs/24_comparison.ipynb #eed69457
 def _check_rows(file, header: list, records: list) -> None:
     "Refuse a row with a cell that was changed; files of earlier versions have no digests."
     if header[-1:] != [DIGEST]:
@@ -645,7 +645,7 @@ def _recipe(point) -> str:
     ]
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:12]
 
-
+# %% ../nbs/24_comparison.ipynb #0e8c609b
 def _named(points):
     "Group, name, point and recipe of each point; refuses what has no name, and a name that comes twice."
     named = [

@@ -161,7 +161,7 @@ def _write_start(start, folder, base):
         return save_centroid(start, folder, base)
     return write_checkpoint(start, open_checkpoint(base), folder, "drop")
 
-
+# %% ../nbs/43_contest.ipynb #622f8bc1
 def _made_of(offered):
     "Start -> name, SHA-256 and weight of each model that it is made of."
     hashes, made_of = {}, {}
@@ -315,7 +315,7 @@ def ways_to_tell(
         ways["budget", name] = replace(recipe, steps=steps), replace(search, **look)
     return ways
 
-
+# %% ../nbs/43_contest.ipynb #467b40b9
 def explain_gains(
     zoo: Zoo,  # fine-tuned models of one base
     corpora: dict,  # name -> Corpus, the targets

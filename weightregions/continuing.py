@@ -55,7 +55,7 @@ def continue_from(
     reference = None if base is None else tune(base, corpus, *how)
     return Continued(corpus, about, seed, tuned, other, reference)
 
-
+# %% ../nbs/35_continuing.ipynb #bf6ddcbe
 def _about(start) -> dict:
     "What to call a start, and the SHA-256 of its weights."
     identity = base_identity(start)
@@ -83,7 +83,7 @@ def save_continued(
         write_whole(part / "README.md", continued_card(made))
     return folder
 
-
+# %% ../nbs/35_continuing.ipynb #68c2d299
 def _merge_lora(model) -> None:
     "Add LoRA's matrices to the weights that they change."
     from peft.tuners.lora import LoraLayer  # only here, for few have it
@@ -110,7 +110,7 @@ def _record(made: Continued) -> dict:
         record["gain"] = {"accuracy": made.reference.accuracy, "points": made.gain}
     return record
 
-
+# %% ../nbs/35_continuing.ipynb #a5eb94c1
 def continued_card(
     made: Continued,  # of `continue_from`
 ) -> str:  # Markdown with a YAML head
@@ -140,6 +140,8 @@ def continued_card(
 
 
 _WHAT = {"all": "all weights", "bitfit": "biases and head", "head": "the head alone"}
+
+
 _WHAT["lora"] = "LoRA's matrices and the head, merged into the weights"
 
 # %% ../nbs/35_continuing.ipynb #2487a326

@@ -226,7 +226,7 @@ def digest(
         digest.update(b"\n")
     return digest.hexdigest()
 
-
+# %% ../nbs/10_corpora.ipynb #495c877b
 def subsample(
     corpus: Corpus,  # to draw from
     n: int,  # training rows to keep
@@ -274,7 +274,7 @@ def letters(
         or text.strip()
     )
 
-
+# %% ../nbs/10_corpora.ipynb #18fda6b8
 def texts(
     corpus: Corpus,  # with its rows
 ) -> set:  # the letters of every text, of pairs both texts, of both splits
@@ -287,7 +287,7 @@ def texts(
         for text in rows[c].tolist()
     }
 
-
+# %% ../nbs/10_corpora.ipynb #f0896243
 def overlap(
     a: Corpus,  # one dataset
     b: Corpus,  # another
@@ -315,7 +315,7 @@ def _whole(path: Path) -> bytes:
     "The bytes of a file of rows."
     return read_bytes(path, MOST_MEMORY)
 
-
+# %% ../nbs/10_corpora.ipynb #e479d6bb
 def read_jsonl(
     path: Path,  # file with one JSON object a line, UTF-8
     where: str,  # dataset and file, for the message
@@ -349,14 +349,14 @@ def read_csv(
             return _tsv_rows(text, where)
         return _csv_rows(text, where, delimiter=_delimiter(text))
 
-
+# %% ../nbs/10_corpora.ipynb #49a43c01
 def _delimiter(text: str) -> str:
     "A semicolon or a tab, if the header has one and no comma."
     header = text.split("\n", 1)[0]
     others = [c for c in ";\t" if c in header and "," not in header]
     return others[0] if len(others) == 1 else ","
 
-
+# %% ../nbs/10_corpora.ipynb #2709af29
 def _csv_rows(text: str, where: str, **how) -> dict:
     "Rows of a CSV text; blank lines are passed over."
     reader, rows = csv.reader(io.StringIO(text, newline=""), strict=True, **how), {}
@@ -418,7 +418,7 @@ def read_parquet(
         read = _columns(path, wanted)
     return {i: dict(zip(read, row)) for i, row in enumerate(zip(*read.values()), 1)}
 
-
+# %% ../nbs/10_corpora.ipynb #aaa61ecd
 def parquet_header(
     path: Path,  # Parquet file
     where: str,  # dataset and file, for the message
@@ -427,7 +427,7 @@ def parquet_header(
     with _parquet_faults(where), pq.ParquetFile(path) as file:
         return file.schema_arrow.names
 
-
+# %% ../nbs/10_corpora.ipynb #6ff5c8a4
 @contextmanager
 def _parquet_faults(where: str):
     "One line for whatever is wrong with a Parquet file."
@@ -448,14 +448,14 @@ def _memory(metadata, columns: list) -> int:
     )
     return unpacked + PER_ROW * metadata.num_rows
 
-
+# %% ../nbs/10_corpora.ipynb #85e83506
 def _columns(path: Path, names: list) -> dict:
     "Some columns of a Parquet file: name -> values."
     with pq.ParquetFile(path, read_dictionary=names) as file:
         read = file.read(names)
     return {name: _values(read[name]) for name in names}
 
-
+# %% ../nbs/10_corpora.ipynb #88237456
 def _values(column: pa.ChunkedArray) -> list:
     "The values of a column; equal texts are one object."
     if not pa.types.is_dictionary(column.type):
@@ -528,7 +528,7 @@ def pick_columns(
     check_columns(header, where, [picked["text"], picked["label"]])
     return {ours: theirs for ours, theirs in picked.items() if theirs}
 
-
+# %% ../nbs/10_corpora.ipynb #662a1451
 def _text_columns(header: list) -> tuple:
     "The column of texts and that of second texts, as far as their names tell."
     if "text" in header:
@@ -539,7 +539,7 @@ def _text_columns(header: list) -> tuple:
         return tuple(pairs[0])
     return _only(header, "text", TEXTS), None
 
-
+# %% ../nbs/10_corpora.ipynb #85538cab
 def _only(header: list, name: str, names: list):
     "The column of this name, else the only one with one of these names in any case."
     if name in header:
@@ -551,6 +551,8 @@ def _only(header: list, name: str, names: list):
 
 # %% ../nbs/10_corpora.ipynb #e519ea7b
 NUMBER = re.compile("0|-?[1-9][0-9]{0,999}")  # what an integer is when it is written
+
+
 NO_LABEL = ("-1", "-1.0")
 
 
@@ -565,7 +567,7 @@ def as_text(
         return str(label)
     return label
 
-
+# %% ../nbs/10_corpora.ipynb #bb476036
 def classes_of(
     labels,  # of the training rows, as text
 ) -> tuple:  # the classes in their order
@@ -591,7 +593,7 @@ def places_of(
         )
     return named if labels <= named.keys() else numbered | _without(named, numbered)
 
-
+# %% ../nbs/10_corpora.ipynb #6a9fb986
 def _without(some: dict, others: dict) -> dict:
     "The entries of one dictionary whose keys are not in the other."
     return {key: value for key, value in some.items() if key not in others}
@@ -620,7 +622,7 @@ def encode(
     ]
     return *coded, tuple(names)
 
-
+# %% ../nbs/10_corpora.ipynb #77d474e1
 def _coded(labels: list, place: dict, numbers: bool, index) -> pd.Series:
     "Places of labels; what has none stays as it is, to be refused, a number as a number."
 
@@ -674,7 +676,7 @@ def find_split(
         f"that ends in {', '.join(READERS)}"
     )
 
-
+# %% ../nbs/10_corpora.ipynb #1ff79cfb
 def _test_file(folder: Path, count) -> Path | None:
     "The file of the rows that test; None where there is none, and none is promised."
     try:
@@ -684,14 +686,14 @@ def _test_file(folder: Path, count) -> Path | None:
             raise
         return None
 
-
+# %% ../nbs/10_corpora.ipynb #fd8b8b73
 def folder_name(
     folder: Path,  # perhaps "." or ".."
 ) -> str:  # what it is called
     "The name of a folder, as it was given."
     return folder.resolve().name if folder.name in ("", "..") else folder.name
 
-
+# %% ../nbs/10_corpora.ipynb #55bd6897
 def is_saved(
     folder: Path,  # any
 ) -> bool:  # whether `datasets` saved it
@@ -743,7 +745,7 @@ class Draft:
                 raise ValueError(f"{where}: {len(rows)} rows, but datasets.json says {count}")
         return self.of_frames(frames, wheres)
 
-
+# %% ../nbs/10_corpora.ipynb #22abf0a0
 def _frame(path: Path, where: str, columns: Columns, picked: dict | None) -> tuple:
     "The rows of one file in our columns, and which of its columns these are."
     ending = path.suffix[1:].lower()
@@ -763,7 +765,7 @@ def _frame(path: Path, where: str, columns: Columns, picked: dict | None) -> tup
         rows = read_parquet(path, where, tuple(picked.values()))
     return to_frame(rows, picked), picked
 
-
+# %% ../nbs/10_corpora.ipynb #4f948453
 def _say_guess(picked: dict, columns: Columns, where: str) -> None:
     "Warn of columns that were guessed."
     asked = {"text": columns.text, "text_pair": columns.pair, "label": columns.label}
@@ -888,7 +890,7 @@ def in_folder(
         for name, path in sorted(paths.items())
     }
 
-
+# %% ../nbs/10_corpora.ipynb #c8cde71b
 def _in_list(folder: Path, source: str, columns: Columns) -> dict:
     "The datasets that datasets.json lists, not yet read."
     readers = {}
@@ -899,7 +901,7 @@ def _in_list(folder: Path, source: str, columns: Columns) -> dict:
         readers[name] = partial(read_corpus, *given)
     return readers
 
-
+# %% ../nbs/10_corpora.ipynb #9326d061
 def _read(name: str, path, family: str, source: str, columns: Columns) -> Corpus:
     "The dataset in a folder, or in one or two files."
     if isinstance(path, Path):
@@ -932,14 +934,14 @@ def _dataset_paths(folder: Path) -> dict:
     files = {n: _two_files(n, p) for n, p in paths.items() if isinstance(p, dict)}
     return paths | files
 
-
+# %% ../nbs/10_corpora.ipynb #7d20a68d
 def _two_files(name: str, files: dict) -> list:
     "The file that trains, and the one that tests, if there is one."
     if "train" not in files:
         raise FileNotFoundError(f"dataset {name}: there is no file {name}-train")
     return [files["train"], *[files[split] for split in SPLITS if split in files][:1]]
 
-
+# %% ../nbs/10_corpora.ipynb #92837ee9
 def _is_dataset(folder: Path) -> bool:
     "Whether a folder has a file called train."
     try:
@@ -1006,7 +1008,7 @@ def of_splits(
     draft = replace(draft, labels=None if names is None else tuple(names))
     return draft.of_frames(list(frames.values()), [f"{where}, {split}" for split in frames])
 
-
+# %% ../nbs/10_corpora.ipynb #71421dd2
 def _of_split(split, picked: dict, where: str) -> pd.DataFrame:
     "The rows of one split in our columns; none where all labels are hidden."
     check_columns(split.column_names, where, list(picked.values()))
@@ -1135,7 +1137,7 @@ def from_hub(
     )
     return hub_corpus(entry, data)
 
-
+# %% ../nbs/10_corpora.ipynb #7493dcda
 def _from_hub(what: str, name: str, config: str | None = None, revision: str | None = None):
     "A dataset of the hub; whatever goes wrong is one line."
     import datasets  # only here, for it takes two seconds
@@ -1253,7 +1255,7 @@ def load_corpora(
             )
     return corpora
 
-
+# %% ../nbs/10_corpora.ipynb #0cd2deae
 def _listed(names) -> str:
     "Names in a row, those with control characters as Python writes them."
     return ", ".join(name if name.isprintable() else repr(name) for name in names) or "none"

@@ -219,7 +219,7 @@ def outlines(
         return {n: replace(o, train=train, test=test) for n, o in few.items()}
     return outlines(load_corpora(data, names), scale)
 
-
+# %% ../nbs/51_cost.ipynb #bc10c9a7
 def _outlines_given(data, names, most):
     "The outlines of datasets that are given, with their texts or without."
     if unknown := [name for name in names or () if name not in data]:
@@ -333,7 +333,7 @@ def _masked(p: Planned, name: str, steps: int) -> Stage:
     moved, disk = steps * 40 * p.shape.weights, checkpoint_bytes(p.shape)
     return Stage(name, 1, 1, steps, rows * tokens, flops, moved, disk)
 
-
+# %% ../nbs/51_cost.ipynb #b05f41d3
 def the_base(
     p: Planned,  # what is planned
 ) -> Stage:
@@ -367,7 +367,7 @@ def second_start(
     start = _masked(p, "second start", p.scale.start_steps)
     return start + p.runs("", few, p.scale.start_seeds)
 
-
+# %% ../nbs/51_cost.ipynb #d8b0cd29
 def sub_samples(
     p: Planned,  # what is planned
 ) -> Stage:
@@ -520,7 +520,7 @@ def _chosen_scale(scale) -> Scale:
         raise ValueError(f"no scale {scale!r}: there are {', '.join(SCALES)}")
     return SCALES[scale] if isinstance(scale, str) else scale
 
-
+# %% ../nbs/51_cost.ipynb #42e5ac29
 def _chosen_device(device, scale: Scale) -> Device:
     "A device, the one of that name, or what a scale runs on."
     device = device or ("core" if scale.base in ("tiny", "minilm") else "H100")
@@ -617,7 +617,7 @@ def _attributes(scale: Scale, data, device: Device) -> dict:
         "source": device.source,
     }
 
-
+# %% ../nbs/51_cost.ipynb #08f1be2f
 def _source(data) -> str:
     "Where the datasets come from."
     if data in ("builtin", "hub"):

@@ -108,7 +108,7 @@ def _require_published(content: bytes, name: str, where: str) -> bytes:
         )
     return content
 
-
+# %% ../nbs/16_original.ipynb #6fce8361
 def _fetch(name: str, folder: Path) -> None:
     "Bring one file from the pinned commit into `folder`."
     with urllib.request.urlopen(SOURCE + name, timeout=60) as answer:

@@ -68,7 +68,7 @@ def describe(
     before = getattr(figure, "alt", "")
     figure.alt = f"{before}; {text}" if before else text
 
-
+# %% ../nbs/40_plots.ipynb #184cc6bd
 def alt_text(
     drawn,  # a figure, axes or seaborn grid
 ) -> str:  # what it shows, in words
@@ -76,7 +76,7 @@ def alt_text(
     figure = getattr(drawn, "figure", drawn)
     return getattr(figure, "alt", "") or "; ".join(filter(None, map(_written_on, figure.axes)))
 
-
+# %% ../nbs/40_plots.ipynb #7ab2aa44
 def _written_on(ax: Axes) -> str:
     "What is written on axes, in one line."
     title = ax.get_title() or ax.get_title(loc="left")
@@ -98,7 +98,7 @@ def _palette_png(figure: Figure) -> tuple:
     shrunk = figure.dpi / plt.rcParams["savefig.dpi"]
     return small.getvalue(), {"width": round(image.width * shrunk), "alt": alt_text(figure)}
 
-
+# %% ../nbs/40_plots.ipynb #9b0729da
 def small_figures() -> None:
     "Store the figures of this notebook small and with words; elsewhere, do nothing."
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
@@ -129,6 +129,8 @@ HUES = (
     "#D55E00",
     "#CC79A7",
 )  # after Okabe and Ito, and Tol
+
+
 FAMILY_HUES = {
     "nli": HUES[0],
     "sentiment": HUES[1],
@@ -149,7 +151,7 @@ def _family_hues(families: Sequence) -> dict:
         for f in families
     }
 
-
+# %% ../nbs/40_plots.ipynb #08510fa5
 def _shades(hue: str, n: int) -> list:
     "`n` shades of a hue, from dark to light."
     if n == 1:
@@ -189,7 +191,7 @@ def _blocks(order: Sequence) -> list:  # [(name, first, stop)]
     edges = [0, *[i for i in range(1, len(order)) if order[i] != order[i - 1]], len(order)]
     return [(order[a], a, b) for a, b in zip(edges, edges[1:])]
 
-
+# %% ../nbs/40_plots.ipynb #d05d5783
 def _label_blocks(ax: Axes, order: Sequence, x: bool = True) -> None:
     "Name runs of equal groups beside and under a heat map."
     blocks = _blocks(order)
@@ -252,7 +254,7 @@ def _top(matrix: pd.DataFrame, cosine: bool) -> tuple:
     most = float(others.max())
     return max(float(np.quantile(others, 0.99)), 0.01) if cosine else most, most
 
-
+# %% ../nbs/40_plots.ipynb #4c197ec5
 def _scale_name(matrix: pd.DataFrame, cosine: bool) -> str:
     "What the scale of colours shows, and where it ends before the values do."
     (high, most), unit = _top(matrix, cosine), "cosine" if cosine else "distance"
@@ -260,7 +262,7 @@ def _scale_name(matrix: pd.DataFrame, cosine: bool) -> str:
         return unit
     return f"{unit}\none colour\nfrom {high:.2f}\nto {most:.2f}"
 
-
+# %% ../nbs/40_plots.ipynb #40f75033
 def _cells(matrix: pd.DataFrame, cosine: bool) -> dict:
     "Arguments of `clustermap`: values, with the diagonal out of the way, and their colours."
     diagonal, (high, _) = np.eye(len(matrix), dtype=bool), _top(matrix, cosine)
@@ -285,7 +287,7 @@ def within_words(
     means = [f"{np.nanmean(values[at]):.2f} {where}" for where, at in parts.items() if at.any()]
     return f"mean {unit} {', '.join(means)}"
 
-
+# %% ../nbs/40_plots.ipynb #ac85ce17
 def _matrix_words(matrix: pd.DataFrame, groups: pd.Series, unit: str) -> str:
     "A heat map in words."
     many = f"{len(matrix)} models in {groups.nunique()} groups"
@@ -305,7 +307,7 @@ def _linkage(matrix: pd.DataFrame, tree: bool, cosine: bool) -> dict:
     )
     return dict(row_linkage=z, col_linkage=z)
 
-
+# %% ../nbs/40_plots.ipynb #5a2e9851
 def _dress(
     grid, groups: pd.Series, families: Mapping | None, order: str, title: str, unit: str
 ):
@@ -396,7 +398,7 @@ def _name_groups(ax: Axes, centres: pd.DataFrame, colours: Mapping) -> None:
                 zorder=1,
             )
 
-
+# %% ../nbs/40_plots.ipynb #3524bf9d
 def _ink(colour) -> tuple:
     "A colour dark enough to read."
     return tuple(np.array(colour) * min(1, 0.4 / (np.dot(colour, [0.3, 0.59, 0.11]) + 1e-9)))
@@ -559,7 +561,7 @@ def _natural(name) -> list:
         *[(0, int(t), "") if t.isdigit() else (1, 0, t) for t in re.split(r"(\d+)", str(name))],
     ]
 
-
+# %% ../nbs/40_plots.ipynb #0d9ac9e4
 def _offset(part, kind, rows: pd.DataFrame, hue: str | None, kinds: list) -> float:
     "Where in the band of a part a kind is drawn: kinds side by side."
     if hue is None:
@@ -645,7 +647,7 @@ def _on_target(
         )
     return rows, there[0] if there and target is None else target
 
-
+# %% ../nbs/40_plots.ipynb #b283e782
 def _loss_label(y: str, target: str | None, than: str = "") -> str:
     "What an axis of measurements is called, in lines that an axis has room for."
     known = {"loss": ("generalized loss", " (nats)"), "accuracy": ("accuracy", " (share of 1)")}
@@ -726,7 +728,7 @@ def _legend(ax: Axes) -> None:
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 
-
+# %% ../nbs/40_plots.ipynb #91fc523d
 def _curve_words(mean: pd.Series, y: str, target: str | None) -> str:
     "A mean curve in words: its ends and its best place."
     mean = mean.dropna()
@@ -849,7 +851,7 @@ def add_reference(
     _legend(ax)
     return ax
 
-
+# %% ../nbs/40_plots.ipynb #a6cc2069
 def name_ends(
     ax: Axes,  # of `edges`
     ends: Sequence,  # names of the two models
@@ -917,7 +919,7 @@ def _strips(ax: Axes, rows: pd.DataFrame, y: str, targets: Sequence) -> None:
             values = rows[y][(rows["group"] == group) & (rows["target"] == t)].to_numpy()
             _strip(ax, values, i + shift, width, group, rng, label=None if i else group)
 
-
+# %% ../nbs/40_plots.ipynb #0596f256
 def _strip(ax: Axes, values, at: float, width: float, group: str, rng, label) -> None:
     "The points of one group on one target, and their median."
     fine = values[np.isfinite(values)]
@@ -996,7 +998,7 @@ def _check_pb(table: pd.DataFrame, by: str) -> None:
             "choose one row, such as target == 'overall'"
         )
 
-
+# %% ../nbs/40_plots.ipynb #ea163850
 def _share(ax: Axes, at: tuple, row, paper: float | None) -> None:
     "One share, its interval and the paper's."
     centred, (x, y) = dict(ha="center", va="center"), at
@@ -1231,7 +1233,7 @@ def hero(
     describe(figure, f"beside it {_curve_words(mean, 'loss', target)}")
     return figure
 
-
+# %% ../nbs/40_plots.ipynb #9e9e8356
 def _square(ax: Axes, matrix: pd.DataFrame, groups: pd.Series) -> None:
     "A plain heat map in axes that belong to a larger figure."
     high, most = _top(matrix, cosine=True)

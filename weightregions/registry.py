@@ -26,7 +26,7 @@ def hub_entries() -> dict:  # name -> entry
         )
     }
 
-
+# %% ../nbs/09_registry.ipynb #77964362
 def entry_of(
     name: str,  # of a dataset of the registry
 ) -> dict:  # its entry
@@ -149,7 +149,7 @@ def published_of(
     "The accuracy of RoBERTa-base that the authors published."
     return (hub_entries().get(name, {}).get("published") or np.nan) / 100
 
-
+# %% ../nbs/09_registry.ipynb #d10f0c8c
 def against_published(
     models: pd.DataFrame,  # a zoo's table, a row a model: dataset, accuracy (a share of 1)
 ) -> pd.DataFrame:  # a row a dataset of the authors: models, accuracy and published in per cent, difference in points

@@ -77,7 +77,7 @@ def rows(
     kind = "similarity" if name.startswith("similarity_") else name
     return read_table(_as_measured(file), WORDS, NEEDED.get(kind, ()))
 
-
+# %% ../nbs/46_results.ipynb #407899c8
 def _as_measured(file):
     "The file of a table; one that was changed since it was measured is refused."
     if "was changed" in (fault := why_not(file)):
@@ -116,7 +116,7 @@ def models(
     was_learned = learned(table).set_index("dataset").learned
     return table.assign(learned=table.dataset.map(was_learned))
 
-
+# %% ../nbs/46_results.ipynb #8eaab855
 @patch
 def paths(
     self: Study,
@@ -127,7 +127,7 @@ def paths(
         raise FileNotFoundError(f"{self.folder.name}: no rows/paths.csv; run the study again")
     return read_paths(_as_measured(file))
 
-
+# %% ../nbs/46_results.ipynb #c851cde5
 @patch
 def budget(
     self: Study,
@@ -144,7 +144,7 @@ def points(
     "The generalized losses by one pooling; the main one is the token that the heads read."
     return of_pooling(self.rows("points"), pooling)
 
-
+# %% ../nbs/46_results.ipynb #a31af323
 @patch
 def poolings(
     self: Study,
@@ -152,7 +152,7 @@ def poolings(
     "How the texts were pooled."
     return list(dict.fromkeys(self.rows("points").pooling))
 
-
+# %% ../nbs/46_results.ipynb #7163932c
 @patch
 def constant(
     self: Study,
@@ -312,7 +312,7 @@ def short(self: Study):  # a Study, or None
     folder = self.folder / "short"
     return Study(folder) if (folder / "about.json").exists() else None
 
-
+# %% ../nbs/46_results.ipynb #7f16b4fb
 @patch
 def _shown(self: Study, notebook: str, table: pd.DataFrame) -> pd.DataFrame:
     "The claims of a notebook for readers; what a short training gave stands beside them."
@@ -329,7 +329,7 @@ def _shown(self: Study, notebook: str, table: pd.DataFrame) -> pd.DataFrame:
     shown.insert(shown.columns.get_loc("ours") + 1, "short training", keys.map(before.ours))
     return shown.assign(**{"short verdict": keys.map(before.verdict).fillna("")})
 
-
+# %% ../nbs/46_results.ipynb #f9f155ec
 def _without_details(measure: str) -> str:
     "What was measured, without what differs from run to run: counts, ranges and remarks."
     return re.sub(r" \(\d.*?\)|;.*", "", measure)
@@ -351,7 +351,7 @@ def claims(
     table = table.sort_values(["theirs", "number"], kind="stable")
     return table.drop(columns=["theirs", "number"]).reset_index(drop=True)
 
-
+# %% ../nbs/46_results.ipynb #12073d79
 def natural_key(
     file: Path,  # of a notebook or page
 ) -> list:  # a key that sorts c12 after c2

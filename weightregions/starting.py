@@ -136,7 +136,7 @@ def split(
     share = min(self.share, self.at_most / len(corpus.train))
     return split_validation(corpus, share, self.at_least, seed)
 
-
+# %% ../nbs/34_starting.ipynb #5bf9d5ce
 @patch
 def steps(
     self: Search,
@@ -191,14 +191,14 @@ def _lora(model):
     for name, p in model.named_parameters():
         p.requires_grad = "lora_" in name or not name.startswith(body)
 
-
+# %% ../nbs/34_starting.ipynb #a445d3a2
 def _prepare(model, recipe, method):
     "Let the method's parameters train; a head that starts at zero, if the recipe says so."
     if recipe.head == "zero":
         zero_head(model)
     _lora(model) if method == "lora" else set_trainable(model, method)
 
-
+# %% ../nbs/34_starting.ipynb #221e39e2
 def _known(method):
     "The method, if it is one, and can be had."
     if method not in METHODS:
@@ -244,7 +244,7 @@ def _in_steps(recipe):
             "the search says how long a run is, not the recipe's epochs and patience"
         )
 
-
+# %% ../nbs/34_starting.ipynb #265156e7
 def _run(model, tokenizer, rows, held, recipe, method, rate, seed, search, device):
     "Train once at one rate; what the watch saw."
     steps = search.steps(recipe, len(rows))
@@ -389,7 +389,7 @@ def _starts_of(starts, target):
             raise ValueError(f"{target}: a start's name is a line of text, not {name!r}")
     return dict(found)
 
-
+# %% ../nbs/34_starting.ipynb #a4373f10
 def _opened_starts(found):
     "Start -> SHA-256 of its body; refuses starts that are not in one space."
     hashes, first = {}, None
@@ -481,7 +481,7 @@ def _settings_of(recipe: Recipe, search: Search) -> dict:
     kept = {k: v for k, v in recipe.as_dict().items() if k not in varies}
     return {"recipe": kept, "search": asdict(search)}
 
-
+# %% ../nbs/34_starting.ipynb #9823b30a
 def _in_order(tasks: dict, known: dict) -> list:
     "The jobs that are left, by size and seed, so that what is cut short can be compared."
     sizes, seeds = (list(dict.fromkeys(key[i] for key in tasks)) for i in (2, 3))
@@ -515,7 +515,7 @@ def _made_of(sha256, corpus):
     "A digest of a start's weights and a target's rows."
     return hashlib.sha256(f"{sha256} {corpus.sha256}".encode()).hexdigest()[:12]
 
-
+# %% ../nbs/34_starting.ipynb #827247db
 def forget_replaced(
     file,  # CSV file of `compare_starts`
     starts: Mapping | Callable,  # as for `compare_starts`

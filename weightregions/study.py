@@ -394,7 +394,7 @@ def _datasets(scale, data, min_rows):
     check_classes(chosen, scale)
     return chosen
 
-
+# %% ../nbs/50_study.ipynb #397ee106
 def _taken(corpora, chosen, scale, min_rows):
     "Which datasets take part, and which are left out by what rule."
     left = [name for name in corpora if name not in chosen]
@@ -446,7 +446,7 @@ def _locations(m, checkpoints, base):
         tables["family"] = locate_from_gram(few, m.family.tolist(), m.dataset.tolist())
     return pd.concat([t.assign(by=by) for by, t in tables.items()])
 
-
+# %% ../nbs/50_study.ipynb #3f08425f
 def _never_seen(measured, m):
     "Later seeds, and whole datasets, located by a zoo of the first seeds of the others."
     seeds, names = sorted(set(m.seed)), list(dict.fromkeys(m.dataset))
@@ -464,7 +464,7 @@ def _show(out, asked, stage, clock):
     with clock.part("notebooks", f"those that wait for {stage}"):
         return grow(out, asked, stage)
 
-
+# %% ../nbs/50_study.ipynb #1bc9643e
 def _finish(out, failed, clock):
     "Say how it ended, and where the page is."
     page = out / "index.html"

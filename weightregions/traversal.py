@@ -65,7 +65,7 @@ def _flat(members: Sequence, weights: Sequence[float]) -> tuple:
             flat.append((as_weights(member), w))
     return tuple(zip(*flat))
 
-
+# %% ../nbs/22_traversal.ipynb #2dd1c779
 def _affine(weights: Sequence, n: int, who: str) -> tuple:
     "`weights` as numbers, if there are `n`, finite, with a sum of one."
     weights = tuple(map(float, weights))
@@ -156,7 +156,7 @@ def line(
     "Points on the straight line through two models."
     return _line(a, b, [i / 10 for i in range(11)] if alphas is None else alphas, "alpha")
 
-
+# %% ../nbs/22_traversal.ipynb #10480fe5
 def ray(
     base,  # the model at t = 0, usually the pretrained one
     towards,  # the model at t = 1
@@ -165,7 +165,7 @@ def ray(
     "Points `base + t * (towards - base)`."
     return _line(base, towards, lengths, "t")
 
-
+# %% ../nbs/22_traversal.ipynb #a33ec65d
 def extrapolation(
     a,  # the model at alpha = 0
     b,  # the model at alpha = 1
@@ -192,7 +192,7 @@ def _line(a, b, places: Iterable[float], what: str) -> Iterator[tuple]:
         for x in map(float, places)
     )
 
-
+# %% ../nbs/22_traversal.ipynb #f5262f80
 def _at(members: Sequence, weights: Sequence[float], name: str, coordinates: dict) -> tuple:
     "What a path yields."
     point = Point(tuple(members), tuple(weights), name, coordinates)
@@ -225,7 +225,7 @@ def hull(
         for i, w in enumerate(draws)
     )
 
-
+# %% ../nbs/22_traversal.ipynb #350515f2
 def average(
     members: Sequence | Mapping,  # M models, or several such groups by name
     weights: Sequence[float]
@@ -292,7 +292,7 @@ def _norms(base, like, per: str) -> tuple:
         return tuple(_spectrum(like[name], base[name]) for name in base.layout.names)
     return (length,) if per == "model" else tuple(map(sqrt, squares))
 
-
+# %% ../nbs/22_traversal.ipynb #daed42da
 def _squares(base: Weights, like: Weights) -> list[float]:
     "Squared length of a task vector, for each tensor, in float64."
     like.require_same_space(base)
@@ -303,7 +303,7 @@ def _squares(base: Weights, like: Weights) -> list[float]:
         squares[task[0]] += float(part)
     return list(squares.values())
 
-
+# %% ../nbs/22_traversal.ipynb #a226a8db
 def _spectrum(a: Tensor, b: Tensor) -> tuple:
     "The singular values of a difference, the largest first; its length, if it is no matrix."
     moved = a.double() - b.double()
@@ -313,7 +313,7 @@ def _spectrum(a: Tensor, b: Tensor) -> tuple:
     m = m if len(m) < m.shape[1] else m.T
     return tuple(torch.linalg.eigvalsh(m @ m.T).clamp(min=0).sqrt().flip(0).tolist())
 
-
+# %% ../nbs/22_traversal.ipynb #b264eecd
 def _as_matrix(shape: tuple) -> tuple:
     "Rows and columns of a tensor: its first axis, and all others."
     return (shape[0], prod(shape[1:])) if len(shape) > 1 else (1, prod(shape))
@@ -324,7 +324,7 @@ def _perturbed(base, noise: Noise, i: int) -> tuple:
     name = f"perturbation {i} of {base.name} per {noise.per}, seed {noise.seed[0]}"
     return {"draw": i}, Point((base,), (1.0,), name, {"draw": i}, noise)
 
-
+# %% ../nbs/22_traversal.ipynb #85f090d9
 def _gaussian(seed: tuple, i: int, size: int) -> Tensor:
     "The random direction of tensor `i`, not yet scaled, the same on every device."
     start = int(
@@ -342,7 +342,7 @@ def _length(seed: tuple, sizes: tuple) -> float:
         sum(dot(g, g) for g in (_gaussian(seed, i, size) for i, size in enumerate(sizes)))
     )
 
-
+# %% ../nbs/22_traversal.ipynb #28596c4f
 @lru_cache(maxsize=1)
 def _direction(noise: Noise, shapes: tuple, i: int) -> Tensor:
     "The noise of tensor `i`, flat."
@@ -354,7 +354,7 @@ def _direction(noise: Noise, shapes: tuple, i: int) -> Tensor:
     norm = noise.norms[i] if noise.per == "tensor" else noise.norms[i][0]
     return g.mul_(norm / (sqrt(dot(g, g)) or 1))
 
-
+# %% ../nbs/22_traversal.ipynb #32202642
 def _turned(noise: Noise, shape: tuple, i: int) -> Tensor:
     "A matrix with given singular values and random singular vectors, flat."
     (rows, columns), values = _as_matrix(shape), torch.tensor(noise.norms[i])
@@ -446,11 +446,11 @@ def at(
         {"x": x, "y": y},
     )
 
-
+# %% ../nbs/22_traversal.ipynb #90a7d57f
 def _rounded(value: float) -> float:
     return float(f"{value:.9g}")
 
-
+# %% ../nbs/22_traversal.ipynb #3af6650e
 @patch
 def __iter__(self: Plane) -> Iterator[tuple]:
     axes = []
@@ -480,7 +480,7 @@ def project(
     y = (v - x * self.cx) / self.cy
     return float(x), float(y), sqrt(max(w - x**2 - y**2, 0))
 
-
+# %% ../nbs/22_traversal.ipynb #8a5d751c
 @patch
 def marks(
     self: Plane,
@@ -558,7 +558,7 @@ def _sound(t: Tensor, who: str, name: str) -> Tensor:
         raise ValueError(f"{who}: {name} holds NaN or infinite values")
     return t
 
-
+# %% ../nbs/22_traversal.ipynb #b85e73cf
 def _stored(model: Weights, name: str, shape: tuple | None = None) -> Tensor:
     "A tensor beside the body: of the head, or of what goes along with the body."
     along, head = getattr(model, "_along", {}), getattr(model, "_head", {})
@@ -571,7 +571,7 @@ def _stored(model: Weights, name: str, shape: tuple | None = None) -> Tensor:
         )
     return _sound(stored.read().reshape(found), model.name, name)
 
-
+# %% ../nbs/22_traversal.ipynb #f9f2159e
 def _beside(point: Point, name: str, head: str, shape: tuple | None = None) -> Tensor:
     "A head tensor of a point: of its first member, or the weighted average of all."
     first = _stored(point.members[0], name, shape)
@@ -616,7 +616,7 @@ def _built(like: Checkpoint, bare: bool) -> nn.Module:
         model.pooler = None
     return model
 
-
+# %% ../nbs/22_traversal.ipynb #36910e3b
 def _head_parameters(model: nn.Module, body: Mapping) -> dict:
     "The parameters that are not in the body, a pooler included, under the names of a checkpoint."
     base, inside = model.base_model_prefix, {id(p) for p in body.values()}
@@ -693,7 +693,7 @@ def _age(model: Weights) -> int:
     held = (t for n in model.layout.names if (t := model.held(n)) is not None)
     return sum(t._version for t in held if not t.is_inference())
 
-
+# %% ../nbs/22_traversal.ipynb #607ecfd0
 def _inspect(scratch: ScratchModel, members: tuple, ages: tuple) -> dict:
     "Where members agree; another space, NaN and the scratch model's own memory are refused."
     new = [scratch._sound.get(m) != age for m, age in zip(members, ages)]
@@ -737,7 +737,7 @@ def _moved_rows(members: tuple, name: str) -> tuple | None:
     rows = moved.nonzero().squeeze(1)
     return (rows, [t[rows] for t in tensors]) if 2 * len(rows) < len(first) else None
 
-
+# %% ../nbs/22_traversal.ipynb #a56cb778
 def _fill(
     p: nn.Parameter, members: Sequence[Checkpoint], name: str, weights: Sequence[float]
 ) -> None:
@@ -753,7 +753,7 @@ def _fill(
     if not is_finite(p.detach().view(-1)):
         refuse_sum(members, name, dtype=p.dtype, what="a point's sum")
 
-
+# %% ../nbs/22_traversal.ipynb #05cc176e
 def _fill_rows(
     p: nn.Parameter, rows: Tensor, tensors: Sequence[Tensor], weights: Sequence[float]
 ) -> None:
@@ -818,7 +818,7 @@ def _plain(value, who: str):
         return value
     raise ValueError(f"{who} is a {type(value).__name__}, not a number or a text")
 
-
+# %% ../nbs/22_traversal.ipynb #82c5915a
 def _rows_of(point: Point, coordinates: Mapping, measured, column: str) -> list:
     "The rows of one point: coordinates, name, measures, and a note where one is not finite."
     rows = (
@@ -868,7 +868,7 @@ def _path_of(path: Iterable) -> list:
         seen.add(p.name)
     return pairs
 
-
+# %% ../nbs/22_traversal.ipynb #a6ff96c8
 def _keys(pairs: list) -> list:
     "A digest of every point: where it is, and the bytes of its members."
     held = lambda m: (
@@ -896,7 +896,7 @@ def _keys(pairs: list) -> list:
 def _line_of(value) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
-
+# %% ../nbs/22_traversal.ipynb #1d71c8b6
 def _alone(file: Path | None):
     "Keep other processes from measuring into the same file, where it can be written at all."
     if file is None:
@@ -908,7 +908,7 @@ def _alone(file: Path | None):
         else nullcontext()
     )
 
-
+# %% ../nbs/22_traversal.ipynb #91847dc7
 def _resume(file: Path, head: dict, keys: list, again: bool = False) -> dict:
     "What a file has measured already: key -> rows; begun if it is not there, and mended."
     content = read_bytes(file, 2**30) if file.exists() else b""
@@ -956,7 +956,7 @@ def _summed(key: str, rows: list) -> dict:
     digest = hashlib.sha256(_line_of([key, rows])).hexdigest()[:16]
     return {"key": key, "rows": rows, "sha256": digest}
 
-
+# %% ../nbs/22_traversal.ipynb #f5884bfb
 def _keep_only(file: Path, head: dict, done: dict, keys: list) -> dict:
     "Write a file anew without points that are not on the path, or were changed."
     on_path = set(keys)
@@ -1012,7 +1012,7 @@ def traverse(
                 bar.update()
     return pd.DataFrame([row for key in keys for row in done[key]])
 
-
+# %% ../nbs/22_traversal.ipynb #572a2343
 def read_rows(
     file: str | Path,  # what `traverse` keeps
 ) -> pd.DataFrame:  # all rows, in the order in which they were measured

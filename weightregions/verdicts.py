@@ -53,7 +53,7 @@ class Quantity:
     unit: str = "models"  # what they are
     least: float = 0  # the smallest p that so many units can give
 
-
+# %% ../nbs/45_verdicts.ipynb #c2ee39f9
 def least_of_signs(
     n: int,  # independent differences
 ) -> float:  # two-sided
@@ -69,7 +69,7 @@ def of_scores(
     s = scores
     return Quantity(s.mean, s.low, s.high, s.p, s.units, unit, s.least)
 
-
+# %% ../nbs/45_verdicts.ipynb #2a5233bf
 def of_pb(
     pb: PB,  # of `probability_of_better`
     unit: str,  # what its `units` were
@@ -77,7 +77,7 @@ def of_pb(
     "A probability of better."
     return Quantity(pb.value, pb.low, pb.high, pb.p, pb.units, unit, pb.least)
 
-
+# %% ../nbs/45_verdicts.ipynb #e542d088
 def of_gap(
     gap: Gap,  # a difference that is claimed to lie below 0
     n: int,  # independent units
@@ -87,7 +87,7 @@ def of_gap(
     p = gap.p if gap.value < 0 else 1.0
     return Quantity(gap.value, gap.low, gap.high, p, n, unit, least_of_signs(n))
 
-
+# %% ../nbs/45_verdicts.ipynb #612c2828
 def of_gains(
     gains: Iterable,  # of independent units, one each
     interval: tuple,  # low and high
@@ -113,6 +113,8 @@ CLAIM_COLUMNS = [
     "verdict",
     "models",
 ]
+
+
 OURS, AUTHORS = "of this run", "of the authors"
 
 
@@ -146,7 +148,7 @@ def claim_row(
         models=OURS,
     )
 
-
+# %% ../nbs/45_verdicts.ipynb #caca2234
 def value_row(
     claim: str,  # "C1" to "C13"
     measure: str,  # what was measured
@@ -176,7 +178,7 @@ def constant_loss(
     others = (datasets.classes.astype(float) - 1).clip(lower=1)
     return -q * np.log(q) - (1 - q) * (np.log(1 - q) - np.log(others))
 
-
+# %% ../nbs/45_verdicts.ipynb #5251fd12
 def measurable(
     rows: pd.DataFrame,  # measured rows: target, loss, and the column `group`
     constant: pd.Series,  # loss of a constant answer, of each target

@@ -95,7 +95,7 @@ def leading(
     known = sets.learned if "learned" in sets else pd.Series(True, sets.index)
     return [*_in_turn(sets[known]), *_in_turn(sets[~known])][:n]
 
-
+# %% ../nbs/42_walks.ipynb #e181c247
 def _in_turn(sets: pd.DataFrame) -> list:
     "The paper's examples, then one dataset of each family in turn."
     turn = sets.groupby("family", sort=False).cumcount()
@@ -151,7 +151,7 @@ def _others(models, datasets, twins):
     "The datasets whose models are Ex for these."
     return set(models.dataset) - set(datasets) - set(_twins(twins, datasets))
 
-
+# %% ../nbs/42_walks.ipynb #06c1083a
 def _tasks(models, twins):
     "The models that are compared by task, and the tasks; if possible only what was learned."
     known = models[models.learned] if "learned" in models else models
@@ -257,7 +257,7 @@ def _models(groups, lines):
             asked.setdefault(target, {}).update(ends)
     return [PathSpec(f"models on {t}", "models", tuple(m), (t,)) for t, m in asked.items()]
 
-
+# %% ../nbs/42_walks.ipynb #1618a567
 def _hull(group, budget):
     "The points between the models of a group."
     name = f"hull, {_group_name(group.granularity, group.trait)}"
@@ -323,7 +323,7 @@ def _target(base: str, corpus, budget: TraversalBudget) -> Target:
         _TARGETS[key] = Target(corpus, base, max_length=budget.max_length)
     return _TARGETS[key]
 
-
+# %% ../nbs/42_walks.ipynb #ca488210
 @lru_cache(maxsize=1)
 def _stand(base: str):
     "The scratch model of one process."
@@ -352,14 +352,14 @@ def probes_of(
     file.parent.mkdir(parents=True, exist_ok=True)
     return read_table(kept(file, made_of, make), ("target", "pooling"), ["penalty"])
 
-
+# %% ../nbs/42_walks.ipynb #5fb78680
 def _chosen(base: str, corpus, budget: TraversalBudget) -> list:
     "The settings of one target."
     with one_thread(default_device()):
         model = _stand(base).load(open_checkpoint(base))
         return probe_settings(model, _target(base, corpus, budget), poolings_of(base))
 
-
+# %% ../nbs/42_walks.ipynb #09dfbf42
 def of_pooling(
     rows: pd.DataFrame,  # measured rows
     pooling: str | None = None,  # "first", "last" or "mean"; None: the main one, which is first
@@ -395,7 +395,7 @@ def measure_path(
     rows = rows.loc[:, ~rows.columns.str.fullmatch(r"w\d+|draw")]
     return rows.assign(walk=walk.name, kind=walk.kind), marks
 
-
+# %% ../nbs/42_walks.ipynb #057510c6
 def _marks(members: list, start) -> pd.DataFrame:
     "The places to mark on a plane."
     places = {"pretrained": start, "centroid": average(members)}
@@ -430,7 +430,7 @@ def measure_paths(
     marks = [m for m in marks if m is not None]
     return rows, marks[0] if marks else pd.DataFrame(columns=["name", "x", "y", "distance"])
 
-
+# %% ../nbs/42_walks.ipynb #ea90cb54
 def _files(walks: list, folder: Path) -> dict:
     "The file of each walk; refuses two walks with one."
     files = {w.name: f"{w.name.replace(',', '').replace(' ', '-')}.jsonl" for w in walks}
@@ -439,7 +439,7 @@ def _files(walks: list, folder: Path) -> dict:
             raise ValueError(f"the walks {a!r} and {b!r} would share a file: rename a dataset")
     return {name: folder / file for name, file in files.items()}
 
-
+# %% ../nbs/42_walks.ipynb #eb156076
 def _measured_rows(walks: list, corpora: dict, budget: TraversalBudget) -> dict:
     "Each target with just the rows that are measured on: no others travel to a worker."
     names = {t for w in walks for t in w.targets}
@@ -453,6 +453,8 @@ def _measurements(walk):
 
 # %% ../nbs/42_walks.ipynb #39134abf
 LISTS = ["ends", "members", "targets"]
+
+
 PATH_COLUMNS = ["path", "kind", "granularity", "trait", *LISTS]
 
 
@@ -472,7 +474,7 @@ def path_table(
                 rows.append(row | about)
     return _with_groups(pd.DataFrame(rows, columns=PATH_COLUMNS))
 
-
+# %% ../nbs/42_walks.ipynb #59a3ec23
 def _with_groups(table):
     "The table with a column that names the group of each path."
     names = map(_group_name, table.granularity, table.trait)
@@ -487,7 +489,7 @@ def paths_as_csv(
     lists = {column: table[column].map(as_text) for column in LISTS}
     return table[PATH_COLUMNS].assign(**lists).to_csv(index=False)
 
-
+# %% ../nbs/42_walks.ipynb #5764a395
 def read_paths(
     file,  # rows/paths.csv
 ) -> pd.DataFrame:  # as from `path_table`
