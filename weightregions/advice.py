@@ -110,15 +110,12 @@ def recommend(
         scratch, pooling = ScratchModel(base, device=device), poolings_of(base.folder)[0]
         pretrained = encode(scratch.load(offered["pretrained"]), split, pooling)
         penalty = _penalty(pretrained, split.labels, len(corpus.labels))
+        how = len(corpus.labels), folds, penalty, seed
         for name, start in tqdm(offered.items(), **bar):
-            began, members = perf_counter(), getattr(start, "checkpoints", [start])
-            point = average(members, tuple(getattr(start, "weights", [1])), name=name)
-            features = encode(scratch.load(point), split, pooling)
-            how = len(corpus.labels), folds, penalty, seed
+            began = perf_counter()
+            features, row = _encoded(name, start, scratch, split, pooling)
             judged[name] = held_out_losses(features, split.labels, *how)
-            about = {"start": name, "kind": _kind(name, start), "models": len(members)}
-            about |= {"dimension": _dimension(features), "seconds": perf_counter() - began}
-            rows.append(about)
+            rows.append(row | {"seconds": perf_counter() - began})
     rows = pd.DataFrame(rows).assign(pooling=pooling, penalty=penalty)
     return _ranked(rows, judged, n_boot, seed)
 
@@ -165,6 +162,15 @@ def _kind(name: str, start) -> str:
     if name in ("pretrained", "centroid"):
         return name
     return "family centroid" if isinstance(start, Centroid) else "member"
+
+# %% ../nbs/36_advice.ipynb #e61cebbd
+def _encoded(name: str, start, scratch: ScratchModel, split: Split, pooling: str) -> tuple:
+    "The features of a sample at one start, and a row about that start."
+    members = getattr(start, "checkpoints", [start])
+    point = average(members, tuple(getattr(start, "weights", [1])), name=name)
+    features = encode(scratch.load(point), split, pooling)
+    row = {"start": name, "kind": _kind(name, start), "models": len(members)}
+    return features, row | {"dimension": _dimension(features)}
 
 # %% ../nbs/36_advice.ipynb #4126eeeb
 def _sample(corpus: Corpus, n: int, seed: int) -> pd.DataFrame:

@@ -13,24 +13,14 @@ from pathlib import Path
 
 from tokenizers import ByteLevelBPETokenizer
 from torch.utils.data import Dataset
-from transformers import (
-    DataCollatorForLanguageModeling,
-    RobertaConfig,
-    RobertaForMaskedLM,
-    RobertaTokenizerFast,
-    set_seed,
-)
+from transformers import DataCollatorForLanguageModeling, RobertaConfig, RobertaForMaskedLM
+from transformers import RobertaTokenizerFast, set_seed
 
 from .builtin import BUILTIN, generate
 from .stored import one_line
 from .files import file_sha256, whole_folder
 from .finetuning import Recipe, default_device, one_thread, trainer_for
-from weightregions.loading import (
-    load_masked_lm,
-    load_tokenizer,
-    model_folder,
-    quiet,
-)
+from .loading import load_masked_lm, load_tokenizer, model_folder, quiet
 from .checkpoints import tokenizer_files
 from .identity import model_identity
 

@@ -930,13 +930,8 @@ BUILTIN["irony"] = Spec(
 )
 
 # %% ../nbs/08_builtin.ipynb #1e1c7772
-def _draw(
-    spec: Spec,  # what to draw from
-    split: str,  # "train" or "test"
-    n: int,  # how many
-    rng: Random,  # the source of chance
-) -> list[tuple]:  # (texts of a row, index of the true label), fewer if the grammar runs dry
-    "Draw distinct texts of one split."
+def _draw(spec: Spec, split: str, n: int, rng: Random) -> list[tuple]:
+    "Distinct texts of one split, each with its true label; fewer if the grammar runs dry."
     write, classes, drawn, idle = Writer(spec.rules(split), rng), range(len(spec.labels)), {}, 0
     while len(drawn) < n and idle < 2000:
         (label,) = rng.choices(classes, spec.weights)
@@ -948,12 +943,7 @@ def _draw(
     return list(drawn.values())
 
 # %% ../nbs/08_builtin.ipynb #4d404636
-def _row(
-    spec: Spec,  # the dataset
-    texts: tuple[str, ...],  # one text, or the two of a pair
-    label: int,  # index of the true label
-    noise: float,  # share of wrong labels
-) -> dict:  # {"text", "text_pair" for pairs only, "label"}
+def _row(spec: Spec, texts: tuple[str, ...], label: int, noise: float) -> dict:
     "One row, its label replaced if the text's checksum says so."
     _, chance, which = fate(texts[0])
     if chance < noise:

@@ -22,12 +22,8 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import beta
 from sklearn.cluster import SpectralClustering
 from sklearn.manifold import TSNE, smacof
-from sklearn.metrics import (
-    adjusted_rand_score,
-    normalized_mutual_info_score,
-    precision_recall_fscore_support,
-    silhouette_score,
-)
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.metrics import precision_recall_fscore_support, silhouette_score
 
 from .space import patch
 
@@ -600,8 +596,7 @@ def _units(by, groups, constant=False) -> np.ndarray:
     if by is None:
         return np.arange(len(groups))
     by = _grouped(by, groups.index, "by")
-    mixed = groups.groupby(by.to_numpy()).nunique()
-    if constant and (mixed > 1).any():
+    if constant and ((mixed := groups.groupby(by.to_numpy()).nunique()) > 1).any():
         raise ValueError(
             f"the unit {mixed.idxmax()!r} has models of {mixed.max()} groups: "
             "its groups cannot be shuffled as one"

@@ -598,8 +598,9 @@ def _digest(cells: list) -> str:
 # %% ../nbs/24_comparison.ipynb #2b24f61d
 def _check_rows(file, header: list, records: list) -> None:
     "Refuse a row with a cell that was changed; files of earlier versions have no digests."
-    changed = [i for i, r in enumerate(records, 1) if r[-1] != _digest(r[:-1])]
-    if header[-1:] == [DIGEST] and changed:
+    if header[-1:] != [DIGEST]:
+        return
+    if changed := [i for i, r in enumerate(records, 1) if r[-1] != _digest(r[:-1])]:
         raise ValueError(
             f"{file}: row {changed[0]} was changed after it was measured; "
             "remove the line to measure it again"

@@ -29,14 +29,8 @@ import pyarrow.parquet as pq
 from .builtin import BUILTIN, generate
 from .files import cells_of_any_length, check_name, read_bytes
 from .space import patch
-from weightregions.registry import (
-    dev_rows,
-    entry_of,
-    hub_entries,
-    hub_names,
-    hub_table,
-    revision_of,
-)
+from .registry import dev_rows, entry_of, hub_entries, hub_names, hub_table
+from .registry import revision_of
 
 # %% ../nbs/10_corpora.ipynb #fcfa171c
 SURROGATE = re.compile("[\ud800-\udfff]")

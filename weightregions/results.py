@@ -22,13 +22,8 @@ from .kept import why_not, write_note
 from .plots import alt_text
 from .space import patch
 from .starting import gains
-from weightregions.verdicts import (
-    AUTHORS,
-    CLAIM_COLUMNS,
-    OURS,
-    constant_loss,
-    without_verdicts,
-)
+from .verdicts import AUTHORS, CLAIM_COLUMNS, OURS, constant_loss
+from .verdicts import without_verdicts
 from .walks import TraversalBudget, of_pooling, read_paths
 
 # %% ../nbs/46_results.ipynb #e6e7444b

@@ -22,29 +22,15 @@ import pandas as pd
 import scipy
 import torch
 from tqdm import tqdm
-from transformers import (
-    AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+from transformers import TrainerCallback, set_seed
 
 from .checkpoints import open_checkpoint
 from .comparison import Measurements, remove_rows, require_columns
 from .corpora import Corpus
-from weightregions.finetuning import (
-    CHOICES,
-    Recipe,
-    Tokenized,
-    evaluate,
-    one_thread,
-    set_trainable,
-    trainer_for,
-    default_device,
-    padding_of,
-    with_head,
-    zero_head,
-)
+from .finetuning import CHOICES, Recipe, Tokenized, evaluate, one_thread
+from .finetuning import set_trainable, trainer_for, default_device, padding_of
+from .finetuning import with_head, zero_head
 from .jobs import alone, run_jobs
 from .loading import load_tokenizer, quiet
 from .space import patch

@@ -17,14 +17,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import pandas as pd
 
-from weightregions.bases import (
-    REVISIONS,
-    base_identity,
-    minilm,
-    pinned,
-    second_start,
-    tiny_base,
-)
+from .bases import REVISIONS, base_identity, minilm, pinned, second_start
+from .bases import tiny_base
 from .checkpoints import open_checkpoint
 from .contest import compare_all_starts, explain_gains, targets_of
 from .corpora import describe, load_corpora, texts
@@ -38,14 +32,8 @@ from .scales import SCALES, Scale, check_classes, choose, enough_rows, some_of
 from .similarity import gram
 from .space import kind_of, layer_of
 from .identity import other_parts
-from weightregions.walks import (
-    granularities,
-    measure_paths,
-    path_table,
-    paths_as_csv,
-    plan_paths,
-    probes_of,
-)
+from .walks import granularities, measure_paths, path_table, paths_as_csv
+from .walks import plan_paths, probes_of
 from .building import build_zoo, learned
 from .zoo import open_zoo
 

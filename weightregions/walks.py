@@ -26,24 +26,9 @@ from .files import read_table, write_whole
 from .finetuning import one_thread, default_device
 from .jobs import run_jobs
 from .kept import kept
-from weightregions.probing import (
-    PENALTIES,
-    Probing,
-    Target,
-    poolings_of,
-    probe_settings,
-)
-from weightregions.traversal import (
-    ScratchModel,
-    average,
-    extrapolation,
-    load_what_fits,
-    hull,
-    line,
-    perturbations,
-    plane,
-    traverse,
-)
+from .probing import PENALTIES, Probing, Target, poolings_of, probe_settings
+from .traversal import ScratchModel, average, extrapolation, load_what_fits, hull
+from .traversal import line, perturbations, plane, traverse
 
 # %% ../nbs/42_walks.ipynb #de00d715
 @dataclass(frozen=True)
