@@ -32,49 +32,23 @@ def candidates(
     exclude: Iterable = (),  # datasets of the zoo that are not to be used for it
 ) -> dict:  # "pretrained", "centroid", "FAMILY centroid", and one model of each dataset
     "The starts that a zoo offers for a dataset that it must not have seen."
-    rest, exclude = leave_out(zoo.checked(base), corpus), set(exclude)
-    if strange := sorted(exclude - set(zoo.models.dataset)):
-        raise ValueError(f"{zoo.name}: no dataset {strange[0]!r} that could stand apart")
-    if exclude >= set(rest.models.dataset):
-        raise ValueError(
-            f"{zoo.name}: nothing is left without {corpus.name}"
-            f" and {', '.join(sorted(exclude))}"
-        )
-    rest = rest.where(
-        dataset=[d for d in dict.fromkeys(rest.models.dataset) if d not in exclude]
-    )
-    found = {"pretrained": open_checkpoint(base, name="pretrained")}
+    rest = _without(zoo, leave_out(zoo.checked(base), corpus), corpus, set(exclude))
+    starts = {"pretrained": open_checkpoint(base, name="pretrained")}
     if len(rest) > 1:
-        found["centroid"] = centroid_of(rest, corpus)
+        starts["centroid"] = centroid_of(rest, corpus)
     families = rest.models.family.value_counts(sort=False)
     if len(families) > 1:
-        found |= {
-            f"{family} centroid": centroid_of(rest, corpus, family)
-            for family, n in families.items()
-            if n > 1
-        }
-    ones = (
-        rest.models.sort_values("seed", kind="stable").drop_duplicates("dataset").sort_index()
-    )
-    some = rest.keep(rest.models.model.isin(ones.model))
+        several = families.index[families > 1]
+        starts |= {f"{f} centroid": centroid_of(rest, corpus, f) for f in several}
+    first = rest.models.sort_values("seed", kind="stable").drop_duplicates("dataset")
+    some = rest.keep(rest.models.model.isin(first.model))
     members = {c.name: c for c in some.checkpoints()}
-    if twice := [name for name in members if name in found]:
+    if twice := [name for name in members if name in starts]:
         raise ValueError(
             f"{zoo.name}: a model is called {twice[0]!r}, which is the name of another start;"
             " rename its folder, or leave it out if it is no fine-tuned model"
         )
-    return found | members
-
-# %% ../nbs/36_advice.ipynb #7bc36141
-def _folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    "The fold of each row, class by class; -1 for the only row of a class."
-    fold, rng, at = np.full(len(labels), -1), np.random.default_rng(seed), 0
-    for label in np.unique(labels):
-        own = rng.permutation(np.flatnonzero(labels == label))
-        if len(own) > 1:
-            fold[own] = (at + np.arange(len(own))) % folds
-        at += len(own)
-    return fold
+    return starts | members
 
 # %% ../nbs/36_advice.ipynb #f0b1de52
 def held_out_losses(
@@ -104,29 +78,6 @@ def held_out_losses(
         right[held] = log_p.argmax(axis=1) == labels[held]
     return loss[fold >= 0], right[fold >= 0]
 
-# %% ../nbs/36_advice.ipynb #4e4665e7
-def _kind(name: str, start) -> str:
-    "What sort of start it is."
-    if name == "pretrained":
-        return name
-    return (
-        ("centroid" if name == "centroid" else "family centroid")
-        if isinstance(start, Centroid)
-        else "member"
-    )
-
-
-def _sample(corpus: Corpus, n: int, seed: int) -> pd.DataFrame:
-    "The training rows that are looked at."
-    return corpus.train if n >= len(corpus.train) else corpus.subsample(n, seed).train
-
-
-def _dimension(features: torch.Tensor) -> float:
-    "How many directions features spread over."
-    features = features.double().numpy()
-    spread = np.linalg.svd(features - features.mean(axis=0), compute_uv=False) ** 2
-    return float(spread.sum() ** 2 / (spread**2).sum())
-
 # %% ../nbs/36_advice.ipynb #83ce9547
 def recommend(
     zoo: Zoo,  # fine-tuned models of one base
@@ -154,56 +105,19 @@ def recommend(
     split = Split(sample, tokenizer, max_length, name=f"{corpus.name}, train")
     judged, rows = {}, []
     bar = dict(desc=f"starts for {corpus.name}", unit=" starts")
+    bar |= {} if progress else {"disable": True}  # unset, the environment decides
     with one_thread(device):
         scratch, pooling = ScratchModel(base, device=device), poolings_of(base.folder)[0]
         pretrained = encode(scratch.load(offered["pretrained"]), split, pooling)
         penalty = _penalty(pretrained, split.labels, len(corpus.labels))
-        for name, start in tqdm(offered.items(), **bar, **({} if progress else _NO_BAR)):
-            began, members = perf_counter(), getattr(start, "checkpoints", [start])
-            point = average(members, tuple(getattr(start, "weights", [1])), name=name)
-            features = encode(scratch.load(point), split, pooling)
-            judged[name] = held_out_losses(
-                features, split.labels, len(corpus.labels), folds, penalty, seed
-            )
-            about = {"start": name, "kind": _kind(name, start), "models": len(members)}
-            about |= {"dimension": _dimension(features), "seconds": perf_counter() - began}
-            rows.append(about)
+        how = len(corpus.labels), folds, penalty, seed
+        for name, start in tqdm(offered.items(), **bar):
+            began = perf_counter()
+            features, row = _encoded(name, start, scratch, split, pooling)
+            judged[name] = held_out_losses(features, split.labels, *how)
+            rows.append(row | {"seconds": perf_counter() - began})
     rows = pd.DataFrame(rows).assign(pooling=pooling, penalty=penalty)
     return _ranked(rows, judged, n_boot, seed)
-
-
-def _penalty(features, labels, classes: int) -> float:
-    "The penalty of all probes of a sample; of fewer than ten rows none can be chosen."
-    return PENALTY if len(labels) < 10 else choose_penalty(features, labels, classes)
-
-
-_NO_BAR = {"disable": True}  # unset, the environment says whether there is one
-
-# %% ../nbs/36_advice.ipynb #4b5bb403
-def _ranked(rows: pd.DataFrame, found: dict, n_boot: int, seed: int) -> pd.DataFrame:
-    "Starts with their losses, gains and intervals, in the order of their losses."
-    loss, right = (
-        np.stack([found[name][i] for name in rows.start]).astype(float) for i in (0, 1)
-    )
-    saved, m = loss[0] - loss, loss.shape[1]
-    drawn = saved @ (
-        np.random.default_rng(seed).multinomial(m, np.full(m, 1 / m), size=n_boot).T / m
-    )
-    low, high = np.quantile(drawn, [0.025, 0.975], axis=1)
-    centre = drawn[rows.start == "centroid"]
-    table = rows.assign(
-        loss=loss.mean(axis=1),
-        gain=saved.mean(axis=1),
-        low=low,
-        high=high,
-        better=(drawn > 0).mean(axis=1),
-        over_centroid=(drawn > centre).mean(axis=1) if len(centre) else np.nan,
-        accuracy=right.mean(axis=1),
-        points=100 * (right - right[0]).mean(axis=1),
-    )
-    return table[[*table.columns.drop("seconds"), "seconds"]].sort_values(
-        "loss", kind="stable", ignore_index=True
-    )
 
 # %% ../nbs/36_advice.ipynb #b2cddd29
 SURE = 0.975  # share of bootstrap draws
@@ -217,8 +131,82 @@ def advised(
     if not len(steady):
         raise ValueError("the ranking has neither the pretrained model nor a centroid")
     surely = steady.start[steady.over_centroid >= SURE].tolist()
-    return [
-        *surely,
-        *(s for s in ("centroid", "pretrained") if s in set(steady.start)),
-        *steady.start,
-    ][0]
+    usual = [s for s in ("centroid", "pretrained") if s in set(steady.start)]
+    return [*surely, *usual, *steady.start][0]
+
+# %% ../nbs/36_advice.ipynb #604407d8
+def _without(zoo: Zoo, rest: Zoo, corpus: Corpus, exclude: set) -> Zoo:
+    "The models of a zoo that are left when datasets are taken out too."
+    if strange := sorted(exclude - set(zoo.models.dataset)):
+        raise ValueError(f"{zoo.name}: no dataset {strange[0]!r} that could stand apart")
+    datasets = [d for d in dict.fromkeys(rest.models.dataset) if d not in exclude]
+    if not datasets:
+        names = ", ".join(sorted(exclude))
+        raise ValueError(f"{zoo.name}: nothing is left without {corpus.name} and {names}")
+    return rest.where(dataset=datasets)
+
+# %% ../nbs/36_advice.ipynb #7bc36141
+def _folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    "The fold of each row, class by class; -1 for the only row of a class."
+    fold, rng, at = np.full(len(labels), -1), np.random.default_rng(seed), 0
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        if len(rows) > 1:
+            fold[rows] = (at + np.arange(len(rows))) % folds
+        at += len(rows)
+    return fold
+
+# %% ../nbs/36_advice.ipynb #4e4665e7
+def _kind(name: str, start) -> str:
+    "What sort of start it is."
+    if name in ("pretrained", "centroid"):
+        return name
+    return "family centroid" if isinstance(start, Centroid) else "member"
+
+# %% ../nbs/36_advice.ipynb #e61cebbd
+def _encoded(name: str, start, scratch: ScratchModel, split: Split, pooling: str) -> tuple:
+    "The features of a sample at one start, and a row about that start."
+    members = getattr(start, "checkpoints", [start])
+    point = average(members, tuple(getattr(start, "weights", [1])), name=name)
+    features = encode(scratch.load(point), split, pooling)
+    row = {"start": name, "kind": _kind(name, start), "models": len(members)}
+    return features, row | {"dimension": _dimension(features)}
+
+# %% ../nbs/36_advice.ipynb #4126eeeb
+def _sample(corpus: Corpus, n: int, seed: int) -> pd.DataFrame:
+    "The training rows that are looked at."
+    return corpus.train if n >= len(corpus.train) else corpus.subsample(n, seed).train
+
+
+def _dimension(features: torch.Tensor) -> float:
+    "How many directions features spread over."
+    features = features.double().numpy()
+    spread = np.linalg.svd(features - features.mean(axis=0), compute_uv=False) ** 2
+    return float(spread.sum() ** 2 / (spread**2).sum())
+
+# %% ../nbs/36_advice.ipynb #5d4b534c
+def _penalty(features, labels, classes: int) -> float:
+    "The penalty of all probes of a sample; of fewer than ten rows none can be chosen."
+    return PENALTY if len(labels) < 10 else choose_penalty(features, labels, classes)
+
+# %% ../nbs/36_advice.ipynb #4b5bb403
+def _ranked(rows: pd.DataFrame, judged: dict, n_boot: int, seed: int) -> pd.DataFrame:
+    "Starts with their losses, gains and intervals, in the order of their losses."
+    loss, right = (np.stack([judged[n][i] for n in rows.start]).astype(float) for i in (0, 1))
+    saved, m = loss[0] - loss, loss.shape[1]
+    times = np.random.default_rng(seed).multinomial(m, np.full(m, 1 / m), size=n_boot)
+    drawn = saved @ (times.T / m)
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=1)
+    centre = drawn[rows.start == "centroid"]
+    table = rows.assign(
+        loss=loss.mean(axis=1),
+        gain=saved.mean(axis=1),
+        low=low,
+        high=high,
+        better=(drawn > 0).mean(axis=1),
+        over_centroid=(drawn > centre).mean(axis=1) if len(centre) else np.nan,
+        accuracy=right.mean(axis=1),
+        points=100 * (right - right[0]).mean(axis=1),
+    )
+    table = table[[*table.columns.drop("seconds"), "seconds"]]
+    return table.sort_values("loss", kind="stable", ignore_index=True)

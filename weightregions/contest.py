@@ -30,6 +30,9 @@ from .walks import leading
 from .zoo import Zoo
 
 # %% ../nbs/43_contest.ipynb #60a5c0ec
+_SEARCH = Search(rates=(2e-3, 8e-3), evaluations=5, patience=2, at_most=100)
+
+
 @dataclass(frozen=True)
 class StartExperiment:
     "How starts are compared in a study."
@@ -41,10 +44,8 @@ class StartExperiment:
     curve_targets: int = 4  # datasets of the learning curves
     recipe: Recipe = Recipe(
         steps=100, trains="bitfit"
-    )  # how each start is fine-tuned; fewer steps where rows are few
-    search: Search = Search(
-        rates=(2e-3, 8e-3), evaluations=5, patience=2, at_most=100
-    )  # how rate and steps are chosen
+    )  # how each start is fine-tuned; fewer steps of few rows
+    search: Search = _SEARCH  # how rate and steps are chosen
     sample: int = 200  # training rows that advice is taken from
     n_test: int = 500  # test rows, a stratified draw
     budgets: tuple = ()  # steps of longer fine-tunings, which tell why a start gains
@@ -58,12 +59,12 @@ def targets_of(
     n: int,  # how many targets
 ) -> list:  # their names
     "The datasets that starts are tried on."
-    found, known = [], set(models.dataset)
+    targets, known = [], set(models.dataset)
     for dataset in leading(models, len(known)):
         close = set(sharing(shared, dataset))
-        if not close & set(found) and known - close - {dataset}:
-            found.append(dataset)
-    return found[:n]
+        if not close & set(targets) and known - close - {dataset}:
+            targets.append(dataset)
+    return targets[:n]
 
 # %% ../nbs/43_contest.ipynb #96657921
 def sharing_with(
@@ -85,29 +86,19 @@ def unsuited(
     columns: Columns = Columns(),  # which columns of files hold texts and labels
 ) -> tuple:  # datasets that share sentences with the target; those that the source lacks
     "Which datasets of a zoo have no place in a start for a target."
-    names, there = (
-        list(dict.fromkeys(zoo.models.dataset)),
-        set(sources(source, 0, 2000, 500, columns)),
-    )
-    known = [n for n in names if n in there and n != target.name]
+    names = list(dict.fromkeys(zoo.models.dataset))
+    there = set(sources(source, 0, 2000, 500, columns))
+    known, near = [n for n in names if n in there and n != target.name], []
     with warnings.catch_warnings():
         for known_already in ("test rows are training rows too", "are held out", "takes '"):
             warnings.filterwarnings("ignore", f".*{known_already}")
-        near = (
-            sharing_with(target, load_corpora(source, known, columns=columns)) if known else []
-        )
+        if known:
+            near = sharing_with(target, load_corpora(source, known, columns=columns))
     return near, [n for n in names if n not in there]
 
-# %% ../nbs/43_contest.ipynb #64ec0f7a
+# %% ../nbs/43_contest.ipynb #59576542
 ROLES = ("pretrained", "centroid", "family centroid", "best member")
-
-
-def _roles(advice: pd.DataFrame, family: str) -> pd.Series:
-    "The part that each start of a ranking plays in the contest; none for most."
-    role = advice.start.where(advice.start.isin(ROLES[:2]))
-    role[advice.start == f"{family} centroid"] = ROLES[2]
-    role[(advice.kind == "member") & ~advice.kind.duplicated()] = ROLES[3]
-    return role
+_TEXT = ("target", "role", "start", "kind", "pooling")  # columns of advice.csv
 
 # %% ../nbs/43_contest.ipynb #276e20b5
 def prepare(
@@ -135,66 +126,6 @@ def prepare(
         starts[role] = _folder_of(role, offered[name], base, folder, inputs)
     return starts, advice
 
-# %% ../nbs/43_contest.ipynb #b02d8e15
-def _advise(zoo, corpus, base, contest, exclude, file):
-    "Write down what `recommend` says, with the roles that starts play."
-    length = {"max_length": contest.recipe.max_length, "progress": False}
-    advice = recommend(zoo, corpus, base, contest.sample, exclude, **length)
-    advice.insert(0, "role", _roles(advice, corpus.family))
-    advice.insert(0, "target", corpus.name)
-    write_whole(file, advice.to_csv(index=False, float_format="%.5g"))
-
-
-_TEXT = ("target", "role", "start", "kind", "pooling")  # columns of advice.csv
-
-# %% ../nbs/43_contest.ipynb #243fc098
-def _folder_of(role, start, base, folder, made_of):
-    "Where a start lies; what is not the base is written once, with the base's pooler."
-    if role == "pretrained":
-        return str(base)
-    return str(kept(folder / role, made_of, lambda: _write_start(start, folder / role, base)))
-
-
-def _write_start(start, folder, base):
-    "Write a centroid or a member under the pooler of the base: a pooler is part of no start."
-    if isinstance(start, Centroid):
-        return save_centroid(start, folder, base)
-    return write_checkpoint(start, open_checkpoint(base), folder, "drop")
-
-
-def _made_of(offered):
-    "Start -> name, SHA-256 and weight of each model that it is made of."
-    hashes, made_of = {}, {}
-    for name, start in offered.items():
-        members = getattr(start, "checkpoints", [start])
-        for m in members:
-            if m.name not in hashes:
-                hashes[m.name] = m.sha256()
-        weights = getattr(start, "weights", [1.0])
-        made_of[name] = [[m.name, hashes[m.name], float(w)] for m, w in zip(members, weights)]
-    return made_of
-
-# %% ../nbs/43_contest.ipynb #99e78e42
-def _able(targets: dict, sizes: Iterable, seeds: Iterable, search: Search) -> dict:
-    "Targets with enough rows to hold some of each class back -> the sizes to try them at."
-
-    def fits(corpus, size):
-        if size is not None and size >= len(corpus.train):
-            return False
-        try:
-            return all(
-                search.split(corpus if size is None else corpus.subsample(size, seed), seed)
-                for seed in seeds
-            )
-        except ValueError:
-            return False
-
-    found = {}
-    for size in sizes:
-        if able := tuple(name for name, corpus in targets.items() if fits(corpus, size)):
-            found.setdefault(able, []).append(size)
-    return found
-
 # %% ../nbs/43_contest.ipynb #4d5c927b
 def compare_all_starts(
     zoo: Zoo,  # fine-tuned models of one base
@@ -213,32 +144,6 @@ def compare_all_starts(
     rows = _compare(starts, targets, contest, Path(folder) / "rows.csv", workers)
     return rows, advice
 
-# %% ../nbs/43_contest.ipynb #01de9481
-def _prepared(zoo, corpora, base, folder, contest, shared, workers) -> dict:
-    "Target -> what `prepare` gives; what is there already is not made again."
-    zoo, jobs = zoo.checked(base), {}
-    for name, corpus in corpora.items():
-        exclude = [d for d in sharing(shared, name) if d in set(zoo.models.dataset)]
-        jobs[name] = (zoo, corpus, base, Path(folder) / name, contest, exclude)
-    running = run_jobs(prepare, jobs, workers)
-    return dict(tqdm(running, total=len(jobs), desc="advice", unit="target"))
-
-# %% ../nbs/43_contest.ipynb #c58e02b7
-def _compare(starts, targets, contest, file, workers):
-    "The fine-tunings of all sizes and seeds, and those of the learning curves."
-    forget_replaced(file, starts.get, targets)
-    curves = {name: targets[name] for name in list(targets)[: contest.curve_targets]}
-    all_seeds, rows = range(1, contest.seeds + 1), [pd.DataFrame()]
-    for some, wanted, seeds in (
-        (targets, contest.sizes, all_seeds),
-        (curves, contest.curve, [1]),
-    ):
-        for able, sizes in _able(some, wanted, seeds, contest.search).items():
-            part = {name: targets[name] for name in able}
-            how = contest.recipe, contest.search, file, workers
-            rows.append(compare_starts(starts.get, part, sizes, seeds, *how))
-    return pd.concat(rows, ignore_index=True)
-
 # %% ../nbs/43_contest.ipynb #e2da8af3
 def regret(
     rows: pd.DataFrame,  # of `compare_starts`: target, start, size, seed, accuracy (0 to 1)
@@ -247,36 +152,22 @@ def regret(
     "What following the advice cost."
     tried = advice[advice.role.isin(ROLES)].assign(start=lambda r: r.role)
     named = {target: advised(r) for target, r in tried.groupby("target", sort=False)}
-    lowest = (
-        tried.sort_values("loss", kind="stable")
-        .drop_duplicates("target")
-        .set_index("target")
-        .role
-    )
-    found = []
+    lowest = tried.sort_values("loss", kind="stable").drop_duplicates("target")
+    lowest, table = lowest.set_index("target").role, []
     for (target, size), r in rows.groupby(["target", "size"], sort=False):
         if target not in named:
             raise ValueError(f"there is no advice for {target}")
-        mean = 100 * r.groupby("start", sort=False).accuracy.mean()
-        if named[target] not in mean:
+        mean, name = 100 * r.groupby("start", sort=False).accuracy.mean(), named[target]
+        if name not in mean:
             raise ValueError(
-                f"{target}, size {size}: the advice names {named[target]}, which was not tried"
+                f"{target}, size {size}: the advice names {name}, which was not tried"
             )
         lost = mean.max() - mean
-        found.append(
-            {
-                "target": target,
-                "size": size,
-                "named": named[target],
-                "best": mean.idxmax(),
-                "regret": lost[named[target]],
-                "lowest loss": lost.get(lowest[target]),
-                "always centroid": lost.get("centroid"),
-                "always pretrained": lost.get("pretrained"),
-                "within": bool(lost[named[target]] <= 1),
-            }
-        )
-    return pd.DataFrame(found)
+        row = {"target": target, "size": size, "named": name, "best": mean.idxmax()}
+        row |= {"regret": lost[name], "lowest loss": lost.get(lowest[target])}
+        row |= {f"always {role}": lost.get(role) for role in ("centroid", "pretrained")}
+        table.append(row | {"within": bool(lost[name] <= 1)})
+    return pd.DataFrame(table)
 
 # %% ../nbs/43_contest.ipynb #45b36615
 RULES = {"regret": "as advised"} | {
@@ -315,7 +206,7 @@ def ways_to_tell(
         ways["budget", name] = replace(recipe, steps=steps), replace(search, **look)
     return ways
 
-
+# %% ../nbs/43_contest.ipynb #467b40b9
 def explain_gains(
     zoo: Zoo,  # fine-tuned models of one base
     corpora: dict,  # name -> Corpus, the targets
@@ -342,4 +233,94 @@ def explain_gains(
             how = recipe, search, file, workers
             tried = compare_starts(starts.get, part, sizes, seeds, *how)
             rows.append(tried.assign(explanation=explanation, variant=variant))
+    return pd.concat(rows, ignore_index=True)
+
+# %% ../nbs/43_contest.ipynb #64ec0f7a
+def _roles(advice: pd.DataFrame, family: str) -> pd.Series:
+    "The part that each start of a ranking plays in the contest; none for most."
+    role = advice.start.where(advice.start.isin(ROLES[:2]))
+    role[advice.start == f"{family} centroid"] = ROLES[2]
+    role[(advice.kind == "member") & ~advice.kind.duplicated()] = ROLES[3]
+    return role
+
+# %% ../nbs/43_contest.ipynb #b02d8e15
+def _advise(zoo, corpus, base, contest, exclude, file):
+    "Write down what `recommend` says, with the roles that starts play."
+    length = {"max_length": contest.recipe.max_length, "progress": False}
+    advice = recommend(zoo, corpus, base, contest.sample, exclude, **length)
+    advice.insert(0, "role", _roles(advice, corpus.family))
+    advice.insert(0, "target", corpus.name)
+    write_whole(file, advice.to_csv(index=False, float_format="%.5g"))
+
+# %% ../nbs/43_contest.ipynb #243fc098
+def _folder_of(role, start, base, folder, made_of):
+    "Where a start lies; what is not the base is written once, with the base's pooler."
+    if role == "pretrained":
+        return str(base)
+    return str(kept(folder / role, made_of, lambda: _write_start(start, folder / role, base)))
+
+
+def _write_start(start, folder, base):
+    "Write a centroid or a member under the pooler of the base: a pooler is part of no start."
+    if isinstance(start, Centroid):
+        return save_centroid(start, folder, base)
+    return write_checkpoint(start, open_checkpoint(base), folder, "drop")
+
+# %% ../nbs/43_contest.ipynb #622f8bc1
+def _made_of(offered):
+    "Start -> name, SHA-256 and weight of each model that it is made of."
+    hashes, made_of = {}, {}
+    for name, start in offered.items():
+        members = getattr(start, "checkpoints", [start])
+        for m in members:
+            if m.name not in hashes:
+                hashes[m.name] = m.sha256()
+        weights = getattr(start, "weights", [1.0])
+        made_of[name] = [[m.name, hashes[m.name], float(w)] for m, w in zip(members, weights)]
+    return made_of
+
+# %% ../nbs/43_contest.ipynb #99e78e42
+def _able(targets: dict, sizes: Iterable, seeds: Iterable, search: Search) -> dict:
+    "Targets with enough rows to hold some of each class back -> the sizes to try them at."
+    by_targets = {}
+    for size in sizes:
+        able = (n for n, corpus in targets.items() if _fits(corpus, size, seeds, search))
+        if able := tuple(able):
+            by_targets.setdefault(able, []).append(size)
+    return by_targets
+
+# %% ../nbs/43_contest.ipynb #f821bd9e
+def _fits(corpus: Corpus, size: int | None, seeds: Iterable, search: Search) -> bool:
+    "Whether so many rows can be drawn, and some of each class held back."
+    if size is not None and size >= len(corpus.train):
+        return False
+    try:
+        for seed in seeds:
+            search.split(corpus if size is None else corpus.subsample(size, seed), seed)
+    except ValueError:
+        return False
+    return True
+
+# %% ../nbs/43_contest.ipynb #01de9481
+def _prepared(zoo, corpora, base, folder, contest, shared, workers) -> dict:
+    "Target -> what `prepare` gives; what is there already is not made again."
+    zoo, jobs = zoo.checked(base), {}
+    for name, corpus in corpora.items():
+        exclude = [d for d in sharing(shared, name) if d in set(zoo.models.dataset)]
+        jobs[name] = (zoo, corpus, base, Path(folder) / name, contest, exclude)
+    running = run_jobs(prepare, jobs, workers)
+    return dict(tqdm(running, total=len(jobs), desc="advice", unit="target"))
+
+# %% ../nbs/43_contest.ipynb #c58e02b7
+def _compare(starts, targets, contest: StartExperiment, file, workers) -> pd.DataFrame:
+    "The fine-tunings of all sizes and seeds, and those of the learning curves."
+    forget_replaced(file, starts.get, targets)
+    curves = {name: targets[name] for name in list(targets)[: contest.curve_targets]}
+    every, rows = range(1, contest.seeds + 1), [pd.DataFrame()]
+    plans = [(targets, contest.sizes, every), (curves, contest.curve, [1])]
+    for some, wanted, seeds in plans:
+        for able, sizes in _able(some, wanted, seeds, contest.search).items():
+            part = {name: targets[name] for name in able}
+            how = contest.recipe, contest.search, file, workers
+            rows.append(compare_starts(starts.get, part, sizes, seeds, *how))
     return pd.concat(rows, ignore_index=True)

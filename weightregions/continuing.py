@@ -45,7 +45,7 @@ def continue_from(
     method: str = "all",  # what trains: "all", "bitfit", "head" or "lora"
     seed: int = 1,  # of examples, validation part, head, order and dropout
     search: Search | None = None,  # of the learning rate and the steps; None: `Search()`
-    base=None,  # the pretrained model, to tell the gain; None: it is not told
+    base=None,  # the pretrained model, for the gain; None: there is none
 ) -> Continued:
     "Fine-tune from a start, and from the pretrained model too if it is given."
     about = _about(start)
@@ -54,12 +54,6 @@ def continue_from(
     tuned = tune(start, corpus, *how)
     reference = None if base is None else tune(base, corpus, *how)
     return Continued(corpus, about, seed, tuned, other, reference)
-
-
-def _about(start) -> dict:
-    "What to call a start, and the SHA-256 of its weights."
-    identity = base_identity(start)
-    return {"name": identity["name"], "sha256": identity["sha256"]}
 
 # %% ../nbs/35_continuing.ipynb #6dff974b
 def save_continued(
@@ -83,7 +77,48 @@ def save_continued(
         write_whole(part / "README.md", continued_card(made))
     return folder
 
+# %% ../nbs/35_continuing.ipynb #a5eb94c1
+_WHAT = {"all": "all weights", "bitfit": "biases and head", "head": "the head alone"}
+_WHAT["lora"] = "LoRA's matrices and the head, merged into the weights"
 
+
+def continued_card(
+    made: Continued,  # of `continue_from`
+) -> str:  # Markdown with a YAML head
+    "The text of a model card."
+    t, c, start = made.tuned, made.corpus, made.start
+    text = [
+        f"# {c.name}",
+        f"Fine-tuned from `{start['name']}`, whose weights have the SHA-256"
+        f" `{start['sha256']}`, on {c.name} ({c.source}), whose rows have the SHA-256"
+        f" `{c.sha256}`.",
+        f"What trained: {_WHAT[t.method]}. Learning rate {t.rate:g} and {t.steps} steps, chosen"
+        f" on {t.n_validation} of {t.n_train} training examples; seed {made.seed}.",
+        f"Accuracy {t.accuracy:.4f} on {t.n_test} test rows.",
+    ]
+    if made.gain is not None:
+        text.append(gain_text(made))
+    return f"---\n{_card_head(made).to_yaml()}\n---\n\n" + "\n\n".join(text) + "\n"
+
+# %% ../nbs/35_continuing.ipynb #2487a326
+def gain_text(
+    made: Continued,  # with a reference
+) -> str:
+    "The gain over the pretrained start, in a sentence."
+    base = f"`{made.base['name']}` (SHA-256 `{made.base['sha256'][:12]}`)"
+    return (
+        f"The same fine-tuning from {base} ends at {made.reference.accuracy:.4f}:"
+        f" a gain of {made.gain:+.1f} points. One seed; two fine-tunings that differ in the"
+        " seed alone may differ by as much."
+    )
+
+# %% ../nbs/35_continuing.ipynb #bf6ddcbe
+def _about(start) -> dict:
+    "What to call a start, and the SHA-256 of its weights."
+    identity = base_identity(start)
+    return {"name": identity["name"], "sha256": identity["sha256"]}
+
+# %% ../nbs/35_continuing.ipynb #68c2d299
 def _merge_lora(model) -> None:
     "Add LoRA's matrices to the weights that they change."
     from peft.tuners.lora import LoraLayer  # only here, for few have it
@@ -102,54 +137,25 @@ def _record(made: Continued) -> dict:
     t, c = made.tuned, made.corpus
     scores = {k: getattr(t, k) for k in ("accuracy", "loss", "validation")}
     rows = {k: getattr(t, k) for k in ("n_train", "n_validation", "n_test")}
-    found = {"method": t.method, "rate": t.rate, "steps": t.steps, "seed": made.seed}
-    record = {"start": made.start, "search": found, "metrics": scores | rows}
+    chosen = {"method": t.method, "rate": t.rate, "steps": t.steps, "seed": made.seed}
+    record = {"start": made.start, "search": chosen, "metrics": scores | rows}
     record["data"] = {"name": c.name, "source": c.source, "sha256": c.sha256}
     if made.reference is not None:
         record["base"] = made.base
         record["gain"] = {"accuracy": made.reference.accuracy, "points": made.gain}
     return record
 
-
-def continued_card(
-    made: Continued,  # of `continue_from`
-) -> str:  # Markdown with a YAML head
-    "The text of a model card."
-    t, c, start = made.tuned, made.corpus, made.start
-    hub = c.source.removeprefix("hub ").split("@")[0] if c.source.startswith("hub ") else None
-    head = ModelCardData(
-        base_model=start["name"] if "/" in start["name"] else None,
-        base_model_sha256=start["sha256"],
-        datasets=["/".join(hub.split("/")[:2])] if hub else None,
+# %% ../nbs/35_continuing.ipynb #056aa6e0
+def _card_head(made: Continued) -> ModelCardData:
+    "The facts of a card that machines read."
+    name, source, hub = made.start["name"], made.corpus.source, None
+    if source.startswith("hub "):
+        hub = "/".join(source.removeprefix("hub ").split("@")[0].split("/")[:2])
+    return ModelCardData(
+        base_model=name if "/" in name else None,
+        base_model_sha256=made.start["sha256"],
+        datasets=[hub] if hub else None,
         library_name="transformers",
         pipeline_tag="text-classification",
         tags=["weightregions"],
-    )
-    said = [
-        f"# {c.name}",
-        f"Fine-tuned from `{start['name']}`, whose weights have the SHA-256"
-        f" `{start['sha256']}`, on {c.name} ({c.source}), whose rows have the SHA-256"
-        f" `{c.sha256}`.",
-        f"What trained: {_WHAT[t.method]}. Learning rate {t.rate:g} and {t.steps} steps, chosen"
-        f" on {t.n_validation} of {t.n_train} training examples; seed {made.seed}.",
-        f"Accuracy {t.accuracy:.4f} on {t.n_test} test rows.",
-    ]
-    if made.gain is not None:
-        said.append(gain_text(made))
-    return f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(said) + "\n"
-
-
-_WHAT = {"all": "all weights", "bitfit": "biases and head", "head": "the head alone"}
-_WHAT["lora"] = "LoRA's matrices and the head, merged into the weights"
-
-# %% ../nbs/35_continuing.ipynb #2487a326
-def gain_text(
-    made: Continued,  # with a reference
-) -> str:
-    "The gain over the pretrained start, in a sentence."
-    base = f"`{made.base['name']}` (SHA-256 `{made.base['sha256'][:12]}`)"
-    return (
-        f"The same fine-tuning from {base} ends at {made.reference.accuracy:.4f}:"
-        f" a gain of {made.gain:+.1f} points. One seed; two fine-tunings that differ in the"
-        " seed alone may differ by as much."
     )

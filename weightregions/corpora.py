@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SURROGATE', 'MOST_MEMORY', 'PER_ROW', 'READERS', 'TEXTS', 'LABELS', 'PAIRS', 'NUMBER', 'NO_LABEL', 'SPLITS', 'HELD',
            'SEP', 'HUB_ID', 'text_fault', 'label_fault', 'check_columns', 'check_split', 'check_labels', 'draw',
-           'check_corpus', 'Corpus', 'digest', 'subsample', 'at_most', 'letters', 'texts', 'overlap', 'shared_rows',
-           'read_jsonl', 'read_csv', 'read_parquet', 'parquet_header', 'to_frame', 'Columns', 'pick_columns', 'as_text',
-           'classes_of', 'places_of', 'encode', 'labelled', 'find_split', 'folder_name', 'is_saved', 'read_corpus',
-           'Draft', 'hold_out', 'read_list', 'read_families', 'in_folder', 'in_file', 'read_saved', 'of_splits',
-           'hub_rows', 'hub_split', 'hub_corpus', 'from_hub', 'builtin_corpus', 'from_hub_id', 'sources',
-           'check_distinct', 'load_corpora', 'describe', 'hub_entries', 'hub_table']
+           'Corpus', 'check_corpus', 'at_most', 'digest', 'letters', 'texts', 'overlap', 'shared_rows', 'read_jsonl',
+           'read_csv', 'parquet_header', 'read_parquet', 'to_frame', 'Columns', 'pick_columns', 'as_text', 'classes_of',
+           'places_of', 'encode', 'labelled', 'find_split', 'folder_name', 'is_saved', 'read_corpus', 'Draft',
+           'hold_out', 'read_list', 'read_families', 'in_folder', 'in_file', 'read_saved', 'of_splits', 'hub_rows',
+           'hub_split', 'hub_corpus', 'from_hub', 'builtin_corpus', 'from_hub_id', 'sources', 'check_distinct',
+           'load_corpora', 'describe', 'hub_entries', 'hub_table']
 
 # %% ../nbs/10_corpora.ipynb #0444b54a
 import csv, hashlib, io, json, math, re, unicodedata, warnings
@@ -29,14 +29,8 @@ import pyarrow.parquet as pq
 from .builtin import BUILTIN, generate
 from .files import cells_of_any_length, check_name, read_bytes
 from .space import patch
-from weightregions.registry import (
-    dev_rows,
-    entry_of,
-    hub_entries,
-    hub_names,
-    hub_table,
-    revision_of,
-)
+from .registry import dev_rows, entry_of, hub_entries, hub_names, hub_table
+from .registry import revision_of
 
 # %% ../nbs/10_corpora.ipynb #fcfa171c
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -130,31 +124,9 @@ def draw(
     "A stratified draw; a smaller draw of the same seed lies within a larger one."
     order, key = np.random.default_rng(seed).permutation(len(y)), np.empty(len(y))
     for label in np.unique(y):
-        own = order[y[order] == label]
-        key[own] = np.arange(len(own)) / len(own)
+        rows = order[y[order] == label]
+        key[rows] = np.arange(len(rows)) / len(rows)
     return np.sort(order[np.argsort(key[order], kind="stable")[:n]])
-
-# %% ../nbs/10_corpora.ipynb #2bb1841d
-def check_corpus(
-    corpus,  # with name, family, labels, train and test
-):
-    "Refuse a dataset that is not whole: the one place where all rules are applied."
-    where, labels = (
-        f"dataset {check_name(corpus.name)}",
-        check_labels(corpus.labels, corpus.name),
-    )
-    if not isinstance(corpus.family, str) or not corpus.family.strip():
-        raise ValueError(f"{where}: family is missing")
-    check_name(corpus.family.strip(), f"{where}: family")
-    for split in ("train", "test"):
-        check_split(getattr(corpus, split), labels, f"{where}, {split}")
-    if ("text_pair" in corpus.train) != ("text_pair" in corpus.test):
-        raise ValueError(f"{where}: only one of train and test has text_pair")
-    unseen = sorted(set(corpus.test["label"]) - set(corpus.train["label"]))
-    if unseen:
-        raise ValueError(
-            f"{where}: label {labels[unseen[0]]!r} occurs in test but never in train"
-        )
 
 # %% ../nbs/10_corpora.ipynb #857346d4
 @dataclass(frozen=True, eq=False, repr=False)
@@ -170,26 +142,12 @@ class Corpus:
 
     def __post_init__(self):
         check_corpus(self)
-        tidy = lambda rows: (
-            rows[["text"] + ["text_pair"] * self.pair + ["label"]]
-            .reset_index(drop=True)
-            .astype({"label": "int64"})
-        )
-        ready = {
-            "family": self.family.strip().lower(),
-            "labels": tuple(self.labels),
-            "train": tidy(self.train),
-            "test": tidy(self.test),
-        }
-        for key, value in ready.items():
-            object.__setattr__(self, key, value)
-
-    def __repr__(self):
-        kind = "pairs" if self.pair else "texts"
-        rows = (
-            f"{len(self.train):,} train and {len(self.test):,} test {kind}, from {self.source}"
-        )
-        return f"Corpus({self.name}: {self.family}, {len(self.labels)} classes, {rows})"
+        columns = ["text"] + ["text_pair"] * self.pair + ["label"]
+        tidy = lambda rows: rows[columns].reset_index(drop=True).astype({"label": "int64"})
+        object.__setattr__(self, "family", self.family.strip().lower())
+        object.__setattr__(self, "labels", tuple(self.labels))
+        object.__setattr__(self, "train", tidy(self.train))
+        object.__setattr__(self, "test", tidy(self.test))
 
     @property
     def pair(self) -> bool:
@@ -206,13 +164,61 @@ class Corpus:
         "Digest of label names and rows."
         return digest(self)
 
-    def subsample(
-        self,
-        n: int,  # training rows to keep
-        seed: int = 0,  # of the draw
-    ):  # a Corpus with n training rows and the whole test split
-        "A stratified, nested draw of training rows."
-        return subsample(self, n, seed)
+# %% ../nbs/10_corpora.ipynb #45b24e7b
+@patch
+def __repr__(self: Corpus):
+    kind, sizes = "pairs" if self.pair else "texts", (len(self.train), len(self.test))
+    rows = "{:,} train and {:,} test {}, from {}".format(*sizes, kind, self.source)
+    return f"Corpus({self.name}: {self.family}, {len(self.labels)} classes, {rows})"
+
+# %% ../nbs/10_corpora.ipynb #2bb1841d
+def check_corpus(
+    corpus,  # with name, family, labels, train and test
+):
+    "Refuse a dataset that is not whole: the one place where all rules are applied."
+    where = f"dataset {check_name(corpus.name)}"
+    labels = check_labels(corpus.labels, corpus.name)
+    if not isinstance(corpus.family, str) or not corpus.family.strip():
+        raise ValueError(f"{where}: family is missing")
+    check_name(corpus.family.strip(), f"{where}: family")
+    for split in ("train", "test"):
+        check_split(getattr(corpus, split), labels, f"{where}, {split}")
+    if ("text_pair" in corpus.train) != ("text_pair" in corpus.test):
+        raise ValueError(f"{where}: only one of train and test has text_pair")
+    if unseen := sorted(set(corpus.test["label"]) - set(corpus.train["label"])):
+        label = labels[unseen[0]]
+        raise ValueError(f"{where}: label {label!r} occurs in test but never in train")
+
+# %% ../nbs/10_corpora.ipynb #495c877b
+@patch
+def subsample(
+    self: Corpus,
+    n: int,  # training rows to keep
+    seed: int = 0,  # of the draw
+) -> Corpus:  # with n training rows and the whole test split
+    "A corpus with fewer training rows, drawn by `draw`."
+    y = self.train["label"].to_numpy()
+    classes, asked = len(np.unique(y)), f"dataset {self.name}: {n} training rows"
+    if n > len(y):
+        raise ValueError(f"{asked} asked for, there are {len(y)}")
+    if n < classes:
+        raise ValueError(f"{asked} cannot hold its {classes} classes")
+    source = f"{self.source}, {n} training rows, seed {seed}"
+    return replace(self, train=self.train.iloc[draw(y, n, seed)], source=source)
+
+# %% ../nbs/10_corpora.ipynb #606f6c3a
+def at_most(
+    corpus: Corpus,  # to draw from
+    n_train: int | None = None,  # training rows to keep at most; None: all
+    n_test: int | None = None,  # test rows to keep at most; None: all
+) -> Corpus:  # the very rows that a `Target` of that many rows draws
+    "A corpus with no more rows than these."
+    if n_train is not None and n_train < len(corpus.train):
+        corpus = corpus.subsample(n_train)
+    if n_test is not None and n_test < len(corpus.test):
+        kept = draw(corpus.test.label.to_numpy(), n_test, 0)
+        corpus = replace(corpus, test=corpus.test.iloc[kept])
+    return corpus
 
 # %% ../nbs/10_corpora.ipynb #7c780e8a
 def digest(
@@ -226,44 +232,6 @@ def digest(
         digest.update(b"\n")
     return digest.hexdigest()
 
-
-def subsample(
-    corpus: Corpus,  # to draw from
-    n: int,  # training rows to keep
-    seed: int = 0,  # of the draw
-) -> Corpus:  # with n training rows and the whole test split
-    "A corpus with fewer training rows, drawn by `draw`."
-    y = corpus.train["label"].to_numpy()
-    classes = len(np.unique(y))
-    if n > len(y):
-        raise ValueError(
-            f"dataset {corpus.name}: {n} training rows asked for, there are {len(y)}"
-        )
-    if n < classes:
-        raise ValueError(
-            f"dataset {corpus.name}: {n} training rows cannot hold its {classes} classes"
-        )
-    return replace(
-        corpus,
-        train=corpus.train.iloc[draw(y, n, seed)],
-        source=f"{corpus.source}, {n} training rows, seed {seed}",
-    )
-
-# %% ../nbs/10_corpora.ipynb #606f6c3a
-def at_most(
-    corpus: Corpus,  # to draw from
-    n_train: int | None = None,  # training rows to keep at most; None: all
-    n_test: int | None = None,  # test rows to keep at most; None: all
-) -> Corpus:  # the very rows that a `Target` of that many rows draws
-    "A corpus with no more rows than these."
-    if n_train is not None and n_train < len(corpus.train):
-        corpus = subsample(corpus, n_train)
-    if n_test is not None and n_test < len(corpus.test):
-        corpus = replace(
-            corpus, test=corpus.test.iloc[draw(corpus.test.label.to_numpy(), n_test, 0)]
-        )
-    return corpus
-
 # %% ../nbs/10_corpora.ipynb #af66f78f
 def letters(
     text: str,  # any text
@@ -274,7 +242,7 @@ def letters(
         or text.strip()
     )
 
-
+# %% ../nbs/10_corpora.ipynb #18fda6b8
 def texts(
     corpus: Corpus,  # with its rows
 ) -> set:  # the letters of every text, of pairs both texts, of both splits
@@ -287,7 +255,7 @@ def texts(
         for text in rows[c].tolist()
     }
 
-
+# %% ../nbs/10_corpora.ipynb #f0896243
 def overlap(
     a: Corpus,  # one dataset
     b: Corpus,  # another
@@ -309,13 +277,14 @@ def shared_rows(
 
 # %% ../nbs/10_corpora.ipynb #73170cd2
 MOST_MEMORY = 2**32  # bytes that the rows of a file may take
+PER_ROW = 400  # bytes that a row takes beside its texts
 
 
 def _whole(path: Path) -> bytes:
     "The bytes of a file of rows."
     return read_bytes(path, MOST_MEMORY)
 
-
+# %% ../nbs/10_corpora.ipynb #e479d6bb
 def read_jsonl(
     path: Path,  # file with one JSON object a line, UTF-8
     where: str,  # dataset and file, for the message
@@ -349,55 +318,16 @@ def read_csv(
             return _tsv_rows(text, where)
         return _csv_rows(text, where, delimiter=_delimiter(text))
 
-
-def _delimiter(text: str) -> str:
-    "A semicolon or a tab, if the header has one and no comma."
-    header = text.split("\n", 1)[0]
-    others = [c for c in ";\t" if c in header and "," not in header]
-    return others[0] if len(others) == 1 else ","
-
-
-def _csv_rows(text: str, where: str, **how) -> dict:
-    "Rows of a CSV text; blank lines are passed over."
-    reader, rows = csv.reader(io.StringIO(text, newline=""), strict=True, **how), {}
-    try:
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise ValueError(f"{where}: the header holds a name twice")
-        for i, cells in enumerate(filter(None, reader), 1):
-            if len(cells) != len(header):
-                raise ValueError(
-                    f"{where}, row {i}: {len(cells)} cells, but the header has {len(header)}"
-                )
-            rows[i] = {column: cell or None for column, cell in zip(header, cells)}
-    except csv.Error as error:
-        raise ValueError(f"{where}, row {len(rows) + 1}: {error}") from None
-    return rows
-
-# %% ../nbs/10_corpora.ipynb #0fcfeec1
-def _tsv_rows(text: str, where: str) -> dict:
-    "Rows of a text with tabs, whose quotes stand around cells or are text."
-    how = {"delimiter": "\t"}
-    if '"' not in text:
-        return _csv_rows(text, where, **how)
-    try:
-        quoted = _csv_rows(text, where, **how)
-    except ValueError:
-        return _csv_rows(text, where, quoting=csv.QUOTE_NONE, **how)
-    try:
-        plain = _csv_rows(text, where, quoting=csv.QUOTE_NONE, **how)
-    except ValueError:
-        return quoted
-    if len(plain) != len(quoted):
-        raise ValueError(
-            f"{where}: quotes make {len(quoted)} rows of {len(plain)} lines: write it as CSV"
-        )
-    return quoted
+# %% ../nbs/10_corpora.ipynb #aaa61ecd
+def parquet_header(
+    path: Path,  # Parquet file
+    where: str,  # dataset and file, for the message
+) -> list:  # names of its columns
+    "The columns of a Parquet file."
+    with _parquet_faults(where), pq.ParquetFile(path) as file:
+        return file.schema_arrow.names
 
 # %% ../nbs/10_corpora.ipynb #6924b8ea
-PER_ROW = 400  # bytes that a row takes beside its texts
-
-
 def read_parquet(
     path: Path,  # Parquet file
     where: str,  # dataset and file, for the message
@@ -418,55 +348,7 @@ def read_parquet(
         read = _columns(path, wanted)
     return {i: dict(zip(read, row)) for i, row in enumerate(zip(*read.values()), 1)}
 
-
-def parquet_header(
-    path: Path,  # Parquet file
-    where: str,  # dataset and file, for the message
-) -> list:  # names of its columns
-    "The columns of a Parquet file."
-    with _parquet_faults(where), pq.ParquetFile(path) as file:
-        return file.schema_arrow.names
-
-
-@contextmanager
-def _parquet_faults(where: str):
-    "One line for whatever is wrong with a Parquet file."
-    try:
-        yield
-    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError):
-        raise ValueError(f"{where}: not a readable Parquet file") from None
-
-# %% ../nbs/10_corpora.ipynb #62aee0d4
-def _memory(metadata, columns: list) -> int:
-    "Bytes that the rows of a Parquet file take: what is unpacked, and what each row costs."
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    chunks = [g.column(i) for g in groups for i in range(g.num_columns)]
-    unpacked = sum(
-        chunk.total_uncompressed_size
-        for chunk in chunks
-        if chunk.path_in_schema.split(".")[0] in columns
-    )
-    return unpacked + PER_ROW * metadata.num_rows
-
-
-def _columns(path: Path, names: list) -> dict:
-    "Some columns of a Parquet file: name -> values."
-    with pq.ParquetFile(path, read_dictionary=names) as file:
-        read = file.read(names)
-    return {name: _values(read[name]) for name in names}
-
-
-def _values(column: pa.ChunkedArray) -> list:
-    "The values of a column; equal texts are one object."
-    if not pa.types.is_dictionary(column.type):
-        return column.to_pylist()
-    values = []
-    for chunk in column.chunks:
-        words = [*chunk.dictionary.to_pylist(), None]  # None is in place -1
-        values += [words[-1 if i is None else i] for i in chunk.indices.to_pylist()]
-    return values
-
-
+# %% ../nbs/10_corpora.ipynb #0b1972f2
 READERS = {"jsonl": read_jsonl, "csv": read_csv, "tsv": read_csv, "parquet": read_parquet}
 
 # %% ../nbs/10_corpora.ipynb #cde8d3c9
@@ -528,29 +410,10 @@ def pick_columns(
     check_columns(header, where, [picked["text"], picked["label"]])
     return {ours: theirs for ours, theirs in picked.items() if theirs}
 
-
-def _text_columns(header: list) -> tuple:
-    "The column of texts and that of second texts, as far as their names tell."
-    if "text" in header:
-        return "text", "text_pair" if "text_pair" in header else None
-    lower = {str(name).lower(): name for name in header}
-    pairs = [[lower[a], lower[b]] for a, b in PAIRS if a in lower and b in lower]
-    if len(pairs) == 1:
-        return tuple(pairs[0])
-    return _only(header, "text", TEXTS), None
-
-
-def _only(header: list, name: str, names: list):
-    "The column of this name, else the only one with one of these names in any case."
-    if name in header:
-        return name
-    alike = [c for c in header if str(c).lower() in names]
-    same = [c for c in alike if str(c).lower() == name]
-    alike = same or alike
-    return alike[0] if len(alike) == 1 else None
-
 # %% ../nbs/10_corpora.ipynb #e519ea7b
 NUMBER = re.compile("0|-?[1-9][0-9]{0,999}")  # what an integer is when it is written
+
+
 NO_LABEL = ("-1", "-1.0")
 
 
@@ -565,7 +428,7 @@ def as_text(
         return str(label)
     return label
 
-
+# %% ../nbs/10_corpora.ipynb #bb476036
 def classes_of(
     labels,  # of the training rows, as text
 ) -> tuple:  # the classes in their order
@@ -591,45 +454,26 @@ def places_of(
         )
     return named if labels <= named.keys() else numbered | _without(named, numbered)
 
-
-def _without(some: dict, others: dict) -> dict:
-    "The entries of one dictionary whose keys are not in the other."
-    return {key: value for key, value in some.items() if key not in others}
-
 # %% ../nbs/10_corpora.ipynb #c781d63b
 def encode(
     train: pd.DataFrame,  # with labels as they were written
     test: pd.DataFrame,  # the same
     names=None,  # label names; None: the sorted labels of train
-) -> (
-    tuple
-):  # train and test with labels as integers, as far as they can be, and the label names
+) -> tuple:  # train and test with labels as integers, where they can be, and the label names
     "Labels as integers."
     texts = [[as_text(label) for label in rows.get("label", ())] for rows in (train, test)]
-    if names is None:
-        names = classes_of(texts[0])
-        place, numbers = {name: i for i, name in enumerate(names)}, False
-    else:
+    if numbers := names is not None:
         there = {label for labels in texts for label in labels if isinstance(label, str)}
-        place, numbers = places_of(there, tuple(names)), True
-    coded = [
-        rows.assign(label=_coded(labels, place, numbers, rows.index))
-        if "label" in rows
-        else rows
-        for rows, labels in zip((train, test), texts)
-    ]
+        place = places_of(there, tuple(names))
+    else:
+        names = classes_of(texts[0])
+        place = {name: i for i, name in enumerate(names)}
+    coded = []
+    for rows, labels in zip((train, test), texts):
+        if "label" in rows:
+            rows = rows.assign(label=_coded(labels, place, numbers, rows.index))
+        coded.append(rows)
     return *coded, tuple(names)
-
-
-def _coded(labels: list, place: dict, numbers: bool, index) -> pd.Series:
-    "Places of labels; what has none stays as it is, to be refused, a number as a number."
-
-    def code(label):
-        if not isinstance(label, str) or label in place:
-            return place[label] if isinstance(label, str) else label
-        return int(label) if numbers and NUMBER.fullmatch(label) else label
-
-    return pd.Series([code(label) for label in labels], index=index, dtype=object)
 
 # %% ../nbs/10_corpora.ipynb #602f5fad
 def labelled(
@@ -660,38 +504,27 @@ def find_split(
 ) -> Path:  # the file
     "The file of a split."
     for stem in stems:
-        names = [
-            f"{s}.{ending}" for s in (stem, f"{stem}-00000-of-00001") for ending in READERS
-        ]
-        found = [folder / name for name in names if (folder / name).is_file()]
-        if len(found) > 1:
-            both = " and ".join(path.name for path in found)
+        stems_here = (stem, f"{stem}-00000-of-00001")
+        paths = [folder / f"{s}.{ending}" for s in stems_here for ending in READERS]
+        files = [path for path in paths if path.is_file()]
+        if len(files) > 1:
+            both = " and ".join(path.name for path in files)
             raise ValueError(f"dataset {folder.name}: {both}: keep one of them")
-        if found:
-            return found[0]
+        if files:
+            return files[0]
     raise FileNotFoundError(
         f"dataset {folder.name}: there is no file {' or '.join(stems[:2])} "
         f"that ends in {', '.join(READERS)}"
     )
 
-
-def _test_file(folder: Path, count) -> Path | None:
-    "The file of the rows that test; None where there is none, and none is promised."
-    try:
-        return find_split(folder, *SPLITS)
-    except FileNotFoundError:
-        if count is not None:
-            raise
-        return None
-
-
+# %% ../nbs/10_corpora.ipynb #fd8b8b73
 def folder_name(
     folder: Path,  # perhaps "." or ".."
 ) -> str:  # what it is called
     "The name of a folder, as it was given."
     return folder.resolve().name if folder.name in ("", "..") else folder.name
 
-
+# %% ../nbs/10_corpora.ipynb #55bd6897
 def is_saved(
     folder: Path,  # any
 ) -> bool:  # whether `datasets` saved it
@@ -726,55 +559,6 @@ class Draft:
     labels: tuple | None  # names of the classes; None: the sorted labels of train
     source: str  # where it comes from
 
-    def corpus(
-        self,
-        paths: list,  # files of train and test, or of train alone
-        counts: tuple = (),  # rows that these should have; None or (): not known
-        columns: Columns = Columns(),  # which ones hold texts and labels
-    ) -> Corpus:
-        "Read the files and check what is in them."
-        wheres = [f"dataset {self.name}, file {path.name}" for path in paths]
-        frames, picked = [], None
-        for path, where in zip(paths, wheres):
-            rows, picked = _frame(path, where, columns, picked)
-            frames.append(rows)
-        for rows, count, where in zip(frames, counts, wheres):
-            if count not in (None, len(rows)):
-                raise ValueError(f"{where}: {len(rows)} rows, but datasets.json says {count}")
-        return self.of_frames(frames, wheres)
-
-
-def _frame(path: Path, where: str, columns: Columns, picked: dict | None) -> tuple:
-    "The rows of one file in our columns, and which of its columns these are."
-    ending = path.suffix[1:].lower()
-    rows = {} if ending == "parquet" else READERS[ending](path, where)
-    if ending == "parquet":
-        header = parquet_header(path, where)
-    else:
-        header = dict.fromkeys(column for row in rows.values() for column in row)
-    if picked:  # by the file that trains
-        check_columns(header, where, [picked["text"], picked["label"]])
-        if "text_pair" in header:  # also where the other file has none, which is refused later
-            picked = picked | {"text_pair": picked.get("text_pair", "text_pair")}
-    else:
-        picked = pick_columns(header, columns, where)
-        _say_guess(picked, columns, where)
-    if ending == "parquet":
-        rows = read_parquet(path, where, tuple(picked.values()))
-    return to_frame(rows, picked), picked
-
-
-def _say_guess(picked: dict, columns: Columns, where: str) -> None:
-    "Warn of columns that were guessed."
-    asked = {"text": columns.text, "text_pair": columns.pair, "label": columns.label}
-    guessed = [
-        f"{theirs!r} as {ours}"
-        for ours, theirs in picked.items()
-        if theirs not in (ours, asked[ours])
-    ]
-    if guessed:
-        warnings.warn(f"{where}: takes {', '.join(guessed)}", stacklevel=2)
-
 # %% ../nbs/10_corpora.ipynb #e3d18d29
 @patch
 def of_frames(
@@ -798,6 +582,25 @@ def of_frames(
         check_split(rows, labels, where)
     return Corpus(self.name, self.family, labels, train, test, self.source)
 
+# %% ../nbs/10_corpora.ipynb #e1402990
+@patch
+def corpus(
+    self: Draft,
+    paths: list,  # files of train and test, or of train alone
+    counts: tuple = (),  # rows that these should have; None or (): not known
+    columns: Columns = Columns(),  # which ones hold texts and labels
+) -> Corpus:
+    "Read the files and check what is in them."
+    wheres = [f"dataset {self.name}, file {path.name}" for path in paths]
+    frames, picked = [], None
+    for path, where in zip(paths, wheres):
+        rows, picked = _frame(path, where, columns, picked)
+        frames.append(rows)
+    for rows, count, where in zip(frames, counts, wheres):
+        if count not in (None, len(rows)):
+            raise ValueError(f"{where}: {len(rows)} rows, but datasets.json says {count}")
+    return self.of_frames(frames, wheres)
+
 # %% ../nbs/10_corpora.ipynb #3c56ddaf
 HELD = 0.2  # of the rows of each class, which test where nothing else does
 
@@ -810,21 +613,17 @@ def hold_out(
     "Hold out a stratified part of the rows; of each class a row at least trains."
     y, rng, held = rows["label"].to_numpy(), np.random.default_rng(seed), []
     for label in np.unique(y.astype(int)):
-        own = rng.permutation(np.flatnonzero(y == label))
-        held.append(own[: min(max(round(HELD * len(own)), 1), len(own) - 1)])
-    at = np.sort(np.concatenate(held))
+        members = rng.permutation(np.flatnonzero(y == label))
+        held.append(members[: min(max(round(HELD * len(members)), 1), len(members) - 1)])
+    at, where = np.sort(np.concatenate(held)), f"{where}: there is no test split"
     if sum(map(bool, map(len, held))) < 2:
         raise ValueError(
-            f"{where}: there is no test split, and {len(rows)} rows are too few to hold"
-            " out some of two classes"
+            f"{where}, and {len(rows)} rows are too few to hold out some of two classes"
         )
-    warnings.warn(
-        f"{where}: there is no test split: {len(at)} of {len(rows)} rows, {HELD:.0%} of each"
-        f" class, are held out (seed {seed})",
-        stacklevel=2,
-    )
-    keep = np.isin(np.arange(len(rows)), at, invert=True)
-    return rows[keep], rows[~keep]
+    note = f"{HELD:.0%} of each class, are held out (seed {seed})"
+    warnings.warn(f"{where}: {len(at)} of {len(rows)} rows, {note}", stacklevel=2)
+    stays = np.isin(np.arange(len(rows)), at, invert=True)
+    return rows[stays], rows[~stays]
 
 # %% ../nbs/10_corpora.ipynb #5882aeae
 def read_list(
@@ -888,65 +687,6 @@ def in_folder(
         for name, path in sorted(paths.items())
     }
 
-
-def _in_list(folder: Path, source: str, columns: Columns) -> dict:
-    "The datasets that datasets.json lists, not yet read."
-    readers = {}
-    for name, entry in read_list(folder / "datasets.json").items():
-        counts = entry.get("n_train"), entry.get("n_test", entry.get("n_validation"))
-        family, labels = entry.get("family", "unknown"), entry["label_names"]
-        given = (folder / name, family, labels, counts, source, columns)
-        readers[name] = partial(read_corpus, *given)
-    return readers
-
-
-def _read(name: str, path, family: str, source: str, columns: Columns) -> Corpus:
-    "The dataset in a folder, or in one or two files."
-    if isinstance(path, Path):
-        return read_corpus(path, family, source=source, columns=columns)
-    return Draft(check_name(name), family, None, source).corpus(path, columns=columns)
-
-# %% ../nbs/10_corpora.ipynb #7649087f
-_SPLIT = re.compile(rf"(.+)[-_.](train|{'|'.join(SPLITS)})")
-
-
-def _dataset_paths(folder: Path) -> dict:
-    "The datasets of a folder: name -> its folder, or its files of train and test."
-    if is_saved(folder) or _is_dataset(folder):
-        return {folder_name(folder): folder}
-    inside = [p for p in sorted(folder.iterdir()) if p.name[0] not in "._"]
-    paths = {p.name: p for p in inside if p.is_dir()}
-    for file in inside:
-        if file.suffix[1:].lower() not in READERS or file.name == "families.csv":
-            continue
-        if re.fullmatch(r".*-[0-9]{5}-of-[0-9]{5}", file.stem):
-            raise ValueError(
-                f"{file}: is a part of a split; put the parts into one file, or read them with"
-                " `datasets` and give what its save_to_disk writes"
-            )
-        match = _SPLIT.fullmatch(file.stem)
-        name, split = match.groups() if match else (file.stem, "train")
-        if not isinstance(paths.setdefault(name, {}), dict) or split in paths[name]:
-            raise ValueError(f"{folder}: there are two datasets {name}: rename one of them")
-        paths[name][split] = file
-    files = {n: _two_files(n, p) for n, p in paths.items() if isinstance(p, dict)}
-    return paths | files
-
-
-def _two_files(name: str, files: dict) -> list:
-    "The file that trains, and the one that tests, if there is one."
-    if "train" not in files:
-        raise FileNotFoundError(f"dataset {name}: there is no file {name}-train")
-    return [files["train"], *[files[split] for split in SPLITS if split in files][:1]]
-
-
-def _is_dataset(folder: Path) -> bool:
-    "Whether a folder has a file called train."
-    try:
-        return find_split(folder, "train").is_file()
-    except FileNotFoundError:
-        return False
-
 # %% ../nbs/10_corpora.ipynb #0db6cd29
 def in_file(
     path: Path,  # JSON lines, CSV, TSV or Parquet
@@ -1006,17 +746,6 @@ def of_splits(
     draft = replace(draft, labels=None if names is None else tuple(names))
     return draft.of_frames(list(frames.values()), [f"{where}, {split}" for split in frames])
 
-
-def _of_split(split, picked: dict, where: str) -> pd.DataFrame:
-    "The rows of one split in our columns; none where all labels are hidden."
-    check_columns(split.column_names, where, list(picked.values()))
-    table = split.select_columns(list(picked.values())).to_dict()
-    rows = pd.DataFrame({ours: table[theirs] for ours, theirs in picked.items()}, dtype=object)
-    rows.index += 1
-    if rows["label"].map(lambda label: as_text(label) in (*NO_LABEL, None)).all():
-        return rows[:0]
-    return labelled(rows, where) if hasattr(split.features[picked["label"]], "names") else rows
-
 # %% ../nbs/10_corpora.ipynb #f7fdf97d
 _all_ = ["hub_entries", "hub_table"]  # of the registry, at hand here too
 
@@ -1030,43 +759,15 @@ def hub_rows(
     splits: list,  # names of the splits to read, one after the other
 ) -> pd.DataFrame:  # text, text_pair (pairs only), label; incomplete rows left out
     "Rows of some splits of a hub dataset."
-    parts, columns = (
-        {},
-        {"text": entry["text"], "text_pair": entry["text_pair"], "label": [entry["label"]]},
-    )
-    for split in splits:
-        if split not in data:
-            raise ValueError(
-                f"dataset {entry['name']}: no split {split!r}, there are {', '.join(data)}"
-            )
-        absent = [c for of in columns.values() for c in of if c not in data[split].column_names]
-        present = ", ".join(data[split].column_names)
-        if absent:
-            raise ValueError(
-                f"dataset {entry['name']}, split {split}: no column {absent[0]!r}, there are"
-                f" {present}"
-            )
-        table = data[split].select_columns([c for of in columns.values() for c in of]).to_dict()
-        said = lambda row: SEP.join(
-            text for text in row if isinstance(text, str) and text.strip()
-        )
-        join = lambda of: [said(row) for row in zip(*(table[c] for c in of))]
-        parts[split] = pd.DataFrame(
-            {c: table[of[0]] if c == "label" else join(of) for c, of in columns.items() if of},
-            dtype=object,
-        )
-    rows = pd.concat(parts.values(), ignore_index=True)
-    whole = (
-        rows["label"].notna()
-        & (rows["label"] != -1)
-        & rows.drop(columns="label").ne("").all(axis=1)
-    )
+    where = f"dataset {entry['name']}"
+    rows = [_hub_frame(entry, data, split, where) for split in splits]
+    rows = pd.concat(rows, ignore_index=True)
+    labelled = rows["label"].notna() & (rows["label"] != -1)
+    whole = labelled & rows.drop(columns="label").ne("").all(axis=1)
     if whole.all():
         return rows
-    message = (
-        f"dataset {entry['name']}, {' + '.join(splits)}: {(~whole).sum()} of {len(rows)} rows"
-        " lack a text or a label"
-    )
+    lack = f"{(~whole).sum()} of {len(rows)} rows lack a text or a label"
+    message = f"{where}, {' + '.join(splits)}: {lack}"
     if whole.mean() < 0.95:
         raise ValueError(message)
     warnings.warn(f"{message} and are left out", stacklevel=2)
@@ -1078,43 +779,24 @@ def hub_split(
     data,  # datasets.DatasetDict
 ) -> tuple:  # a Corpus, and the rows to choose settings on (dev), in the columns of a corpus
     "A hub dataset as a corpus and its dev part, by the rules above."
-    train, names = hub_rows(entry, data, entry["train"]), entry["label_names"]
+    train = hub_rows(entry, data, entry["train"])
     if entry["test"]:
         test = hub_rows(entry, data, entry["test"])
     else:
-        fifth = np.array(
-            [
-                int(hashlib.sha256(text.encode()).hexdigest(), 16) % 5 == 0
-                for text in train["text"]
-            ]
-        )
-        train, test = train[~fifth], train[fifth]
+        tests = np.array([_is_fifth(text) for text in train["text"]])
+        train, test = train[~tests], train[tests]
     if entry["dev"]:
         dev = hub_rows(entry, data, entry["dev"])
     else:
         held = np.isin(np.arange(len(train)), dev_rows(len(train)))
         train, dev = train[~held], train[held]
-    own = getattr(data[entry["train"][0]].features[entry["label"]], "names", None)
-    if own and list(own) != names:
-        warnings.warn(
-            f"dataset {entry['name']}: the hub names its labels {', '.join(own)};"
-            " those are used",
-            stacklevel=2,
-        )
-        names = own
-    _, dev, names = encode(train, dev, list(names))
+    _, dev, names = encode(train, dev, _label_names(entry, data))
     train, test, _ = encode(train, test, names)
     if faults := [fault for label in dev["label"] if (fault := label_fault(label, names))]:
         raise ValueError(f"dataset {entry['name']}, dev: label {faults[0]}")
     place = "/".join(filter(None, (entry["id"], entry["config"])))
-    corpus = Corpus(
-        entry["name"],
-        entry["family"],
-        names,
-        train,
-        test,
-        f"hub {place}@{(entry['revision'] or 'main')[:12]}",
-    )
+    source = f"hub {place}@{(entry['revision'] or 'main')[:12]}"
+    corpus = Corpus(entry["name"], entry["family"], names, train, test, source)
     return corpus, dev.reset_index(drop=True).astype({"label": "int64"})
 
 # %% ../nbs/10_corpora.ipynb #c116570b
@@ -1135,19 +817,6 @@ def from_hub(
     )
     return hub_corpus(entry, data)
 
-
-def _from_hub(what: str, name: str, config: str | None = None, revision: str | None = None):
-    "A dataset of the hub; whatever goes wrong is one line."
-    import datasets  # only here, for it takes two seconds
-
-    try:
-        return datasets.load_dataset(name, config, revision=revision)
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise OSError(
-            f"{what}: {name} could not be loaded: {type(error).__name__}: {reason}"
-        ) from error
-
 # %% ../nbs/10_corpora.ipynb #d2cba7e2
 def builtin_corpus(
     name: str,  # of a built-in dataset
@@ -1156,15 +825,9 @@ def builtin_corpus(
     seed: int,  # of its sentences
 ) -> Corpus:
     "A built-in dataset as a corpus."
-    train, test = generate(name, n_train, n_test, seed)
-    return Corpus(
-        name,
-        BUILTIN[name].family,
-        tuple(BUILTIN[name].labels),
-        pd.DataFrame(train),
-        pd.DataFrame(test),
-        f"builtin, seed {seed}",
-    )
+    train, test = map(pd.DataFrame, generate(name, n_train, n_test, seed))
+    family, labels = BUILTIN[name].family, tuple(BUILTIN[name].labels)
+    return Corpus(name, family, labels, train, test, f"builtin, seed {seed}")
 
 # %% ../nbs/10_corpora.ipynb #d04e4277
 def from_hub_id(
@@ -1231,19 +894,19 @@ def load_corpora(
     columns: Columns = Columns(),  # which columns of files hold texts and labels
 ) -> dict:  # name -> Corpus
     "Datasets of one source, each checked."
-    found = sources(source, seed, n_train, n_test, columns)
+    readers = sources(source, seed, n_train, n_test, columns)
     if names is None:
-        names = hub_names() if source == "hub" else list(found)
+        names = hub_names() if source == "hub" else list(readers)
     names = [names] if isinstance(names, str) else list(names)
     if source == "hub":
         names = [entry_of(name)["name"] for name in names]
-    if unknown := [name for name in names if name not in found]:
+    if unknown := [name for name in names if name not in readers]:
         place = source if source in ("builtin", "hub") else Path(source).name
-        raise ValueError(f"no dataset {unknown[0]!r} in {place}: there are {_listed(found)}")
+        raise ValueError(f"no dataset {unknown[0]!r} in {place}: there are {_listed(readers)}")
     if not names:
         raise ValueError(f"{source}: there are no datasets, no folder or file of one")
     check_distinct(names)
-    corpora = {name: found[name]() for name in names}
+    corpora = {name: readers[name]() for name in names}
     for name, corpus in corpora.items():
         if shared := shared_rows(corpus):
             warnings.warn(
@@ -1253,19 +916,11 @@ def load_corpora(
             )
     return corpora
 
-
-def _listed(names) -> str:
-    "Names in a row, those with control characters as Python writes them."
-    return ", ".join(name if name.isprintable() else repr(name) for name in names) or "none"
-
 # %% ../nbs/10_corpora.ipynb #c0833239
 def describe(
     corpora: dict,  # name -> Corpus
-) -> pd.DataFrame:  # a row for each corpus
+) -> pd.DataFrame:  # one row per corpus
     "Sizes, the accuracy of a constant answer, and the median number of words in a row."
-    words = lambda c: sum(
-        c.train[column].str.split().str.len() for column in ["text"] + ["text_pair"] * c.pair
-    ).median()
     return pd.DataFrame(
         [
             {
@@ -1275,8 +930,292 @@ def describe(
                 "n_train": len(c.train),
                 "n_test": len(c.test),
                 "majority": round(c.majority, 3),
-                "words": int(words(c)),
+                "words": int(_words(c).median()),
             }
             for c in corpora.values()
         ]
     )
+
+# %% ../nbs/10_corpora.ipynb #49a43c01
+def _delimiter(text: str) -> str:
+    "A semicolon or a tab, if the header has one and no comma."
+    header = text.split("\n", 1)[0]
+    others = [c for c in ";\t" if c in header and "," not in header]
+    return others[0] if len(others) == 1 else ","
+
+# %% ../nbs/10_corpora.ipynb #2709af29
+def _csv_rows(text: str, where: str, **how) -> dict:
+    "Rows of a CSV text; blank lines are passed over."
+    reader, rows = csv.reader(io.StringIO(text, newline=""), strict=True, **how), {}
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise ValueError(f"{where}: the header holds a name twice")
+        for i, cells in enumerate(filter(None, reader), 1):
+            if len(cells) != len(header):
+                raise ValueError(
+                    f"{where}, row {i}: {len(cells)} cells, but the header has {len(header)}"
+                )
+            rows[i] = {column: cell or None for column, cell in zip(header, cells)}
+    except csv.Error as error:
+        raise ValueError(f"{where}, row {len(rows) + 1}: {error}") from None
+    return rows
+
+# %% ../nbs/10_corpora.ipynb #0fcfeec1
+def _tsv_rows(text: str, where: str) -> dict:
+    "Rows of a text with tabs, whose quotes stand around cells or are text."
+    how = {"delimiter": "\t"}
+    if '"' not in text:
+        return _csv_rows(text, where, **how)
+    try:
+        quoted = _csv_rows(text, where, **how)
+    except ValueError:
+        return _csv_rows(text, where, quoting=csv.QUOTE_NONE, **how)
+    try:
+        plain = _csv_rows(text, where, quoting=csv.QUOTE_NONE, **how)
+    except ValueError:
+        return quoted
+    if len(plain) != len(quoted):
+        raise ValueError(
+            f"{where}: quotes make {len(quoted)} rows of {len(plain)} lines: write it as CSV"
+        )
+    return quoted
+
+# %% ../nbs/10_corpora.ipynb #62aee0d4
+def _memory(metadata, columns: list) -> int:
+    "Bytes that the rows of a Parquet file take: what is unpacked, and what each row costs."
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    chunks = [g.column(i) for g in groups for i in range(g.num_columns)]
+    read = [c for c in chunks if c.path_in_schema.split(".")[0] in columns]
+    return sum(c.total_uncompressed_size for c in read) + PER_ROW * metadata.num_rows
+
+# %% ../nbs/10_corpora.ipynb #85e83506
+def _columns(path: Path, names: list) -> dict:
+    "Some columns of a Parquet file: name -> values."
+    with pq.ParquetFile(path, read_dictionary=names) as file:
+        read = file.read(names)
+    return {name: _values(read[name]) for name in names}
+
+# %% ../nbs/10_corpora.ipynb #88237456
+def _values(column: pa.ChunkedArray) -> list:
+    "The values of a column; equal texts are one object."
+    if not pa.types.is_dictionary(column.type):
+        return column.to_pylist()
+    values = []
+    for chunk in column.chunks:
+        words = [*chunk.dictionary.to_pylist(), None]  # None is in place -1
+        values += [words[-1 if i is None else i] for i in chunk.indices.to_pylist()]
+    return values
+
+# %% ../nbs/10_corpora.ipynb #6ff5c8a4
+@contextmanager
+def _parquet_faults(where: str):
+    "One line for whatever is wrong with a Parquet file."
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError):
+        raise ValueError(f"{where}: not a readable Parquet file") from None
+
+# %% ../nbs/10_corpora.ipynb #662a1451
+def _text_columns(header: list) -> tuple:
+    "The column of texts and that of second texts, as far as their names tell."
+    if "text" in header:
+        return "text", "text_pair" if "text_pair" in header else None
+    lower = {str(name).lower(): name for name in header}
+    pairs = [[lower[a], lower[b]] for a, b in PAIRS if a in lower and b in lower]
+    if len(pairs) == 1:
+        return tuple(pairs[0])
+    return _only(header, "text", TEXTS), None
+
+# %% ../nbs/10_corpora.ipynb #85538cab
+def _only(header: list, name: str, names: list):
+    "The column of this name, else the only one with one of these names in any case."
+    if name in header:
+        return name
+    alike = [c for c in header if str(c).lower() in names]
+    same = [c for c in alike if str(c).lower() == name]
+    alike = same or alike
+    return alike[0] if len(alike) == 1 else None
+
+# %% ../nbs/10_corpora.ipynb #6a9fb986
+def _without(some: dict, others: dict) -> dict:
+    "The entries of one dictionary whose keys are not in the other."
+    return {key: value for key, value in some.items() if key not in others}
+
+# %% ../nbs/10_corpora.ipynb #77d474e1
+def _coded(labels: list, place: dict, numbers: bool, index) -> pd.Series:
+    "Places of labels; what has none stays as it is, to be refused, a number as a number."
+
+    def code(label):
+        if not isinstance(label, str) or label in place:
+            return place[label] if isinstance(label, str) else label
+        return int(label) if numbers and NUMBER.fullmatch(label) else label
+
+    return pd.Series([code(label) for label in labels], index=index, dtype=object)
+
+# %% ../nbs/10_corpora.ipynb #1ff79cfb
+def _test_file(folder: Path, count) -> Path | None:
+    "The file of the rows that test; None where there is none, and none is promised."
+    try:
+        return find_split(folder, *SPLITS)
+    except FileNotFoundError:
+        if count is not None:
+            raise
+        return None
+
+# %% ../nbs/10_corpora.ipynb #22abf0a0
+def _frame(path: Path, where: str, columns: Columns, picked: dict | None) -> tuple:
+    "The rows of one file in our columns, and which of its columns these are."
+    ending = path.suffix[1:].lower()
+    rows = {} if ending == "parquet" else READERS[ending](path, where)
+    if ending == "parquet":
+        header = parquet_header(path, where)
+    else:
+        header = dict.fromkeys(column for row in rows.values() for column in row)
+    if picked:  # by the file that trains
+        check_columns(header, where, [picked["text"], picked["label"]])
+        if "text_pair" in header:  # also where the other file has none, which is refused later
+            picked = picked | {"text_pair": picked.get("text_pair", "text_pair")}
+    else:
+        picked = pick_columns(header, columns, where)
+        _say_guess(picked, columns, where)
+    if ending == "parquet":
+        rows = read_parquet(path, where, tuple(picked.values()))
+    return to_frame(rows, picked), picked
+
+# %% ../nbs/10_corpora.ipynb #4f948453
+def _say_guess(picked: dict, columns: Columns, where: str) -> None:
+    "Warn of columns that were guessed."
+    asked = {"text": columns.text, "text_pair": columns.pair, "label": columns.label}
+    guesses = [(theirs, ours) for ours, theirs in picked.items() if theirs != ours]
+    guesses = [f"{theirs!r} as {ours}" for theirs, ours in guesses if theirs != asked[ours]]
+    if guesses:
+        warnings.warn(f"{where}: takes {', '.join(guesses)}", stacklevel=2)
+
+# %% ../nbs/10_corpora.ipynb #c8cde71b
+def _in_list(folder: Path, source: str, columns: Columns) -> dict:
+    "The datasets that datasets.json lists, not yet read."
+    readers = {}
+    for name, entry in read_list(folder / "datasets.json").items():
+        counts = entry.get("n_train"), entry.get("n_test", entry.get("n_validation"))
+        family, labels = entry.get("family", "unknown"), entry["label_names"]
+        given = (folder / name, family, labels, counts, source, columns)
+        readers[name] = partial(read_corpus, *given)
+    return readers
+
+# %% ../nbs/10_corpora.ipynb #9326d061
+def _read(name: str, path, family: str, source: str, columns: Columns) -> Corpus:
+    "The dataset in a folder, or in one or two files."
+    if isinstance(path, Path):
+        return read_corpus(path, family, source=source, columns=columns)
+    return Draft(check_name(name), family, None, source).corpus(path, columns=columns)
+
+# %% ../nbs/10_corpora.ipynb #7649087f
+_SPLIT = re.compile(rf"(.+)[-_.](train|{'|'.join(SPLITS)})")
+
+
+def _dataset_paths(folder: Path) -> dict:
+    "The datasets of a folder: name -> its folder, or its files of train and test."
+    if is_saved(folder) or _is_dataset(folder):
+        return {folder_name(folder): folder}
+    inside = [p for p in sorted(folder.iterdir()) if p.name[0] not in "._"]
+    paths = {p.name: p for p in inside if p.is_dir()}
+    for file in inside:
+        if file.suffix[1:].lower() not in READERS or file.name == "families.csv":
+            continue
+        if re.fullmatch(r".*-[0-9]{5}-of-[0-9]{5}", file.stem):
+            raise ValueError(
+                f"{file}: is a part of a split; put the parts into one file, or read them with"
+                " `datasets` and give what its save_to_disk writes"
+            )
+        match = _SPLIT.fullmatch(file.stem)
+        name, split = match.groups() if match else (file.stem, "train")
+        if not isinstance(paths.setdefault(name, {}), dict) or split in paths[name]:
+            raise ValueError(f"{folder}: there are two datasets {name}: rename one of them")
+        paths[name][split] = file
+    files = {n: _two_files(n, p) for n, p in paths.items() if isinstance(p, dict)}
+    return paths | files
+
+# %% ../nbs/10_corpora.ipynb #7d20a68d
+def _two_files(name: str, files: dict) -> list:
+    "The file that trains, and the one that tests, if there is one."
+    if "train" not in files:
+        raise FileNotFoundError(f"dataset {name}: there is no file {name}-train")
+    return [files["train"], *[files[split] for split in SPLITS if split in files][:1]]
+
+# %% ../nbs/10_corpora.ipynb #92837ee9
+def _is_dataset(folder: Path) -> bool:
+    "Whether a folder has a file called train."
+    try:
+        return find_split(folder, "train").is_file()
+    except FileNotFoundError:
+        return False
+
+# %% ../nbs/10_corpora.ipynb #71421dd2
+def _of_split(split, picked: dict, where: str) -> pd.DataFrame:
+    "The rows of one split in our columns; none where all labels are hidden."
+    check_columns(split.column_names, where, list(picked.values()))
+    table = split.select_columns(list(picked.values())).to_dict()
+    rows = pd.DataFrame({ours: table[theirs] for ours, theirs in picked.items()}, dtype=object)
+    rows.index += 1
+    if rows["label"].map(lambda label: as_text(label) in (*NO_LABEL, None)).all():
+        return rows[:0]
+    return labelled(rows, where) if hasattr(split.features[picked["label"]], "names") else rows
+
+# %% ../nbs/10_corpora.ipynb #550342da
+def _hub_frame(entry: dict, data, split: str, where: str) -> pd.DataFrame:
+    "The rows of one split; several columns of texts are joined."
+    if split not in data:
+        raise ValueError(f"{where}: no split {split!r}, there are {', '.join(data)}")
+    texts = {c: entry[c] for c in ("text", "text_pair") if entry[c]}
+    wanted = [*(c for names in texts.values() for c in names), entry["label"]]
+    present = data[split].column_names
+    if absent := [c for c in wanted if c not in present]:
+        there = ", ".join(present)
+        raise ValueError(f"{where}, split {split}: no column {absent[0]!r}, there are {there}")
+    table = data[split].select_columns(wanted).to_dict()
+    joined = lambda row: SEP.join(t for t in row if isinstance(t, str) and t.strip())
+    columns = {c: [joined(r) for r in zip(*(table[n] for n in ns))] for c, ns in texts.items()}
+    return pd.DataFrame(columns | {"label": table[entry["label"]]}, dtype=object)
+
+# %% ../nbs/10_corpora.ipynb #6c71800d
+def _is_fifth(text: str) -> bool:
+    "Whether a row tests where the hub has no labels to test on."
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % 5 == 0
+
+# %% ../nbs/10_corpora.ipynb #083e8810
+def _label_names(entry: dict, data) -> list:
+    "The names of the labels: the hub's, where it has some, else the registry's."
+    feature = data[entry["train"][0]].features[entry["label"]]
+    names, registered = getattr(feature, "names", None), entry["label_names"]
+    if not names or list(names) == registered:
+        return list(registered)
+    warnings.warn(
+        f"dataset {entry['name']}: the hub names its labels {', '.join(names)}; those are used",
+        stacklevel=3,
+    )
+    return list(names)
+
+# %% ../nbs/10_corpora.ipynb #7493dcda
+def _from_hub(what: str, name: str, config: str | None = None, revision: str | None = None):
+    "A dataset of the hub; whatever goes wrong is one line."
+    import datasets  # only here, for it takes two seconds
+
+    try:
+        return datasets.load_dataset(name, config, revision=revision)
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise OSError(
+            f"{what}: {name} could not be loaded: {type(error).__name__}: {reason}"
+        ) from error
+
+# %% ../nbs/10_corpora.ipynb #0cd2deae
+def _listed(names) -> str:
+    "Names in a row, those with control characters as Python writes them."
+    return ", ".join(name if name.isprintable() else repr(name) for name in names) or "none"
+
+# %% ../nbs/10_corpora.ipynb #95bb103d
+def _words(corpus: Corpus) -> pd.Series:
+    "How many words the texts of each training row have."
+    columns = ["text"] + ["text_pair"] * corpus.pair
+    return sum(corpus.train[column].str.split().str.len() for column in columns)

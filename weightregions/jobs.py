@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'THREADS', 'IDLE', 'SILENT', 'ROOM', 'PULSE', 'STARTS', 'SLOW', 'run_jobs', 'gpus_here', 'places', 'ranks',
-           'agreed', 'start_ray']
+           'agreed', 'alone', 'start_ray']
 
 # %% ../nbs/11_jobs.ipynb #478c0ca8
 import os
@@ -17,8 +17,11 @@ import warnings
 from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor
 from concurrent.futures import wait as first_of
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
+from filelock import FileLock
 from joblib import cpu_count
 from joblib.externals.loky import ProcessPoolExecutor
 
@@ -105,6 +108,17 @@ def agreed(
     PartialState(cpu=not torch.cuda.is_available())
     return broadcast_object_list([value])[0]
 
+# %% ../nbs/11_jobs.ipynb #7b7f587e
+def alone(
+    file,  # that is written to; None: there is none
+):  # a context manager
+    "A lock beside a file, so that one process at a time works on it."
+    if file is not None:
+        (file := Path(file)).parent.mkdir(parents=True, exist_ok=True)
+    if file is None or not os.access(file.parent, os.W_OK):
+        return nullcontext()
+    return FileLock(file.parent / f".{file.name}.lock")
+
 # %% ../nbs/11_jobs.ipynb #eb9e4564
 def _asked(backend, gpus):
     "Backend and GPUs of a job, from the arguments or the environment; refuses what is unknown."
@@ -126,6 +140,18 @@ def _asked(backend, gpus):
 def _label(name) -> str:
     "A job's name, to be read."
     return name if isinstance(name, str) else " ".join(map(str, name))
+
+
+def _warn(call, what, why):
+    "Say that a job is dealt out again."
+    text = f"the worker of the job {_label(call.name)} {what}{why}; the job is tried once more"
+    warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
+def _warn_of_wait(name):
+    "Say that a job waits for others to leave the cluster."
+    text = f"the job {_label(name)} waits for room on the Ray cluster"
+    warnings.warn(text, RuntimeWarning, stacklevel=5)
 
 # %% ../nbs/11_jobs.ipynb #d5e553fc
 @dataclass(frozen=True, eq=False)
@@ -158,8 +184,18 @@ class _Lost(Exception):
 
 _DIED = "died", " (killed, or out of memory?)"
 
+# %% ../nbs/11_jobs.ipynb #b343e305
+def _named(dead):
+    "The jobs that are left, by what became of their workers."
+    parts = [
+        f"the worker {what} twice in {', '.join(jobs)}{why}"
+        for (what, why), jobs in dead.items()
+    ]
+    rest = "all other jobs are done, and the same call again does what is left"
+    return f"{' and '.join(parts)}; {rest}"
+
 # %% ../nbs/11_jobs.ipynb #875e42ff
-def _deal(calls, workers, n):
+def _deal(calls: list, workers, n: int):
     "What the jobs give, as it comes, from `n` workers at a time."
     todo, losses, dead, well = deque(calls), Counter(), {}, False
     try:
@@ -184,22 +220,6 @@ def _deal(calls, workers, n):
         workers.close(kill=not well)
     if dead:
         raise ChildProcessError(_named(dead))
-
-# %% ../nbs/11_jobs.ipynb #b1fd063c
-def _warn(call, what, why):
-    "Say that a job is dealt out again."
-    text = f"the worker of the job {_label(call.name)} {what}{why}; the job is tried once more"
-    warnings.warn(text, RuntimeWarning, stacklevel=4)
-
-# %% ../nbs/11_jobs.ipynb #b343e305
-def _named(dead):
-    "The jobs that are left, by what became of their workers."
-    parts = [
-        f"the worker {what} twice in {', '.join(jobs)}{why}"
-        for (what, why), jobs in dead.items()
-    ]
-    rest = "all other jobs are done, and the same call again does what is left"
-    return f"{' and '.join(parts)}; {rest}"
 
 # %% ../nbs/11_jobs.ipynb #1ee0727d
 IDLE = 300  # seconds without a job after which a worker leaves
@@ -229,6 +249,12 @@ def _executor(key):
         )
     return _WORKERS[key]
 
+
+def _forget(key, **how) -> None:
+    "Take leave of the worker of a place."
+    if key in _WORKERS:
+        _WORKERS.pop(key).shutdown(wait=False, **how)
+
 # %% ../nbs/11_jobs.ipynb #0c34f666
 class _Processes:
     "Workers of this machine, one for each place."
@@ -244,7 +270,7 @@ class _Processes:
         try:
             job = _executor(key).submit(call)
         except BrokenExecutor:
-            self._forget(key)
+            _forget(key)
             job = _executor(key).submit(call)
         self.jobs[job], self.at[job] = call, key
 
@@ -258,16 +284,12 @@ class _Processes:
         try:
             return job.result()
         except BrokenExecutor:
-            self._forget(key)
+            _forget(key)
             raise _Lost(*_DIED) from None
 
     def close(self, kill):
         for key in (*self.free, *self.at.values()) if kill else ():
-            self._forget(key, kill_workers=True)
-
-    def _forget(self, key, **how):
-        if key in _WORKERS:
-            _WORKERS.pop(key).shutdown(wait=False, **how)
+            _forget(key, kill_workers=True)
 
 # %% ../nbs/11_jobs.ipynb #195c1e89
 def _processes(calls, n, gpus):
@@ -402,12 +424,6 @@ class _Watch:
             if not self.had_room:
                 _warn_of_wait(self.name)
         return bool(self.lost)
-
-# %% ../nbs/11_jobs.ipynb #355cdb9f
-def _warn_of_wait(name):
-    "Say that a job waits for others to leave the cluster."
-    text = f"the job {_label(name)} waits for room on the Ray cluster"
-    warnings.warn(text, RuntimeWarning, stacklevel=5)
 
 # %% ../nbs/11_jobs.ipynb #ba82c8fc
 def _has_room(asks):

@@ -57,12 +57,12 @@ def write_note(
     write_whole(_note(path), as_json({"made_of": made_of, "sha256": _sha256(path)}))
 
 # %% ../nbs/41_kept.ipynb #c482974e
-def _note(path):
+def _note(path: Path) -> Path:
     "The file of a note."
     return path.with_name(f"{path.name}.made.json")
 
 
-def _read_note(path):
+def _read_note(path: Path) -> dict | None:
     "What a note holds; None where it is damaged."
     try:
         note = read_json(_note(path))
@@ -71,7 +71,7 @@ def _read_note(path):
     return note if isinstance(note.get("made_of"), dict) else None
 
 # %% ../nbs/41_kept.ipynb #6bf11306
-def _sha256(path):
+def _sha256(path: Path) -> str:
     "Of a file its SHA-256; of a folder that of all its files."
     if path.is_file():
         return file_sha256(path)
@@ -80,7 +80,7 @@ def _sha256(path):
     return hashlib.sha256(as_json(names).encode()).hexdigest()
 
 # %% ../nbs/41_kept.ipynb #0db8c1e5
-def _remove(path):
+def _remove(path: Path) -> None:
     "Remove a note, and then what it was about."
     _note(path).unlink(missing_ok=True)
     if path.is_dir() and not path.is_symlink():

@@ -19,12 +19,12 @@ import pandas as pd
 @cache
 def hub_entries() -> dict:  # name -> entry
     "The registry of hub datasets."
-    return {
-        entry["name"]: entry
-        for entry in json.loads(
-            (files("weightregions") / "hub_datasets.json").read_text("utf-8")
-        )
-    }
+    text = (files("weightregions") / "hub_datasets.json").read_text("utf-8")
+    return {entry["name"]: entry for entry in json.loads(text)}
+
+# %% ../nbs/09_registry.ipynb #77964362
+# datasets of the authors' 36 that the registry does not have
+LEFT_OUT = {"stsb": "it predicts a number from 0 to 5, not a class"}
 
 
 def entry_of(
@@ -37,12 +37,11 @@ def entry_of(
         raise ValueError(f"no dataset {name!r} in hub: there are {', '.join(hub_entries())}")
     return hub_entries()[name]
 
-
-LEFT_OUT = {
-    "stsb": "it predicts a number from 0 to 5, not a class"
-}  # datasets of the authors' 36 that the registry does not have
-
 # %% ../nbs/09_registry.ipynb #1c6798f2
+_CLUSTERED = "cb wnli qnli copa boolq multirc qqp sst2 wic rte mnli mrpc cola wsc"
+SAME_DATASET = tuple(_CLUSTERED.split())  # clustered by dataset, in the authors' order
+
+
 def hub_names(
     family: str | None = None,  # "general", "nli", "sentiment", "topic" or "twitter"; None: all
     extras: bool = False,  # also datasets that the authors do not use
@@ -51,22 +50,14 @@ def hub_names(
     families = list(dict.fromkeys(e["family"] for e in hub_entries().values()))
     if family not in (None, *families):
         raise ValueError(f"no family {family!r}: there are {', '.join(families)}")
-    return [
-        n
-        for n, e in hub_entries().items()
-        if family in (None, e["family"]) and (extras or e["authors"])
-    ]
-
-
-SAME_DATASET = tuple(
-    "cb wnli qnli copa boolq multirc qqp sst2 wic rte mnli mrpc cola wsc".split()
-)  # clustered by dataset, in the authors' order
+    entries = [e for e in hub_entries().values() if family in (None, e["family"])]
+    return [e["name"] for e in entries if extras or e["authors"]]
 
 # %% ../nbs/09_registry.ipynb #d0b9eb9e
 def dev_rows(
     n: int,  # training rows
 ) -> np.ndarray:  # positions of those that are held back
-    "The authors' dev part where a dataset has none: the first and last 5 % of train, at most 500 each."
+    "The authors' dev part where a dataset has none: both ends of train, at most 500 rows each."
     if n < 3:
         raise ValueError(f"{n} training rows are too few to hold any back")
     at = max(1, min(n // 20, 500))
@@ -91,39 +82,34 @@ def hub_sizes(
     return rows
 
 # %% ../nbs/09_registry.ipynb #36090783
-def hub_table() -> pd.DataFrame:  # a row for each entry
+def hub_table() -> pd.DataFrame:  # one row per entry
     "The registry as a table for readers."
-    table = (
-        pd.DataFrame(hub_entries().values())
-        .set_index("name")
-        .rename(columns={"authors": "authors' name", "id": "hub"})
-    )
+    table = pd.DataFrame(hub_entries().values()).set_index("name")
+    table = table.rename(columns={"authors": "authors' name", "id": "hub"})
     table["classes"] = table["label_names"].str.len()
     for column in ("train", "dev", "test", "text", "text_pair"):
         table[column] = table[column].map(" + ".join)
     table["test"] = table["test"].replace("", "a fifth of train")
     table["dev"] = table["dev"].replace("", "ends of train")
     sizes = pd.DataFrame({name: hub_sizes(name) for name in table.index}).T.add_prefix("n_")
-    text = table.drop(
-        columns=["label_names", "checked", "rows", "tokens", "published", "classes"]
-    ).fillna("")
-    return pd.concat([text, table[["classes", "tokens", "published"]], sizes], axis=1)
+    numbers = ["classes", "tokens", "published"]
+    text = table.drop(columns=["label_names", "checked", "rows", *numbers]).fillna("")
+    return pd.concat([text, table[numbers], sizes], axis=1)
 
 # %% ../nbs/09_registry.ipynb #29d992d6
-def hub_checks() -> pd.DataFrame:  # a row a dataset, a column a field
+def hub_checks() -> pd.DataFrame:  # one row per dataset, one column per field
     "How each field of each entry is known, in one word; empty where there is nothing to know."
-    return (
-        pd.DataFrame(
-            {
-                n: {f: how for how, fields in e["checked"].items() for f in fields}
-                for n, e in hub_entries().items()
-            }
-        )
-        .T.fillna("")
-        .rename_axis("name")
-    )
+    known = {
+        name: {field: how for how, fields in entry["checked"].items() for field in fields}
+        for name, entry in hub_entries().items()
+    }
+    return pd.DataFrame(known).T.fillna("").rename_axis("name")
 
 # %% ../nbs/09_registry.ipynb #8e510922
+# how a revision is known that is no whole commit
+UNPINNED = {"branch": "a branch that moves", "short": "the newest is taken"}
+
+
 def revision_of(
     entry: dict,  # of the registry
 ) -> str | None:  # commit or branch to load; None: the newest
@@ -131,16 +117,11 @@ def revision_of(
     how = next(how for how, fields in entry["checked"].items() if "revision" in fields)
     if how in UNPINNED:
         warnings.warn(
-            f"dataset {entry['name']}: the revision of {entry['id']} is not pinned ({UNPINNED[how]}), so its rows may change",
+            f"dataset {entry['name']}: the revision of {entry['id']} is not pinned"
+            f" ({UNPINNED[how]}), so its rows may change",
             stacklevel=2,
         )
     return entry["revision"]
-
-
-UNPINNED = {
-    "branch": "a branch that moves",
-    "short": "the newest is taken",
-}  # how a revision is known that is no whole commit
 
 # %% ../nbs/09_registry.ipynb #e25740c3
 def published_of(
@@ -149,19 +130,18 @@ def published_of(
     "The accuracy of RoBERTa-base that the authors published."
     return (hub_entries().get(name, {}).get("published") or np.nan) / 100
 
-
+# %% ../nbs/09_registry.ipynb #d10f0c8c
 def against_published(
-    models: pd.DataFrame,  # a zoo's table, a row a model: dataset, accuracy (a share of 1)
-) -> pd.DataFrame:  # a row a dataset of the authors: models, accuracy and published in per cent, difference in points
+    models: pd.DataFrame,  # a zoo's table, one row per model: dataset, accuracy (a share of 1)
+) -> pd.DataFrame:  # per dataset: models, accuracy and published in per cent, difference
     "Mean accuracy of each dataset's models beside the accuracy that the authors published."
     for column in ("dataset", "accuracy"):
         if column not in models:
             raise ValueError(f"the table of models has no column {column!r}")
     known = models[models.dataset.isin(hub_names())]
     if known.empty:
-        raise ValueError(
-            f"none of the datasets {', '.join(sorted(set(models.dataset.astype(str))))} has a published accuracy"
-        )
+        names = ", ".join(sorted(set(models.dataset.astype(str))))
+        raise ValueError(f"none of the datasets {names} has a published accuracy")
     table = known.groupby("dataset", sort=False).accuracy.agg(models="size", accuracy="mean")
     table["accuracy"] *= 100
     table["published"] = [100 * published_of(name) for name in table.index]

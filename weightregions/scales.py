@@ -140,9 +140,8 @@ def how_long(
 ) -> str:  # such as "200 steps of 16 rows"
     "The length of a fine-tuning, for readers."
     length = f"{recipe['epochs']:g} epochs in" if "epochs" in recipe else f"{recipe['steps']:,}"
-    return f"{length} steps of {recipe['batch_size']} rows" + (
-        f", or until {recipe['patience']:,} rows bring no gain" if "patience" in recipe else ""
-    )
+    end = ", or until {patience:,} rows bring no gain" if "patience" in recipe else ""
+    return f"{length} steps of {recipe['batch_size']} rows{end.format(**recipe)}"
 
 # %% ../nbs/44_scales.ipynb #45a3b484
 def choose(

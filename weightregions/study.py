@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIRST', 'REPORTED', 'run_study', 'begin', 'fine_tune_all', 'first_look', 'start', 'other_start', 'parts', 'pairs_of',
-           'similarity_rows', 'starts_rows', 'identities', 'location_rows', 'shared_texts', 'measure', 'zoos_of',
+           'identities', 'similarity_rows', 'starts_rows', 'location_rows', 'shared_texts', 'measure', 'zoos_of',
            'walk', 'try_starts']
 
 # %% ../nbs/50_study.ipynb #70d85bca
@@ -17,14 +17,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import pandas as pd
 
-from weightregions.bases import (
-    REVISIONS,
-    base_identity,
-    minilm,
-    pinned,
-    second_start,
-    tiny_base,
-)
+from .bases import REVISIONS, base_identity, minilm, pinned, second_start
+from .bases import tiny_base
 from .checkpoints import open_checkpoint
 from .contest import compare_all_starts, explain_gains, targets_of
 from .corpora import describe, load_corpora, texts
@@ -38,14 +32,8 @@ from .scales import SCALES, Scale, check_classes, choose, enough_rows, some_of
 from .similarity import gram
 from .space import kind_of, layer_of
 from .identity import other_parts
-from weightregions.walks import (
-    granularities,
-    measure_paths,
-    path_table,
-    paths_as_csv,
-    plan_paths,
-    probes_of,
-)
+from .walks import granularities, measure_paths, path_table, paths_as_csv
+from .walks import plan_paths, probes_of
 from .building import build_zoo, learned
 from .zoo import open_zoo
 
@@ -189,6 +177,19 @@ def pairs_of(
     columns["distance"] = grams.euclidean().values[at]
     return pd.DataFrame(columns)
 
+# %% ../nbs/50_study.ipynb #12c53381
+def identities(
+    checkpoints: list,  # some models
+) -> list:  # name and SHA-256 of each, in their order
+    "Which models a table is made of; each is read once in a run."
+    for c in checkpoints:
+        if c not in _HASHES:
+            _HASHES[c] = c.sha256()
+    return [[c.name, _HASHES[c]] for c in checkpoints]
+
+
+_HASHES = WeakKeyDictionary()
+
 # %% ../nbs/50_study.ipynb #5d1e7178
 def similarity_rows(
     folder: Path,  # the study's folder
@@ -220,27 +221,14 @@ def starts_rows(
     def make():
         base, other = starts
         measured = gram([*checkpoints, other], base, by=parts, device=default_device())
-        own = [None] * len(first) + [len(checkpoints)] * (len(second) + 1)
+        origins = [None] * len(first) + [len(checkpoints)] * (len(second) + 1)
         at = np.triu_indices(len(measured.names), 1)
-        cosines = from_own_starts(measured.products()[:-1, :-1], own)[at]
+        cosines = from_own_starts(measured.products()[:-1, :-1], origins)[at]
         rows = pairs_of(measured).assign(**{"cosine from own start": cosines})
         rows = rows[rows.b != other.name].reset_index(drop=True)
         write_rows(folder, "similarity_starts", rows, note=False)
 
     kept(file, made_of, make)
-
-# %% ../nbs/50_study.ipynb #12c53381
-def identities(
-    checkpoints: list,  # some models
-) -> list:  # name and SHA-256 of each, in their order
-    "Which models a table is made of; each is read once in a run."
-    for c in checkpoints:
-        if c not in _HASHES:
-            _HASHES[c] = c.sha256()
-    return [[c.name, _HASHES[c]] for c in checkpoints]
-
-
-_HASHES = WeakKeyDictionary()
 
 # %% ../nbs/50_study.ipynb #d0a2f364
 def location_rows(
@@ -290,10 +278,10 @@ def measure(
     similarity_rows(out, "main", list(opened.values()), anchor)
     location_rows(out, main.models, list(opened.values()), anchor)
     say("similarity across starts")
-    twins = main.where(dataset=set(second.models.dataset), seed=set(second.models.seed))
-    twins = [opened[name] for name in twins.models.model]
+    again = main.where(dataset=set(second.models.dataset), seed=set(second.models.seed))
+    again = [opened[name] for name in again.models.model]
     other = open_checkpoint(out / "second-start", name="second start")
-    starts_rows(out, twins, second.checkpoints(), (anchor, other))
+    starts_rows(out, again, second.checkpoints(), (anchor, other))
     _measure_sizes(out, zoos, opened, anchor)
 
 # %% ../nbs/50_study.ipynb #ed579828
@@ -415,7 +403,7 @@ def _datasets(scale, data, min_rows):
     check_classes(chosen, scale)
     return chosen
 
-
+# %% ../nbs/50_study.ipynb #397ee106
 def _taken(corpora, chosen, scale, min_rows):
     "Which datasets take part, and which are left out by what rule."
     left = [name for name in corpora if name not in chosen]
@@ -467,7 +455,7 @@ def _locations(m, checkpoints, base):
         tables["family"] = locate_from_gram(few, m.family.tolist(), m.dataset.tolist())
     return pd.concat([t.assign(by=by) for by, t in tables.items()])
 
-
+# %% ../nbs/50_study.ipynb #3f08425f
 def _never_seen(measured, m):
     "Later seeds, and whole datasets, located by a zoo of the first seeds of the others."
     seeds, names = sorted(set(m.seed)), list(dict.fromkeys(m.dataset))
@@ -485,7 +473,7 @@ def _show(out, asked, stage, clock):
     with clock.part("notebooks", f"those that wait for {stage}"):
         return grow(out, asked, stage)
 
-
+# %% ../nbs/50_study.ipynb #1bc9643e
 def _finish(out, failed, clock):
     "Say how it ended, and where the page is."
     page = out / "index.html"

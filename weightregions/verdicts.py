@@ -53,7 +53,7 @@ class Quantity:
     unit: str = "models"  # what they are
     least: float = 0  # the smallest p that so many units can give
 
-
+# %% ../nbs/45_verdicts.ipynb #c2ee39f9
 def least_of_signs(
     n: int,  # independent differences
 ) -> float:  # two-sided
@@ -69,7 +69,7 @@ def of_scores(
     s = scores
     return Quantity(s.mean, s.low, s.high, s.p, s.units, unit, s.least)
 
-
+# %% ../nbs/45_verdicts.ipynb #2a5233bf
 def of_pb(
     pb: PB,  # of `probability_of_better`
     unit: str,  # what its `units` were
@@ -77,7 +77,7 @@ def of_pb(
     "A probability of better."
     return Quantity(pb.value, pb.low, pb.high, pb.p, pb.units, unit, pb.least)
 
-
+# %% ../nbs/45_verdicts.ipynb #e542d088
 def of_gap(
     gap: Gap,  # a difference that is claimed to lie below 0
     n: int,  # independent units
@@ -87,7 +87,7 @@ def of_gap(
     p = gap.p if gap.value < 0 else 1.0
     return Quantity(gap.value, gap.low, gap.high, p, n, unit, least_of_signs(n))
 
-
+# %% ../nbs/45_verdicts.ipynb #612c2828
 def of_gains(
     gains: Iterable,  # of independent units, one each
     interval: tuple,  # low and high
@@ -99,20 +99,8 @@ def of_gains(
     return Quantity(gains.mean(), *interval, p, len(gains), unit, least_of_signs(len(gains)))
 
 # %% ../nbs/45_verdicts.ipynb #6a225139
-CLAIM_COLUMNS = [
-    "claim",
-    "measure",
-    "paper",
-    "ours",
-    "low",
-    "high",
-    "p",
-    "n",
-    "unit",
-    "criterion",
-    "verdict",
-    "models",
-]
+CLAIM_COLUMNS = ["claim", "measure", "paper", "ours", "low", "high", "p", "n", "unit"]
+CLAIM_COLUMNS += ["criterion", "verdict", "models"]
 OURS, AUTHORS = "of this run", "of the authors"
 
 
@@ -122,8 +110,7 @@ def claim_row(
     quantity: Quantity,  # the figure that the rule tests
     paper: float | None = None,  # the paper's figure; None where it gives none
     criterion: str | None = None,  # in words; None: the paper's figure, or no verdict
-    met: bool
-    | None = None,  # whether the criterion is met; None: ours is as high as the paper's
+    met: bool | None = None,  # whether it is met; None: ours is as high as the paper's
     measurable: bool = True,  # whether probes beat a constant answer
 ) -> dict:  # a row of the table of claims
     "One claim, judged by the one rule."
@@ -135,18 +122,11 @@ def claim_row(
             raise ValueError(f"{claim}, {measure}: say whether the criterion is met")
         met = bool(q.ours >= paper)
     judged = None if criterion is None else verdict(met, q.p, q.least, measurable)
-    figures = dict(ours=q.ours, low=q.low, high=q.high, p=q.p, n=q.n, unit=q.unit)
-    return dict(
-        claim=claim,
-        measure=measure,
-        paper=paper,
-        **figures,
-        criterion=criterion,
-        verdict=judged,
-        models=OURS,
-    )
+    row = dict(claim=claim, measure=measure, paper=paper)
+    row |= dict(ours=q.ours, low=q.low, high=q.high, p=q.p, n=q.n, unit=q.unit)
+    return row | dict(criterion=criterion, verdict=judged, models=OURS)
 
-
+# %% ../nbs/45_verdicts.ipynb #caca2234
 def value_row(
     claim: str,  # "C1" to "C13"
     measure: str,  # what was measured
@@ -169,24 +149,24 @@ def without_verdicts(
 
 # %% ../nbs/45_verdicts.ipynb #08c25a67
 def constant_loss(
-    datasets: pd.DataFrame,  # a row a dataset, indexed by its name: classes, majority (0 to 1)
+    datasets: pd.DataFrame,  # one row per dataset, indexed by name: classes, majority
 ) -> pd.Series:  # nats, of each dataset
     "The loss of the best constant answer, at most."
     q = datasets.majority.astype(float).clip(1e-12, 1 - 1e-12)
     others = (datasets.classes.astype(float) - 1).clip(lower=1)
     return -q * np.log(q) - (1 - q) * (np.log(1 - q) - np.log(others))
 
-
+# %% ../nbs/45_verdicts.ipynb #5251fd12
 def measurable(
     rows: pd.DataFrame,  # measured rows: target, loss, and the column `group`
     constant: pd.Series,  # loss of a constant answer, of each target
     group: str = "group",  # column of what is compared
 ) -> dict[Hashable, bool]:  # target -> whether probes beat a constant answer
     "On which targets the mean loss of some group is below that of a constant answer."
-    found = {}
+    beats = {}
     for target, on in rows.groupby("target", sort=False):
         if target not in constant.index:
             raise ValueError(f"the loss of a constant answer on {target!r} is not known")
         means = on.loss.fillna(np.inf).groupby(on[group]).mean()
-        found[target] = bool((means < constant[target]).any())
-    return found
+        beats[target] = bool((means < constant[target]).any())
+    return beats

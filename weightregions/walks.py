@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXAMPLES', 'TASKS', 'PERTURBED', 'LISTS', 'PATH_COLUMNS', 'TraversalBudget', 'PathSpec', 'leading', 'one_each',
-           'granularities', 'pairs', 'lines_of', 'plan_paths', 'points_of', 'probes_of', 'of_pooling', 'measure_path',
-           'measure_paths', 'path_table', 'paths_as_csv', 'read_paths', 'groups_in', 'group_losses', 'line_losses',
-           'edge_targets', 'inside_gain', 'gain_interval']
+           'granularities', 'pairs', 'lines_of', 'plan_paths', 'points_of', 'probes_of', 'measure_path',
+           'measure_paths', 'of_pooling', 'path_table', 'paths_as_csv', 'read_paths', 'groups_in', 'group_losses',
+           'line_losses', 'edge_targets', 'inside_gain', 'gain_interval']
 
 # %% ../nbs/42_walks.ipynb #c9933bfa
 import json
@@ -26,24 +26,9 @@ from .files import read_table, write_whole
 from .finetuning import one_thread, default_device
 from .jobs import run_jobs
 from .kept import kept
-from weightregions.probing import (
-    PENALTIES,
-    Probing,
-    Target,
-    poolings_of,
-    probe_settings,
-)
-from weightregions.traversal import (
-    ScratchModel,
-    average,
-    extrapolation,
-    load_what_fits,
-    hull,
-    line,
-    perturbations,
-    plane,
-    traverse,
-)
+from .probing import PENALTIES, Probing, Target, poolings_of, probe_settings
+from .traversal import ScratchModel, average, extrapolation, load_what_fits, hull
+from .traversal import line, perturbations, plane, traverse
 
 # %% ../nbs/42_walks.ipynb #de00d715
 @dataclass(frozen=True)
@@ -87,33 +72,18 @@ def leading(
     n: int,  # how many datasets
 ) -> list:  # their names
     "The paper's examples, then each family's largest dataset; what was not learned is last."
-    sets = (
-        models.drop_duplicates("dataset")
-        .set_index("dataset")
-        .sort_values("n_train", ascending=False, kind="stable")
-    )
+    sets = models.drop_duplicates("dataset").set_index("dataset")
+    sets = sets.sort_values("n_train", ascending=False, kind="stable")
     known = sets.learned if "learned" in sets else pd.Series(True, sets.index)
     return [*_in_turn(sets[known]), *_in_turn(sets[~known])][:n]
-
-
-def _in_turn(sets: pd.DataFrame) -> list:
-    "The paper's examples, then one dataset of each family in turn."
-    turn = sets.groupby("family", sort=False).cumcount()
-    return [
-        *(d for d in EXAMPLES if d in sets.index),
-        *(d for d in sets.index[np.argsort(turn, kind="stable")] if d not in EXAMPLES),
-    ]
 
 # %% ../nbs/42_walks.ipynb #4853d8b4
 def one_each(
     models: pd.DataFrame,  # one row per model, indexed by name
 ) -> pd.DataFrame:  # the model of the smallest seed of each dataset
     "One model of each dataset."
-    return (
-        models.sort_values("seed", kind="stable")
-        .drop_duplicates("dataset")
-        .loc[lambda m: models.index.intersection(m.index, sort=False)]
-    )
+    first = models.sort_values("seed", kind="stable").drop_duplicates("dataset")
+    return first.loc[models.index.intersection(first.index, sort=False)]
 
 # %% ../nbs/42_walks.ipynb #bd9a605d
 TASKS = ("nli", "sentiment")  # the tasks that are compared, where they have two datasets
@@ -139,34 +109,6 @@ def granularities(
     general = groups_of(one_each(models), "general", targets=leading(models, budget.targets))
     return [*groups, general]
 
-# %% ../nbs/42_walks.ipynb #7e41c0da
-def _with_one_of_the_others(models, inside, column):
-    "The models inside, and one of every dataset that has not their dataset or family."
-    few = one_each(models)
-    others = few.index[~few[column].isin(models[column][inside])]
-    return models[inside | models.index.isin(others)]
-
-
-def _others(models, datasets, twins):
-    "The datasets whose models are Ex for these."
-    return set(models.dataset) - set(datasets) - set(_twins(twins, datasets))
-
-
-def _tasks(models, twins):
-    "The models that are compared by task, and the tasks; if possible only what was learned."
-    known = models[models.learned] if "learned" in models else models
-    for table in (known, models):
-        several = table.groupby("family").dataset.nunique() > 1
-        tasks = [
-            f
-            for f in TASKS
-            if several.get(f, False)
-            and _others(models, models.dataset[models.family == f].unique(), twins)
-        ]
-        if tasks:
-            return table, tasks
-    return models, []
-
 # %% ../nbs/42_walks.ipynb #311754ae
 def pairs(
     models: pd.DataFrame,  # one row per model, indexed by name
@@ -175,17 +117,11 @@ def pairs(
     n: int,  # pairs wanted
 ) -> list:  # of pairs of names
     "Pairs of models of two datasets, seeds of like number first."
-    of = lambda d: list(models.index[models.dataset == d])
-    found = (
-        list(combinations(of(a), 2))
-        if a == b
-        else [
-            (x, of(b)[(i + s) % len(of(b))])
-            for s in range(len(of(b)))
-            for i, x in enumerate(of(a))
-        ]
-    )
-    return found[:n]
+    first, second = (list(models.index[models.dataset == d]) for d in (a, b))
+    if a == b:
+        return list(combinations(first, 2))[:n]
+    shifted = [second[s:] + second[:s] for s in range(len(second))]
+    return [(x, ends[i % len(ends)]) for ends in shifted for i, x in enumerate(first)][:n]
 
 # %% ../nbs/42_walks.ipynb #3b991f77
 def lines_of(
@@ -195,28 +131,20 @@ def lines_of(
     "The lines of each granularity; those within a dataset for the two leading ones."
     ranked = leading(models, models.dataset.nunique())
     family_of = dict(zip(models.dataset, models.family))
-    own = next((d for d in ranked if family_of[d] in TASKS), ranked[0])
-    others = [d for d in ranked if d != own]
-    kin = [d for d in others if family_of[d] == family_of[own]]
-    far = next((d for d in others if d not in kin), None)
-    found = {"dataset": (pairs(models, own, own, budget.lines), (own,))}
+    near = next((d for d in ranked if family_of[d] in TASKS), ranked[0])
+    others = [d for d in ranked if d != near]
+    alike = [d for d in others if family_of[d] == family_of[near]]
+    far = next((d for d in others if d not in alike), None)
+    lines = {"dataset": (pairs(models, near, near, budget.lines), (near,))}
     if far and (models.dataset == far).sum() > 1:
-        found[f"dataset {far}"] = (pairs(models, far, far, budget.lines), (far,))
-    if kin:
-        found["task"] = (pairs(models, own, kin[0], budget.lines), (own, *kin))
-    return (
-        found
-        if far is None
-        else found
-        | {
-            "general": (
-                pairs(models, own, far, budget.lines),
-                tuple(dict.fromkeys([own, far, *leading(models, budget.line_targets)]))[
-                    : budget.line_targets
-                ],
-            )
-        }
-    )
+        lines[f"dataset {far}"] = (pairs(models, far, far, budget.lines), (far,))
+    if alike:
+        lines["task"] = (pairs(models, near, alike[0], budget.lines), (near, *alike))
+    if far is not None:
+        targets = dict.fromkeys([near, far, *leading(models, budget.line_targets)])
+        targets = tuple(targets)[: budget.line_targets]
+        lines["general"] = (pairs(models, near, far, budget.lines), targets)
+    return lines
 
 # %% ../nbs/42_walks.ipynb #d87d521d
 PERTURBED = {  # kind of path -> what the perturbations keep of a task vector
@@ -236,58 +164,6 @@ def plan_paths(
     hulls = [_hull(group, budget) for group in groups]
     around, along = _perturbed(groups[-1], budget), _lines(lines, models, budget)
     return [*_models(groups, lines), *hulls, *around, *along]
-
-# %% ../nbs/42_walks.ipynb #235f6288
-def _perturbed(general: Groups, budget: TraversalBudget) -> list:
-    "The perturbations of each kind, as long as the models' task vectors in turn."
-    where = tuple(general.In), tuple(general.targets)
-    numbers = {kind: budget.perturbed for kind in PERTURBED} | {"perturbations": budget.hull}
-    return [PathSpec(kind, kind, *where, n, "general") for kind, n in numbers.items()]
-
-# %% ../nbs/42_walks.ipynb #de9bbc39
-def _models(groups, lines):
-    "For each target, a path over all models that some comparison asks for."
-    asked = {}
-    for group in groups:
-        for target in group.targets:
-            asked.setdefault(target, {}).update(dict.fromkeys(group.In + group.Ex))
-    for pairs, targets in lines.values():
-        for target in targets:
-            ends = dict.fromkeys(model for pair in pairs for model in pair)
-            asked.setdefault(target, {}).update(ends)
-    return [PathSpec(f"models on {t}", "models", tuple(m), (t,)) for t, m in asked.items()]
-
-
-def _hull(group, budget):
-    "The points between the models of a group."
-    name = f"hull, {_group_name(group.granularity, group.trait)}"
-    members, targets = tuple(group.In), tuple(group.targets)
-    return PathSpec(name, "hull", members, targets, budget.hull, group.granularity, group.trait)
-
-
-def _group_name(granularity, trait):
-    "What a group is called, such as dataset sst2."
-    return f"{granularity} {trait}".strip()
-
-# %% ../nbs/42_walks.ipynb #26025cfd
-def _lines(lines, models, budget):
-    "The lines of each granularity, some of them once more past their ends, and the plane."
-    specs = []
-    for name, (pairs, targets) in lines.items():
-        granularity, _, trait = name.partition(" ")
-        for i, pair in enumerate(pairs):
-            about = {"granularity": granularity, "trait": trait, "ends": pair}
-            inside = f"line {i + 1}, {name}", "line", pair, targets, budget.inside
-            specs.append(PathSpec(*inside, **about))
-            if i < budget.extended:
-                ends = tuple(t for t in targets if t in set(models.dataset[list(pair)]))
-                past = f"edges {i + 1}, {name}", "edges", pair, ends, budget.beyond
-                specs.append(PathSpec(*past, **about))
-    pairs, targets = [of for name, of in lines.items() if name.startswith("dataset")][-1]
-    corners = tuple(dict.fromkeys(m for pair in pairs for m in pair))[:3]
-    if len(corners) == 3:
-        specs.append(PathSpec("plane", "plane", corners, targets, budget.grid))
-    return specs
 
 # %% ../nbs/42_walks.ipynb #ce4f18fa
 def points_of(
@@ -312,23 +188,6 @@ def points_of(
     past = extrapolation(*members, steps=walk.points, inside=False)
     return (p for p in past if p[0]["alpha"] not in (0, 1))
 
-# %% ../nbs/42_walks.ipynb #535a380b
-_TARGETS = {}  # of one process, by what they are made of
-
-
-def _target(base: str, corpus, budget: TraversalBudget) -> Target:
-    "A target, tokenized once in a process."
-    key = base, corpus.sha256, budget.max_length
-    if key not in _TARGETS:
-        _TARGETS[key] = Target(corpus, base, max_length=budget.max_length)
-    return _TARGETS[key]
-
-
-@lru_cache(maxsize=1)
-def _stand(base: str):
-    "The scratch model of one process."
-    return ScratchModel(open_checkpoint(base), device=default_device())
-
 # %% ../nbs/42_walks.ipynb #78bcd98d
 def probes_of(
     walks: list,  # of PathSpec
@@ -352,26 +211,6 @@ def probes_of(
     file.parent.mkdir(parents=True, exist_ok=True)
     return read_table(kept(file, made_of, make), ("target", "pooling"), ["penalty"])
 
-
-def _chosen(base: str, corpus, budget: TraversalBudget) -> list:
-    "The settings of one target."
-    with one_thread(default_device()):
-        model = _stand(base).load(open_checkpoint(base))
-        return probe_settings(model, _target(base, corpus, budget), poolings_of(base))
-
-
-def of_pooling(
-    rows: pd.DataFrame,  # measured rows
-    pooling: str | None = None,  # "first", "last" or "mean"; None: the main one, which is first
-) -> pd.DataFrame:  # those of one pooling
-    "The rows of one pooling."
-    if "pooling" not in rows or rows.empty:
-        return rows
-    wanted = pooling or rows.pooling.iloc[0]
-    if wanted not in set(rows.pooling):
-        raise ValueError(f"nothing was measured by the {wanted} token")
-    return rows[rows.pooling == wanted].reset_index(drop=True)
-
 # %% ../nbs/42_walks.ipynb #a197da1e
 def measure_path(
     walk: PathSpec,  # what to visit
@@ -390,16 +229,10 @@ def measure_path(
         probing, points = Probing(targets, poolings, penalties), points_of(walk, members, start)
         about = f"{probing}, probes of {budget.n_train} rows, tested on {budget.n_test}"
         how = dict(progress=False, again=True, about=about)
-        rows = traverse(points, probing, _stand(base), file, **how)
+        rows = traverse(points, probing, _scratch_model(base), file, **how)
         marks = _marks(members, start) if walk.kind == "plane" else None
     rows = rows.loc[:, ~rows.columns.str.fullmatch(r"w\d+|draw")]
     return rows.assign(walk=walk.name, kind=walk.kind), marks
-
-
-def _marks(members: list, start) -> pd.DataFrame:
-    "The places to mark on a plane."
-    places = {"pretrained": start, "centroid": average(members)}
-    return plane(*members, grid=2).marks(places)
 
 # %% ../nbs/42_walks.ipynb #ac3ca627
 def measure_paths(
@@ -430,26 +263,18 @@ def measure_paths(
     marks = [m for m in marks if m is not None]
     return rows, marks[0] if marks else pd.DataFrame(columns=["name", "x", "y", "distance"])
 
-
-def _files(walks: list, folder: Path) -> dict:
-    "The file of each walk; refuses two walks with one."
-    files = {w.name: f"{w.name.replace(',', '').replace(' ', '-')}.jsonl" for w in walks}
-    for a, b in combinations(files, 2):
-        if files[a] == files[b]:
-            raise ValueError(f"the walks {a!r} and {b!r} would share a file: rename a dataset")
-    return {name: folder / file for name, file in files.items()}
-
-
-def _measured_rows(walks: list, corpora: dict, budget: TraversalBudget) -> dict:
-    "Each target with just the rows that are measured on: no others travel to a worker."
-    names = {t for w in walks for t in w.targets}
-    return {t: at_most(corpora[t], budget.n_train, budget.n_test) for t in sorted(names)}
-
-# %% ../nbs/42_walks.ipynb #692e0c61
-def _measurements(walk):
-    "How many points are measured on how many targets."
-    points = {"models": len(walk.members), "edges": 2 * walk.points, "plane": walk.points**2}
-    return len(walk.targets) * points.get(walk.kind, walk.points)
+# %% ../nbs/42_walks.ipynb #09dfbf42
+def of_pooling(
+    rows: pd.DataFrame,  # measured rows
+    pooling: str | None = None,  # "first", "last" or "mean"; None: the main one, which is first
+) -> pd.DataFrame:  # those of one pooling
+    "The rows of one pooling."
+    if "pooling" not in rows or rows.empty:
+        return rows
+    wanted = pooling or rows.pooling.iloc[0]
+    if wanted not in set(rows.pooling):
+        raise ValueError(f"nothing was measured by the {wanted} token")
+    return rows[rows.pooling == wanted].reset_index(drop=True)
 
 # %% ../nbs/42_walks.ipynb #39134abf
 LISTS = ["ends", "members", "targets"]
@@ -472,12 +297,6 @@ def path_table(
                 rows.append(row | about)
     return _with_groups(pd.DataFrame(rows, columns=PATH_COLUMNS))
 
-
-def _with_groups(table):
-    "The table with a column that names the group of each path."
-    names = map(_group_name, table.granularity, table.trait)
-    return table.assign(group=list(names))
-
 # %% ../nbs/42_walks.ipynb #f09ca3c4
 def paths_as_csv(
     table: pd.DataFrame,  # from `path_table`
@@ -487,7 +306,7 @@ def paths_as_csv(
     lists = {column: table[column].map(as_text) for column in LISTS}
     return table[PATH_COLUMNS].assign(**lists).to_csv(index=False)
 
-
+# %% ../nbs/42_walks.ipynb #5764a395
 def read_paths(
     file,  # rows/paths.csv
 ) -> pd.DataFrame:  # as from `path_table`
@@ -496,17 +315,6 @@ def read_paths(
     for column in LISTS:
         table[column] = [_names(file, i, cell) for i, cell in enumerate(table[column])]
     return _with_groups(table)
-
-# %% ../nbs/42_walks.ipynb #22a02950
-def _names(file, i, cell):
-    "A cell with a list of names, as a tuple."
-    try:
-        names = json.loads(cell)
-    except (ValueError, RecursionError):
-        names = None
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise ValueError(f"{file}, row {i + 2}: {cell[:40]!r} is no list of names in JSON")
-    return tuple(names)
 
 # %% ../nbs/42_walks.ipynb #b1f1f067
 def groups_in(
@@ -521,14 +329,8 @@ def groups_in(
         for model in members.get(("left out", path.group), ()):
             left_out.setdefault(models.dataset[model], []).append(model)
         outside = members.get(("outside", path.group), ())
-        groups[path.group] = Groups(
-            path.granularity,
-            path.trait,
-            list(path.members),
-            list(outside),
-            list(path.targets),
-            left_out,
-        )
+        lists = list(path.members), list(outside), list(path.targets)
+        groups[path.group] = Groups(path.granularity, path.trait, *lists, left_out)
     return groups
 
 # %% ../nbs/42_walks.ipynb #305468c4
@@ -588,25 +390,15 @@ def inside_gain(
     rows: pd.DataFrame,  # of lines, from `line_losses`
 ) -> pd.DataFrame:  # one row per line and target: ends and inside (mean losses), gain, ...
     "What each line gains over its ends."
-    found = []
-    for (which, target), r in rows[rows.alpha.between(0, 1)].groupby(
-        ["line", "target"], sort=False
-    ):
+    table, rows = [], rows[rows.alpha.between(0, 1)]
+    for (name, target), r in rows.groupby(["line", "target"], sort=False):
         ends, inside = r.loss[r.alpha.isin([0, 1])], r.loss[~r.alpha.isin([0, 1])]
-        found.append(
-            {
-                "line": which,
-                "target": target,
-                "a": r.a.iloc[0],
-                "b": r.b.iloc[0],
-                "ends": ends.mean(),
-                "inside": inside.mean(),
-                "gain": ends.mean() - inside.mean(),
-                "lowest_inside": inside.min() < ends.min(),
-                "no_worse": inside.max() <= ends.max(),
-            }
-        )
-    return pd.DataFrame(found)
+        about = {"line": name, "target": target, "a": r.a.iloc[0], "b": r.b.iloc[0]}
+        means = {"ends": ends.mean(), "inside": inside.mean()}
+        gain = {"gain": ends.mean() - inside.mean()}
+        lowest = {"lowest_inside": inside.min() < ends.min()}
+        table.append(about | means | gain | lowest | {"no_worse": inside.max() <= ends.max()})
+    return pd.DataFrame(table)
 
 # %% ../nbs/42_walks.ipynb #fe49d82f
 def gain_interval(
@@ -616,13 +408,163 @@ def gain_interval(
 ) -> tuple:  # mean gain, and the ends of its 95 % interval
     "Mean gain of some lines, with models drawn anew."
     models = pd.unique(pd.concat([gains.a, gains.b]))
-    times = pd.DataFrame(
-        np.random.default_rng(seed).multinomial(
-            len(models), np.full(len(models), 1 / len(models)), size=n
-        ),
-        columns=models,
-    )
+    shares = np.full(len(models), 1 / len(models))
+    drawn = np.random.default_rng(seed).multinomial(len(models), shares, size=n)
+    times = pd.DataFrame(drawn, columns=models)
     weight = times[gains.a].to_numpy() * times[gains.b].to_numpy()
     kept = weight[weight.sum(axis=1) > 0]
     drawn = kept @ gains.gain.to_numpy() / kept.sum(axis=1)
     return float(gains.gain.mean()), *map(float, np.quantile(drawn, [0.025, 0.975]))
+
+# %% ../nbs/42_walks.ipynb #e181c247
+def _in_turn(sets: pd.DataFrame) -> list:
+    "The paper's examples, then one dataset of each family in turn."
+    turn = sets.groupby("family", sort=False).cumcount()
+    return [
+        *(d for d in EXAMPLES if d in sets.index),
+        *(d for d in sets.index[np.argsort(turn, kind="stable")] if d not in EXAMPLES),
+    ]
+
+# %% ../nbs/42_walks.ipynb #7e41c0da
+def _with_one_of_the_others(models, inside, column):
+    "The models inside, and one of every dataset that has not their dataset or family."
+    few = one_each(models)
+    others = few.index[~few[column].isin(models[column][inside])]
+    return models[inside | models.index.isin(others)]
+
+
+def _others(models, datasets, twins):
+    "The datasets whose models are Ex for these."
+    return set(models.dataset) - set(datasets) - set(_twins(twins, datasets))
+
+# %% ../nbs/42_walks.ipynb #06c1083a
+def _tasks(models, twins) -> tuple[pd.DataFrame, list]:
+    "The models that are compared by task, and the tasks; if possible only what was learned."
+    known = models[models.learned] if "learned" in models else models
+    for table in (known, models):
+        several = table.groupby("family").dataset.nunique() > 1
+        datasets = {f: models.dataset[models.family == f].unique() for f in TASKS}
+        tasks = [f for f in TASKS if several.get(f, False)]
+        if tasks := [f for f in tasks if _others(models, datasets[f], twins)]:
+            return table, tasks
+    return models, []
+
+# %% ../nbs/42_walks.ipynb #235f6288
+def _perturbed(general: Groups, budget: TraversalBudget) -> list:
+    "The perturbations of each kind, as long as the models' task vectors in turn."
+    where = tuple(general.In), tuple(general.targets)
+    numbers = {kind: budget.perturbed for kind in PERTURBED} | {"perturbations": budget.hull}
+    return [PathSpec(kind, kind, *where, n, "general") for kind, n in numbers.items()]
+
+# %% ../nbs/42_walks.ipynb #de9bbc39
+def _models(groups, lines):
+    "For each target, a path over all models that some comparison asks for."
+    asked = {}
+    for group in groups:
+        for target in group.targets:
+            asked.setdefault(target, {}).update(dict.fromkeys(group.In + group.Ex))
+    for pairs, targets in lines.values():
+        for target in targets:
+            ends = dict.fromkeys(model for pair in pairs for model in pair)
+            asked.setdefault(target, {}).update(ends)
+    return [PathSpec(f"models on {t}", "models", tuple(m), (t,)) for t, m in asked.items()]
+
+# %% ../nbs/42_walks.ipynb #1618a567
+def _hull(group, budget):
+    "The points between the models of a group."
+    name = f"hull, {_group_name(group.granularity, group.trait)}"
+    members, targets = tuple(group.In), tuple(group.targets)
+    return PathSpec(name, "hull", members, targets, budget.hull, group.granularity, group.trait)
+
+
+def _group_name(granularity, trait):
+    "What a group is called, such as dataset sst2."
+    return f"{granularity} {trait}".strip()
+
+# %% ../nbs/42_walks.ipynb #26025cfd
+def _lines(lines, models, budget):
+    "The lines of each granularity, some of them once more past their ends, and the plane."
+    specs = []
+    for name, (pairs, targets) in lines.items():
+        granularity, _, trait = name.partition(" ")
+        for i, pair in enumerate(pairs):
+            about = {"granularity": granularity, "trait": trait, "ends": pair}
+            inside = f"line {i + 1}, {name}", "line", pair, targets, budget.inside
+            specs.append(PathSpec(*inside, **about))
+            if i < budget.extended:
+                ends = tuple(t for t in targets if t in set(models.dataset[list(pair)]))
+                past = f"edges {i + 1}, {name}", "edges", pair, ends, budget.beyond
+                specs.append(PathSpec(*past, **about))
+    pairs, targets = [of for name, of in lines.items() if name.startswith("dataset")][-1]
+    corners = tuple(dict.fromkeys(m for pair in pairs for m in pair))[:3]
+    if len(corners) == 3:
+        specs.append(PathSpec("plane", "plane", corners, targets, budget.grid))
+    return specs
+
+# %% ../nbs/42_walks.ipynb #59a3ec23
+def _with_groups(table):
+    "The table with a column that names the group of each path."
+    names = map(_group_name, table.granularity, table.trait)
+    return table.assign(group=list(names))
+
+# %% ../nbs/42_walks.ipynb #22a02950
+def _names(file, i, cell):
+    "A cell with a list of names, as a tuple."
+    try:
+        names = json.loads(cell)
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"{file}, row {i + 2}: {cell[:40]!r} is no list of names in JSON")
+    return tuple(names)
+
+# %% ../nbs/42_walks.ipynb #535a380b
+_TARGETS = {}  # of one process, by what they are made of
+
+
+def _target(base: str, corpus, budget: TraversalBudget) -> Target:
+    "A target, tokenized once in a process."
+    key = base, corpus.sha256, budget.max_length
+    if key not in _TARGETS:
+        _TARGETS[key] = Target(corpus, base, max_length=budget.max_length)
+    return _TARGETS[key]
+
+# %% ../nbs/42_walks.ipynb #592ffcc4
+@lru_cache(maxsize=1)
+def _scratch_model(base: str):
+    "The scratch model of one process."
+    return ScratchModel(open_checkpoint(base), device=default_device())
+
+# %% ../nbs/42_walks.ipynb #5fb78680
+def _chosen(base: str, corpus, budget: TraversalBudget) -> list:
+    "The settings of one target."
+    with one_thread(default_device()):
+        model = _scratch_model(base).load(open_checkpoint(base))
+        return probe_settings(model, _target(base, corpus, budget), poolings_of(base))
+
+# %% ../nbs/42_walks.ipynb #057510c6
+def _marks(members: list, start) -> pd.DataFrame:
+    "The places to mark on a plane."
+    places = {"pretrained": start, "centroid": average(members)}
+    return plane(*members, grid=2).marks(places)
+
+# %% ../nbs/42_walks.ipynb #ea90cb54
+def _files(walks: list, folder: Path) -> dict:
+    "The file of each walk; refuses two walks with one."
+    files = {w.name: f"{w.name.replace(',', '').replace(' ', '-')}.jsonl" for w in walks}
+    for a, b in combinations(files, 2):
+        if files[a] == files[b]:
+            raise ValueError(f"the walks {a!r} and {b!r} would share a file: rename a dataset")
+    return {name: folder / file for name, file in files.items()}
+
+# %% ../nbs/42_walks.ipynb #eb156076
+def _measured_rows(walks: list, corpora: dict, budget: TraversalBudget) -> dict:
+    "Each target with just the rows that are measured on: no others travel to a worker."
+    names = {t for w in walks for t in w.targets}
+    return {t: at_most(corpora[t], budget.n_train, budget.n_test) for t in sorted(names)}
+
+# %% ../nbs/42_walks.ipynb #692e0c61
+def _measurements(walk):
+    "How many points are measured on how many targets."
+    points = {"models": len(walk.members), "edges": 2 * walk.points, "plane": walk.points**2}
+    return len(walk.targets) * points.get(walk.kind, walk.points)
