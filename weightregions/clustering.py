@@ -18,16 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import linear_sum_assignment
-from scipy.stats import beta
-from sklearn.cluster import SpectralClustering
-from sklearn.manifold import TSNE, smacof
-from sklearn.metrics import (
-    adjusted_rand_score,
-    normalized_mutual_info_score,
-    precision_recall_fscore_support,
-    silhouette_score,
-)
+import scipy  # its parts, and those of scikit-learn, are imported where they are used
 
 # %% ../nbs/06_clustering.ipynb #c42acabe
 def _check_square(matrix):
@@ -121,6 +112,8 @@ def negative_share(
 # %% ../nbs/06_clustering.ipynb #4f8a3f35
 def _spectral_labels(affinity: np.ndarray, k: int, seed: int, assign: str) -> np.ndarray:
     "scikit-learn's labels, without its remarks on graphs that fall apart, which is what we hope for."
+    from sklearn.cluster import SpectralClustering
+
     model = SpectralClustering(
         k, affinity="precomputed", assign_labels=assign, random_state=seed
     )
@@ -182,6 +175,8 @@ def silhouette_clusters(
     seed: int = 0,  # of the random starts
 ) -> pd.Series:  # (n,) cluster of each model, numbered from 0 in order of appearance
     "Spectral clusters, as many of them as have the best silhouette."
+    from sklearn.metrics import silhouette_score
+
     distance = (1 - _check_square(similarity)).clip(min=0)
     np.fill_diagonal(distance, 0)
     found = [
@@ -204,7 +199,7 @@ def match_clusters(
     groups = _grouped(groups, clusters.index)
     counts = pd.crosstab(clusters.to_numpy(), groups.to_numpy())[_names(groups)]
     counts = counts.sort_values(list(counts.columns), ascending=False, kind="stable")
-    row, column = linear_sum_assignment(counts.to_numpy(), maximize=True)
+    row, column = scipy.optimize.linear_sum_assignment(counts.to_numpy(), maximize=True)
     matched = pd.Series(counts.columns[column], counts.index[row], name=groups.name or "group")
     return matched.reindex(sorted(counts.index)).rename_axis("cluster")
 
@@ -264,6 +259,8 @@ def score(
     groups: pd.Series,  # (n,) group of each model, indexed by its name
 ) -> Scores:  # without interval and p-value
     "Accuracy, per-group precision, recall and F1, ARI, NMI and the number of perfect clusters."
+    from sklearn import metrics
+
     if not len(clusters):
         raise ValueError("there are no models to score")
     groups = _grouped(groups, clusters.index)
@@ -273,7 +270,7 @@ def score(
         groups.map(code).to_numpy(),
         clusters.map(matching).map(code).fillna(-1).to_numpy(int),
     )
-    precision, recall, f1, models = precision_recall_fscore_support(
+    precision, recall, f1, models = metrics.precision_recall_fscore_support(
         true, found, labels=range(len(names)), zero_division=0
     )
     own = pd.Series(matching.index, matching.to_numpy())
@@ -294,8 +291,8 @@ def score(
         len(clusters),
         clusters.nunique(),
         float((true == found).mean()),
-        float(adjusted_rand_score(groups, clusters)),
-        float(normalized_mutual_info_score(groups, clusters)),
+        float(metrics.adjusted_rand_score(groups, clusters)),
+        float(metrics.normalized_mutual_info_score(groups, clusters)),
         int((f1 == 1).sum()),
         table,
         clusters,
@@ -346,7 +343,7 @@ def _best_hits(clusters, groups):
     "Most models that a one-to-one matching of two integer labellings can put right."
     counts = np.zeros((clusters.max() + 1, groups.max() + 1))
     np.add.at(counts, (clusters, groups), 1)
-    return counts[linear_sum_assignment(counts, maximize=True)].sum()
+    return counts[scipy.optimize.linear_sum_assignment(counts, maximize=True)].sum()
 
 # %% ../nbs/06_clustering.ipynb #e16f1f50
 def permutation_p(
@@ -412,8 +409,9 @@ def exact_interval(
 ) -> Interval:
     "Clopper and Pearson's interval of a share, the share need not be a whole number of units."
     tail, hits = (1 - level) / 2, share * n
-    low = beta.ppf(tail, hits, n - hits + 1) if hits > 0 else 0.0
-    high = beta.ppf(1 - tail, hits + 1, n - hits) if hits < n else 1.0
+    quantile = scipy.stats.beta.ppf
+    low = quantile(tail, hits, n - hits + 1) if hits > 0 else 0.0
+    high = quantile(1 - tail, hits + 1, n - hits) if hits < n else 1.0
     return Interval(float(low), float(high))
 
 
@@ -649,6 +647,8 @@ def embed_map(
     | None = None,  # t-SNE's number of neighbours; None: a third of the models, at most 30
 ) -> pd.DataFrame:  # columns x, y, indexed by model
     "Place the models on a plane so that similar models lie close together."
+    from sklearn.manifold import TSNE, smacof
+
     values = _check_square(matrix)
     if metric not in ("cosine", "euclidean") or kind not in ("tsne", "mds"):
         raise ValueError(
