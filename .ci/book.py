@@ -35,6 +35,7 @@ def natural_key(path):
 CONCEPTS = (  # chapters on what the paper is about, by number; all others are engineering
     "00_space",
     "04_similarity",
+    "05_many",
     "06_clustering",
     "20_probing",
     "22_traversal",

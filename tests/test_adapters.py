@@ -32,7 +32,8 @@ from weightregions.centering import centroid
 from weightregions.checkpoints import open_checkpoint, updates_of
 from weightregions.cli import main
 from weightregions.identity import weights_sha256
-from weightregions.similarity import cross_similarity, gram
+from weightregions.many import cross_similarity, extend
+from weightregions.similarity import gram
 from weightregions.traversal import ScratchModel, average, line
 from weightregions.updates import Update
 from weightregions.zoo import open_zoo
@@ -175,7 +176,7 @@ def test_adapters_among_whole_models_are_streamed(world, tmp_path):
     crossed = cross_similarity([whole], opened, base, progress=False)
     np.testing.assert_allclose(crossed.iloc[0], alone.iloc[0], atol=1e-4)
     added = gram(opened[:3], base, progress=False)
-    more = added.extended([whole, opened[3]], opened[:3], base, progress=False)
+    more = extend(added, [whole, opened[3]], opened[:3], base, progress=False)
     assert more.names == (*added.names, "whole", opened[3].name)
 
 

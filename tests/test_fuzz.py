@@ -37,7 +37,8 @@ from weightregions.corpora import load_corpora
 from weightregions.files import as_json, file_sha256
 from weightregions.finetuning import Recipe
 from weightregions.region import Region
-from weightregions.similarity import gram, load_gram, load_sketch, sketch
+from weightregions.many import load_sketch, sketch
+from weightregions.similarity import gram, load_gram
 from weightregions.results import Study
 from weightregions.traversal import ScratchModel, hull, read_rows, traverse
 from weightregions.building import settle

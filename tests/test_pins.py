@@ -19,7 +19,8 @@ from weightregions.centering import Centroid, centroid, save_centroid
 from weightregions.checkpoints import open_checkpoint, write_checkpoint
 from weightregions.region import locate, region_of
 from weightregions.results import Study
-from weightregions.similarity import cross_similarity, gram, sketch
+from weightregions.many import cross_similarity, extend, sketch
+from weightregions.similarity import gram
 from weightregions.space import kind_of, layer_of
 from weightregions.traversal import (
     ScratchModel,
@@ -113,8 +114,8 @@ def test_products_and_cosines_have_the_same_bytes(zoo):
     assert PINS["cosines"] == [digest(t.to_numpy()) for t in tables]
     small = gram(models, base, progress=False, block=100, threads=3).products()
     assert digest(small) == digest(gram(models, base, progress=False).products())
-    grown = gram(models[:2], base, progress=False).extended(
-        models[2:], models[:2], base, progress=False
+    grown = extend(
+        gram(models[:2], base, progress=False), models[2:], models[:2], base, progress=False
     )
     assert digest(grown.products()) == digest(small)
     cross = cross_similarity(models[:2], models[1:], base, progress=False)

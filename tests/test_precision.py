@@ -9,15 +9,9 @@ import torch
 
 from weightregions.centering import centroid
 from weightregions.checkpoints import open_checkpoint, write_checkpoint
+from weightregions.many import cross_similarity, extend, sketch
 from weightregions.region import locate, region_of, shape_of
-from weightregions.similarity import (
-    Gram,
-    cross_similarity,
-    gram,
-    load_gram,
-    rounding_norm,
-    sketch,
-)
+from weightregions.similarity import Gram, gram, load_gram, rounding_norm
 from weightregions.space import TaskVector, unflatten
 from weightregions.traversal import (
     ScratchModel,
@@ -140,8 +134,8 @@ SAME = {"base": {n: t.double() for n, t in start().items()}}
 QUIET = dict(progress=False)
 SUMS = {
     "similarity": lambda models, base: gram(models, base, **QUIET),
-    "similarity, extended": lambda models, base: SAME["gram"].extended(
-        models, SAME["kept"], base, **QUIET
+    "similarity, extended": lambda models, base: extend(
+        SAME["gram"], models, SAME["kept"], base, **QUIET
     ),
     "similarity of two zoos": lambda models, base: cross_similarity(
         models[:1], models[1:], base, **QUIET
@@ -251,7 +245,7 @@ def test_a_matrix_with_a_rounded_base_in_it_can_be_extended():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         g = gram(known, base, **QUIET)
-        grown = g.extended([moved(start(), 0.01, 2)], known, base, **QUIET)
+        grown = extend(g, [moved(start(), 0.01, 2)], known, base, **QUIET)
     assert np.isnan(grown.cosine().loc["still", "m2"]) and grown.norms()["still"] == 0
     assert grown.cosine().loc["m1", "m2"] == pytest.approx(0, abs=0.1)
 

@@ -222,6 +222,7 @@ LAYERS = {
     "text": {"builtin", "registry", "corpora", "jobs", "finetuning", "bases", "building"},
     "regions": {
         "similarity",
+        "many",
         "clustering",
         "probing",
         "traversal",

@@ -15,15 +15,13 @@ from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 
 from weightregions.checkpoints import open_checkpoint
+from weightregions.many import cross_similarity, extend, gram_in, load_sketch, sketch, sketch_in
 from weightregions.similarity import (
     Gram,
     cosine_similarity,
-    cross_similarity,
     euclidean_distance,
     gram,
     load_gram,
-    load_sketch,
-    sketch,
 )
 
 SHAPES = {
@@ -377,7 +375,7 @@ def test_an_extended_matrix_is_the_whole_matrix(n, k, seed, block, order):
     shuffled = [known[i] for i in order if i <= n] + known[4:]
     small = gram(known, base, by=by, block=5, progress=False)
     grown, whole = (
-        small.extended(new, shuffled, base, by=by, block=block, progress=False),
+        extend(small, new, shuffled, base, by=by, block=block, progress=False),
         gram(models, base, by=by, progress=False),
     )
     assert grown.names == whole.names
@@ -413,7 +411,7 @@ def test_one_more_model_reads_the_others_but_does_not_multiply_them(monkeypatch)
         return found
 
     monkeypatch.setattr(similarity, "_stretch_products", watched)
-    known.extended(models[5:], models[:5], base, progress=False)
+    extend(known, models[5:], models[:5], base, progress=False)
     assert set(shapes) == {(2, 7)}  # a row, and the squares
 
 
@@ -422,7 +420,7 @@ def test_another_base_is_not_taken_for_the_one_that_was_used():
     known = gram(models[:3], base, progress=False)
     _, other = zoo(1, seed=5)
     with pytest.raises(ValueError, match="m0: is not the model whose products were taken"):
-        known.extended(models[3:], models[:3], other, progress=False)
+        extend(known, models[3:], models[:3], other, progress=False)
 
 
 @settings(max_examples=10, deadline=None)
@@ -456,7 +454,7 @@ def test_a_sketch_depends_on_nothing_but_the_seed(seed, k, threads):
 
 
 def test_bits_do_not_depend_on_where_one_starts():
-    from weightregions.similarity import _bits
+    from weightregions.many import _bits
 
     whole = _bits(12345, 0, 5000)
     for start in (0, 256, 1024, 4864):
@@ -484,3 +482,40 @@ def test_a_gpu_finds_the_same():
         rtol=1e-4,
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize("kept_in, size", [(gram_in, {}), (sketch_in, {"k": 256})])
+def test_what_a_file_knows_is_taken_from_it(kept_in, size, tmp_path):
+    models, base = zoo(6)
+    file, quiet = tmp_path / "kept.npz", dict(progress=False)
+    whole = kept_in(tmp_path / "whole.npz", models, base, **size, **quiet)
+    for part in (models[:2], models[:5], models[1:2] + models[3:], models):
+        some = kept_in(file, part, base, **size, **quiet)
+        assert some.names == tuple(m.name for m in part)
+        names = list(some.names)
+        assert_frame_equal(some.cosine(), whole.cosine().loc[names, names], rtol=1e-9)
+
+
+def test_a_sketch_in_a_file_is_of_the_weights_that_are_there(tmp_path, monkeypatch):
+    from weightregions import many
+
+    models, base = zoo(4)
+    file, quiet = tmp_path / "s.npz", dict(progress=False)
+    sketch_in(file, models[:3], base, 256, **quiet)
+    read, real = [], many.sketch
+
+    def watched(new, *a, **how):
+        read.extend(m.name for m in new)
+        return real(new, *a, **how)
+
+    monkeypatch.setattr(many, "sketch", watched)
+    other = open_checkpoint({n: t + 0.1 for n, t in models[1].items()}, name="m1")
+    found = sketch_in(file, [models[0], other, models[3]], base, 256, **quiet)
+    assert read == ["m1", "m3"] and load_sketch(file).names == ("m0", "m2", "m1", "m3")
+    np.testing.assert_allclose(found.norms[1], gram([other, models[0]], base).norms()["m1"])
+    with pytest.raises(ValueError, match="over another base or of another size"):
+        sketch_in(file, models, base, 512, **quiet)
+    load_sketch(file).select(["m0"]).save(file)
+    file_of_others = sketch([models[2]], base, 256, **quiet).save(tmp_path / "old.npz")
+    sketch_in(file_of_others, models[:2], base, 256, **quiet)  # without hashes: made anew
+    assert load_sketch(file_of_others).names == ("m0", "m1")

@@ -26,7 +26,8 @@ from weightregions.comparison import Measurements
 from weightregions.corpora import load_corpora
 from weightregions.files import read_json, read_table
 from weightregions.finetuning import Recipe, train
-from weightregions.similarity import gram, load_gram, load_sketch, sketch
+from weightregions.many import load_sketch, sketch
+from weightregions.similarity import gram, load_gram
 from weightregions.traversal import read_rows
 
 

@@ -11,18 +11,13 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from tokenizers import ByteLevelBPETokenizer
-from torch.utils.data import Dataset
-from transformers import DataCollatorForLanguageModeling, RobertaConfig, RobertaForMaskedLM
-from transformers import RobertaTokenizerFast, set_seed
+from torch.utils.data import Dataset  # transformers where it is used: naming a base takes none
 
 from .builtin import BUILTIN, generate
 from .stored import one_line
-from .files import file_sha256, whole_folder
-from .finetuning import Recipe, default_device, one_thread, trainer_for
-from .loading import load_masked_lm, load_tokenizer, model_folder, quiet
+from .files import whole_folder
 from .checkpoints import tokenizer_files
-from .identity import model_identity
+from .identity import model_identity, seen_sha256
 
 # %% ../nbs/13_bases.ipynb #348709a5
 def plain_texts(
@@ -65,6 +60,11 @@ def pretrain(
     seed: int = 0,  # of the masks and the order of texts
 ) -> Path:  # the folder
     "Train `model` by masked-language modelling and write it: all of it or nothing."
+    from transformers import DataCollatorForLanguageModeling, set_seed
+
+    from weightregions.finetuning import Recipe, default_device, one_thread, trainer_for
+    from weightregions.loading import quiet
+
     sizes = dict(steps=steps, batch_size=batch_size, learning_rate=learning_rate)
     recipe = Recipe(**sizes, weight_decay=0.01, dtype="float32")
     device, collate = default_device(), DataCollatorForLanguageModeling(tokenizer)
@@ -84,8 +84,13 @@ def pretrain(
 def tiny_tokenizer(
     texts: list[str],  # what the vocabulary is learned from
     vocab_size: int = 2000,  # tokens
-) -> RobertaTokenizerFast:  # a tokenizer as RoBERTa's
+):  # a tokenizer as RoBERTa's
     "Learn a byte-level vocabulary."
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import RobertaTokenizerFast
+
+    from weightregions.loading import load_tokenizer
+
     how = dict(vocab_size=vocab_size, min_frequency=2, show_progress=False)
     how["special_tokens"] = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     bpe = ByteLevelBPETokenizer()
@@ -104,6 +109,8 @@ def tiny_base(
     steps: int = 60,  # of masked-language modelling
 ) -> Path:  # the folder
     "Make a RoBERTa of two layers and pre-train it briefly."
+    from transformers import RobertaConfig, RobertaForMaskedLM, set_seed
+
     out = Path(out)
     if (out / "config.json").exists():
         return out
@@ -176,7 +183,7 @@ def checked(
     for name, sha256 in files.items():
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: has no {name}")
-        if (actual := file_sha256(folder / name)) != sha256:
+        if (actual := seen_sha256(folder / name)) != sha256:
             raise ValueError(
                 f"{folder.name}/{name}: its SHA-256 is {actual[:12]}...,"
                 f" expected {sha256[:12]}..."
@@ -190,6 +197,8 @@ def base_identity(
     base,  # folder of the pretrained model, or its hub id
 ) -> dict:  # its name and the SHA-256 of its weights, its tokenizer and its configuration
     "What the models of a zoo have in common: their start."
+    from weightregions.loading import model_folder
+
     try:
         folder = model_folder(base)
     except FileNotFoundError as e:
@@ -209,6 +218,10 @@ def second_start(
     steps: int = 300,  # of masked-language modelling
 ) -> Path:  # the folder
     "Pre-train `base` further by masked-language modelling, with a fresh prediction head."
+    from transformers import set_seed
+
+    from weightregions.loading import load_masked_lm, load_tokenizer, quiet
+
     out = Path(out)
     if (out / "config.json").exists():
         return out

@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from huggingface_hub import ModelCardData
+import yaml
 from torch import Tensor
 
 from .bases import MINILM, MINILM_SHA256
 from .checkpoints import Checkpoint, as_group, open_checkpoint
 from .checkpoints import Beside, plain_config, write_folder
 from .corpora import Corpus, letters
-from .identity import weights_sha256
+from .identity import hash_of
 from .similarity import Gram, gram
 from .space import Layout, Weights, patch
 from .streaming import Streaming, stream
@@ -139,22 +139,21 @@ def shares_of(
     return shares / shares.sum()
 
 # %% ../nbs/30_centering.ipynb #3b828bcc
-def _bare_config(like: Checkpoint, dtype: torch.dtype):
+def _bare_config(like: Checkpoint, dtype: torch.dtype) -> dict:
     "The configuration of an encoder without head, labels or the place it came from."
-    config = plain_config(like.config)
-    config.architectures, config.dtype, config.problem_type, config._name_or_path = (
-        [like.anatomy.base],
-        dtype,
-        None,
-        "",
-    )
-    config.id2label, config.label2id = (
-        {i: f"LABEL_{i}" for i in range(2)},
-        {f"LABEL_{i}": i for i in range(2)},
-    )
-    if hasattr(config, "finetuning_task"):
-        config.finetuning_task = None
-    return config
+    labels = [f"LABEL_{i}" for i in range(2)]
+    bare = {
+        "architectures": [like.anatomy.base],
+        "dtype": str(dtype).removeprefix("torch."),
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "problem_type": None,
+        "_name_or_path": "",
+    }
+    fields = plain_config(like.fields)
+    if "finetuning_task" in fields:
+        bare["finetuning_task"] = None
+    return fields | bare
 
 # %% ../nbs/30_centering.ipynb #0986eee0
 def _write(
@@ -167,7 +166,7 @@ def _write(
     options: Streaming = QUIET,
 ) -> Path:
     "Write a centroid as a checkpoint folder of the kind of `like`, all of it or nothing."
-    if like.config is None:
+    if not like.fields:
         raise ValueError(f"{like.name}: has no configuration to write")
     body = _as(centroid, dtype)
     beside = Beside(texts={"README.md": card} if card else {}, options=options)
@@ -413,7 +412,7 @@ def _member_hashes(centroid: Centroid) -> pd.DataFrame:
     "The members with the hash of each one's weights, as they are read."
     members = centroid.members.copy()
     recorded = members.get("weights_sha256", pd.Series("", members.index))
-    members["weights_sha256"] = [_hash_of_read(c) for c in centroid.checkpoints]
+    members["weights_sha256"] = [hash_of(c) for c in centroid.checkpoints]
     other = members[(recorded != "") & (recorded != members.weights_sha256)]
     if len(other):
         raise ValueError(
@@ -422,13 +421,6 @@ def _member_hashes(centroid: Centroid) -> pd.DataFrame:
         )
     return members
 
-
-def _hash_of_read(checkpoint: Checkpoint) -> str:
-    "The hash of the weights that a checkpoint reads."
-    in_memory = any(checkpoint.held(name) is not None for name in checkpoint.layout.names)
-    from_files = isinstance(checkpoint, Checkpoint) and checkpoint.folder and not in_memory
-    return weights_sha256(checkpoint.folder) if from_files else checkpoint.sha256()
-
 # %% ../nbs/30_centering.ipynb #c7348a77
 def model_card(
     centroid: Centroid,  # with its table of members
@@ -436,58 +428,62 @@ def model_card(
 ) -> str:  # Markdown with a YAML head
     "The text of a model card."
     members = _member_hashes(centroid)
-    told = lambda column: list(dict.fromkeys(v for v in members.get(column, ()) if v))
-    hub = [found[1] for s in told("data") if (found := re.match(r"hub ([\w.-]+/[\w.-]+)", s))]
-    start, sha256 = _start_of(centroid, told)
-    began = "All members were fine-tuned from" if told("base") else _HELD
-    head = ModelCardData(
-        base_model=start if start and "/" in start else None,  # a folder's name is no address
-        library_name="transformers",
-        datasets=list(dict.fromkeys(hub)) or None,
-        tags=["weightregions", "centroid", "merge", "feature-extraction"],
-        **({"base_model_sha256": sha256} if sha256 else {}),
-    )
+    start, sha256 = _start_of(centroid, members)
     parts = [
         f"# Centroid: {_cell(centroid.name)}",
         _cell(centroid.description or f"Average of {len(members)} models."),
-        "A body without a head: `AutoModel` opens it, and `AutoModelForSequenceClassification` with a fresh head to be fine-tuned.",
-        "## Members",
-        _table(_listed(members)),
+        _OPENED_BY,
     ]
     if start:
-        parts.insert(
-            3,
-            f"{began} `{start}`, whose weights have the SHA-256 `{sha256}`.",
-        )
+        began = "All members were fine-tuned from" if _distinct(members, "base") else _HELD
+        parts.append(f"{began} `{start}`, whose weights have the SHA-256 `{sha256}`.")
+    parts += ["## Members", _table(_listed(members))]
     if "data_sha256" in members:
-        data = members[["dataset", "data", "data_sha256"]].drop_duplicates()
-        data = data.assign(data=data.data.where(data.data_sha256 != "", _UNRECORDED))
-        parts += [
-            "## Data",
-            _table(
-                data.rename(columns={"data": "source", "data_sha256": "SHA-256 of the rows"})
-            ),
-        ]
+        parts += ["## Data", _table(_data_of(members))]
     if evaluation is not None:
-        parts += [
-            "## Evaluation",
-            _table(
-                evaluation
-                if isinstance(evaluation, pd.DataFrame)
-                else pd.DataFrame([evaluation])
-            ),
-        ]
-    return (
-        f"---\n{head.to_yaml()}\n---\n\n"
-        + "\n\n".join([*parts, "## Citation", _CITATION])
-        + "\n"
-    )
+        many = isinstance(evaluation, pd.DataFrame)
+        parts += ["## Evaluation", _table(evaluation if many else pd.DataFrame([evaluation]))]
+    head = _card_head(members, start, sha256)
+    return f"---\n{head}\n---\n\n" + "\n\n".join([*parts, "## Citation", _CITATION]) + "\n"
+
+
+_OPENED_BY = (
+    "A body without a head: `AutoModel` opens it, and `AutoModelForSequenceClassification`"
+    " with a fresh head to be fine-tuned."
+)
+
+# %% ../nbs/30_centering.ipynb #aeb7be17
+def _card_head(members: pd.DataFrame, start: str | None, sha256: str | None) -> str:
+    "The YAML head of a card, as the hub reads it."
+    known = _distinct(members, "data")
+    hub = [m[1] for s in known if (m := re.match(r"hub ([\w.-]+/[\w.-]+)", s))]
+    head = {
+        "base_model": start if start and "/" in start else None,  # a folder is no address
+        "datasets": list(dict.fromkeys(hub)),
+        "library_name": "transformers",
+        "tags": ["weightregions", "centroid", "merge", "feature-extraction"],
+        "base_model_sha256": sha256,
+    }
+    head = {key: value for key, value in head.items() if value}
+    return yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip()
+
+# %% ../nbs/30_centering.ipynb #a0b26e50
+def _distinct(members: pd.DataFrame, column: str) -> list:
+    "The values of a column of members, each once; none where there is no such column."
+    return list(dict.fromkeys(value for value in members.get(column, ()) if value))
+
+
+def _data_of(members: pd.DataFrame) -> pd.DataFrame:
+    "The data of members as a card lists them."
+    data = members[["dataset", "data", "data_sha256"]].drop_duplicates()
+    data = data.assign(data=data.data.where(data.data_sha256 != "", _UNRECORDED))
+    return data.rename(columns={"data": "source", "data_sha256": "SHA-256 of the rows"})
 
 # %% ../nbs/30_centering.ipynb #b5c6dd25
-def _start_of(centroid: Centroid, told) -> tuple:
+def _start_of(centroid: Centroid, members: pd.DataFrame) -> tuple:
     "Name and SHA-256 of the pretrained model: by the manifests, else by what was held to it."
-    if told("base"):
-        return told("base")[0], told("base_sha256")[0]
+    if recorded := _distinct(members, "base"):
+        return recorded[0], _distinct(members, "base_sha256")[0]
     held = centroid.base or {}
     known = MINILM if held.get("sha256") == MINILM_SHA256 else held.get("name")
     return known, held.get("sha256")

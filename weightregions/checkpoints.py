@@ -17,16 +17,23 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
+from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from pkgutil import resolve_name
 
 import torch
-import transformers
 from torch import Tensor, nn
 
-from .anatomy import Anatomy, anatomy, as_loaded, built
+from weightregions.anatomy import (
+    Anatomy,
+    anatomy,
+    as_loaded,
+    built,
+    computing_fields,
+    config_fields,
+)
 from .anatomy import conversions, is_pooler, placed, require_pooler_policy
 from .files import read_bytes, read_json, whole_folder, write_whole
 from .space import Layout, StateDict, Weights, _short, is_finite, patch
@@ -36,8 +43,10 @@ from .streaming import Streaming, stream
 from .updates import Update, is_adapter, read_adapter
 
 # %% ../nbs/02_checkpoints.ipynb #fe1b1887
-def _known_config(raw: dict, where: str) -> transformers.PretrainedConfig:
-    "A configuration object from its JSON."
+def _known_config(raw: dict, where: str):
+    "A configuration object of transformers from its JSON."
+    import transformers  # only here and below: of a class that is known, nothing is asked
+
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         unknown = f"{where}: model_type {kind!r} is not in transformers"
@@ -99,15 +108,14 @@ class Checkpoint(Weights):
         self,
         name: str,  # what to call it in tables and messages
         source: str,  # where it came from
-        config: transformers.PretrainedConfig
-        | None,  # its configuration, None for a module or state dict without one
+        config,  # of transformers, or what makes it when it is asked for; None: there is none
         anatomy: Anatomy,  # what its class says about its tensors
         stored: dict,  # full name -> stored tensor
         pooler: str = "drop",  # "drop" the pooler from the body, or "keep" it where there is one
         folder: Path | None = None,  # the folder it was opened from
     ):
         self.name, self.source, self.folder = name, source, folder
-        self.config, self.anatomy, self.pooler = config, anatomy, pooler
+        self._config, self.anatomy, self.pooler = config, anatomy, pooler
         places = placed(anatomy, stored, name, config)
         body, buffers, self._head, self.aside = (
             places.body,
@@ -122,6 +130,23 @@ class Checkpoint(Weights):
         self.aside |= dict.fromkeys(dropped, "pooler")
         self.layout, self.head = layout_of_stored(self._body), layout_of_stored(self._head)
         self.base, self.base_name = None, ""  # of an adapter: what it was trained over
+
+    @cached_property
+    def config(self):  # None for a module or state dict without one
+        "Its configuration, an object of transformers."
+        return self._config() if callable(self._config) else self._config
+
+    @property
+    def fields(self) -> dict:  # a copy; empty where there is no configuration
+        "What its configuration says, as transformers writes it."
+        if callable(self._config) and "config" not in vars(self):
+            return copy.deepcopy(self.anatomy.fields)
+        return config_fields(self.config)
+
+    @property
+    def computes(self) -> dict | None:
+        "What its configuration says of how it computes."
+        return self.anatomy.computes or None
 
     def __repr__(self):
         body = f"{self.layout.numel:,} weights in {len(self)} tensors"
@@ -156,8 +181,9 @@ def open_checkpoint(
     folder, short, where = _folder(source, revision)
     if is_adapter(folder):
         return _adapted(folder, name or short, where, base, pooler)
-    config, stored = _read_folder(folder)
-    found, stored = _anatomy_and_names(config, stored, short)
+    raw, stored = _read_folder(folder)
+    config = partial(_known_config, raw, str(folder / "config.json"))
+    found, stored = _anatomy_and_names(raw, config, stored, short)
     return Checkpoint(name or short, where, config, found, stored, pooler, folder)
 
 
@@ -176,7 +202,7 @@ def _read_folder(folder: Path) -> tuple:
         )
     stored = stored_tensors(folder)
     _check_size(raw, len(stored), str(file))
-    return _known_config(raw, str(file)), stored
+    return raw, stored
 
 # %% ../nbs/02_checkpoints.ipynb #34f39d1e
 def _in_memory(source, name: str | None, pooler: str) -> Checkpoint:
@@ -187,7 +213,8 @@ def _in_memory(source, name: str | None, pooler: str) -> Checkpoint:
         config = _known_config(dict(config), "the configuration")
     if isinstance(state, nn.Module):
         state = getattr(state, "_orig_mod", state)  # what torch.compile wraps
-        found, state = anatomy(state), state.state_dict(keep_vars=True)
+        found = replace(anatomy(state), computes=computing_fields(config))
+        state = state.state_dict(keep_vars=True)
         held = {n: InMemoryTensor(t) for n, t in state.items()}
     elif isinstance(state, Mapping):
         if odd := [n for n, t in state.items() if not isinstance(t, Tensor)]:
@@ -196,7 +223,8 @@ def _in_memory(source, name: str | None, pooler: str) -> Checkpoint:
         if config is None:
             found = _of_state(state)
         else:
-            found, held = _anatomy_and_names(config, held, name or "the state dict")
+            raw, make = config_fields(config), partial(copy.deepcopy, config)
+            found, held = _anatomy_and_names(raw, make, held, name or "the state dict")
     else:
         raise TypeError(
             f"a checkpoint is a folder, a hub id, a module or a state dict, not a {type(state).__name__}"
@@ -206,33 +234,34 @@ def _in_memory(source, name: str | None, pooler: str) -> Checkpoint:
     )
 
 # %% ../nbs/02_checkpoints.ipynb #fa3ae090
-def _anatomy_and_names(config, stored: dict, who: str) -> tuple:
+def _anatomy_and_names(raw: dict, config: Callable, stored: dict, who: str) -> tuple:
     "What the class of a configuration says, and the stored tensors as transformers loads them."
     try:
-        found = _anatomy_of(config.model_type, config.to_json_string(use_diff=False))
+        found = _anatomy_of(json.dumps(raw))
         if found.converts:
-            stored = as_loaded(built(config), stored)
+            stored = as_loaded(built(config()), stored)
     except Exception as e:
-        kind = config.model_type
+        kind = config().model_type  # or what is no configuration is refused for that
         problem = f"its configuration builds no {kind} model ({one_line(e)})"
         raise ValueError(f"{who}: {problem}") from None
     return found, stored
 
 
 @lru_cache(maxsize=64)
-def _anatomy_of(model_type: str, config: str) -> Anatomy:
+def _anatomy_of(raw: str) -> Anatomy:
     "The anatomy of the class that a configuration (as JSON) names, as it was kept or anew."
-    file = _kept_anatomy(model_type, config)
+    file = _kept_anatomy(raw)
     if file is None or (known := _read_anatomy(file)) is None:
-        config = transformers.CONFIG_MAPPING[model_type].from_dict(json.loads(config))
+        config = _known_config(json.loads(raw), "the configuration")
+        fields, computes = config_fields(config), computing_fields(config)
         model = built(config)
         converts = bool(conversions(getattr(model, "base_model", model)))
-        known = replace(anatomy(model), converts=converts)
+        known = replace(anatomy(model), converts=converts, fields=fields, computes=computes)
         _keep_anatomy(file, known)
     return known
 
 # %% ../nbs/02_checkpoints.ipynb #3acede80
-def _kept_anatomy(model_type: str, config: str) -> Path | None:
+def _kept_anatomy(raw: str) -> Path | None:
     "The file in which the anatomy of a configuration is kept."
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "weightregions"
     folder = os.environ.get("WEIGHTREGIONS_CACHE", str(home))
@@ -240,7 +269,7 @@ def _kept_anatomy(model_type: str, config: str) -> Path | None:
         return None
     code = Path(anatomy.__code__.co_filename)
     asks = code.read_bytes() if code.is_file() else b""
-    parts = [transformers.__version__.encode(), asks, model_type.encode(), config.encode()]
+    parts = [version("transformers").encode(), asks, raw.encode()]
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()
     return Path(folder).expanduser() / "anatomy" / f"{digest}.json"
 
@@ -413,6 +442,17 @@ def vocabulary(self: Checkpoint) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _vocabulary_of(file: Path, size: int, changed: int) -> str | None:
+    "A digest of the tokens in a tokenizer file, by their ids; of files of the same bytes once."
+    digest = hashlib.sha256(read_bytes(file)).hexdigest()
+    if digest not in _VOCABULARIES:
+        _VOCABULARIES[digest] = _digest_of_tokens(file)
+    return _VOCABULARIES[digest]
+
+
+_VOCABULARIES = {}  # digest of a tokenizer file -> of its tokens
+
+
+def _digest_of_tokens(file: Path) -> str | None:
     "A digest of the tokens in a tokenizer file, by their ids."
     model = read_json(file).get("model")
     tokens = model.get("vocab") if isinstance(model, dict) else None
@@ -464,7 +504,7 @@ def module_kinds(
     config: str,  # the configuration as JSON
 ) -> dict[str, str]:  # canonical name of a module -> its class
     "The classes of the modules that a configuration (as JSON) builds, by canonical names."
-    model = built(transformers.CONFIG_MAPPING[model_type].from_dict(json.loads(config)))
+    model = built(_known_config(json.loads(config), "the configuration"))
     prefix, base = model.base_model_prefix, getattr(model, "base_model", model)
     kinds = {n: m for n, m in model.named_modules() if base is not model}
     inner = {n: m for n, m in base.named_modules()}
@@ -478,7 +518,8 @@ def module_kinds(
 # %% ../nbs/02_checkpoints.ipynb #6761627f
 def _with_its_head(base: Checkpoint, adapter) -> tuple:
     "Configuration and anatomy of an adapted model: with the classifier that the adapter brings."
-    kinds = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as kinds
+
     shapes = {n: tuple(t.shape) for n, t in adapter.head.items()}
     if adapter.config.task != "SEQ_CLS" or not shapes or type(base.config) not in kinds:
         return base.config, base.anatomy
@@ -487,7 +528,7 @@ def _with_its_head(base: Checkpoint, adapter) -> tuple:
         config.architectures = [kinds[type(base.config)].__name__]
         config.id2label = {i: f"LABEL_{i}" for i in range(rows)}
         config.label2id = {f"LABEL_{i}": i for i in range(rows)}
-        found = _anatomy_of(config.model_type, config.to_json_string(use_diff=False))
+        found = _anatomy_of(json.dumps(config_fields(config)))
         if shapes.items() <= found.head.items():
             return config, found
     return base.config, base.anatomy
@@ -634,12 +675,13 @@ def write_checkpoint(
     if not isinstance(body, Weights):
         body = StateDict(tensors, getattr(tensors, "name", "the body to write"))
     kept = {} if head == "drop" else {n: like._head[n] for n in like.head.names}
-    config = plain_config(like.config) if like.config is not None else None
+    config = plain_config(like.fields)
     dtypes = {t.dtype for t in (like._along | kept).values()} | set(body.layout.dtypes)
-    if config is not None:
-        config.architectures = [like.anatomy.base if head == "drop" else like.anatomy.model]
+    if config:
+        name = like.anatomy.base if head == "drop" else like.anatomy.model
+        config["architectures"] = [name]
         if len(dtypes := {t for t in dtypes if t.is_floating_point}) == 1:
-            config.dtype = dtypes.pop()
+            config["dtype"] = str(dtypes.pop()).removeprefix("torch.")
     return write_folder(body, like, folder, config, overwrite, Beside(kept))
 
 # %% ../nbs/02_checkpoints.ipynb #1eba0847
@@ -656,19 +698,20 @@ def write_folder(
     body: Weights,  # to be written, in its own data types
     like: Checkpoint,  # whose tokenizer and buffers are written with it
     folder: str | Path,  # the folder to make
-    config: transformers.PretrainedConfig | None,  # its configuration
+    config: dict,  # the fields of its configuration
     overwrite: bool = False,  # replace the folder if it exists
     beside: Beside = Beside(),  # head, other files, options
 ) -> Path:  # the folder
     "Write a checkpoint folder: all of it or nothing."
-    if config is None:
+    if not config:
         raise ValueError(f"{like.name}: has no configuration to write")
     if (folder := Path(folder)).exists() and not overwrite:
         raise FileExistsError(f"{folder}: exists already")
     like.layout.require_same(body.layout, body.name)
     with whole_folder(folder, replace=overwrite) as part:
         _write_tensors(part / "model.safetensors", body, like, config, beside)
-        config.to_json_file(part / "config.json", use_diff=False)
+        whole = {key: config[key] for key in sorted(config)}
+        write_whole(part / "config.json", json.dumps(whole, indent=2) + "\n")
         copy_tokenizer(like.folder, part)
         for name, text in beside.texts.items():
             write_whole(part / name, text)
@@ -677,7 +720,7 @@ def write_folder(
 # %% ../nbs/02_checkpoints.ipynb #2c35aba8
 def _write_tensors(file: Path, body: Weights, like: Checkpoint, config, what: Beside) -> None:
     "Write body, head and saved buffers under the names of the class that is written."
-    bare = config.architectures == [like.anatomy.base]
+    bare = config["architectures"] == [like.anatomy.base]
     prefix = "" if bare else f"{like.anatomy.prefix}."
     layout, head = body.layout, what.head
     beside = {prefix + n: t for n, t in like._along.items()} | head
@@ -764,10 +807,7 @@ def _require_inside(file: Path, folder: Path) -> None:
 
 
 def plain_config(
-    config: transformers.PretrainedConfig,  # of a checkpoint
-) -> transformers.PretrainedConfig:  # a copy
+    fields: dict,  # of a configuration
+) -> dict:  # the others
     "A configuration that names no code."
-    config = copy.deepcopy(config)
-    for key in ("auto_map", "custom_pipelines"):
-        vars(config).pop(key, None)
-    return config
+    return {k: v for k, v in fields.items() if k not in ("auto_map", "custom_pipelines")}

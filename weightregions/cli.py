@@ -984,13 +984,13 @@ def _save(centroid, folder, base, dtype="float32"):
     from weightregions.checkpoints import open_checkpoint
     from weightregions.files import read_text
 
-    dtype = getattr(torch, dtype)
+    kind = getattr(torch, dtype)
     if not os.path.lexists(folder):
-        return save_centroid(centroid, folder, base, dtype=dtype)
-    card = read_text(Path(folder, "README.md"))
-    if card != model_card(centroid) or open_checkpoint(folder).config.dtype != dtype:
+        return save_centroid(centroid, folder, base, dtype=kind)
+    same = read_text(Path(folder, "README.md")) == model_card(centroid)
+    if not same or open_checkpoint(folder).fields.get("dtype") != dtype:
         raise FileExistsError(f"{folder}: exists already, and is another model; name another")
-    if file := _changed(centroid, Path(folder), base, dtype):
+    if file := _changed(centroid, Path(folder), base, kind):
         why = f"its {file} is not what these models make"
         raise FileExistsError(f"{folder}: exists already, but {why}; remove the folder")
     _say(f"{folder}: is there already, of the same models; it stays as it is")

@@ -18,12 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import linear_sum_assignment
-from scipy.stats import beta
-from sklearn.cluster import SpectralClustering
-from sklearn.manifold import TSNE, smacof
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-from sklearn.metrics import precision_recall_fscore_support, silhouette_score
+import scipy  # its parts, and those of scikit-learn, are imported where they are used
 
 from .space import patch
 
@@ -86,6 +81,8 @@ def silhouette_clusters(
     seed: int = 0,  # of the random starts
 ) -> pd.Series:  # (n,) cluster of each model, numbered from 0 in order of appearance
     "Spectral clusters, as many of them as have the best silhouette."
+    from sklearn.metrics import silhouette_score
+
     distance = (1 - _check_square(similarity)).clip(min=0)
     np.fill_diagonal(distance, 0)
     partitions = [
@@ -108,7 +105,7 @@ def match_clusters(
     groups = _grouped(groups, clusters.index)
     counts = pd.crosstab(clusters.to_numpy(), groups.to_numpy())[_names(groups)]
     counts = counts.sort_values(list(counts.columns), ascending=False, kind="stable")
-    row, column = linear_sum_assignment(counts.to_numpy(), maximize=True)
+    row, column = scipy.optimize.linear_sum_assignment(counts.to_numpy(), maximize=True)
     matched = pd.Series(counts.columns[column], counts.index[row], name=groups.name or "group")
     return matched.reindex(sorted(counts.index)).rename_axis("cluster")
 
@@ -143,6 +140,8 @@ def score(
     groups: pd.Series,  # (n,) group of each model, indexed by its name
 ) -> Scores:  # without interval and p-value
     "Accuracy, per-group precision, recall and F1, ARI, NMI and the number of perfect clusters."
+    from sklearn import metrics
+
     if not len(clusters):
         raise ValueError("there are no models to score")
     groups, matching = _grouped(groups, clusters.index), match_clusters(clusters, groups)
@@ -152,8 +151,8 @@ def score(
         n=len(clusters),
         k=clusters.nunique(),
         accuracy=float(right.to_numpy().mean()),
-        ari=float(adjusted_rand_score(groups, clusters)),
-        nmi=float(normalized_mutual_info_score(groups, clusters)),
+        ari=float(metrics.adjusted_rand_score(groups, clusters)),
+        nmi=float(metrics.normalized_mutual_info_score(groups, clusters)),
         perfect=int((table.f1 == 1).sum()),
         table=table,
         clusters=clusters,
@@ -259,8 +258,9 @@ def exact_interval(
 ) -> Interval:
     "Clopper and Pearson's interval of a share, the share need not be a whole number of units."
     tail, hits = (1 - level) / 2, share * n
-    low = beta.ppf(tail, hits, n - hits + 1) if hits > 0 else 0.0
-    high = beta.ppf(1 - tail, hits + 1, n - hits) if hits < n else 1.0
+    quantile = scipy.stats.beta.ppf
+    low = quantile(tail, hits, n - hits + 1) if hits > 0 else 0.0
+    high = quantile(1 - tail, hits + 1, n - hits) if hits < n else 1.0
     return Interval(float(low), float(high))
 
 # %% ../nbs/06_clustering.ipynb #36405239
@@ -451,6 +451,8 @@ def embed_map(
     perplexity: float | None = None,  # t-SNE's neighbours; None: a third of all, at most 30
 ) -> pd.DataFrame:  # columns x, y, indexed by model
     "Place the models on a plane so that similar models lie close together."
+    from sklearn.manifold import smacof
+
     values = _check_square(matrix)
     if metric not in ("cosine", "euclidean") or kind not in ("tsne", "mds"):
         raise ValueError(
@@ -545,6 +547,8 @@ def _canonical(affinity: pd.DataFrame) -> list:
 # %% ../nbs/06_clustering.ipynb #4f8a3f35
 def _spectral_labels(affinity: np.ndarray, k: int, seed: int, assign: str) -> np.ndarray:
     "scikit-learn's labels; a graph in several parts is hoped for, and no reason to warn."
+    from sklearn.cluster import SpectralClustering
+
     model = SpectralClustering(
         k, affinity="precomputed", assign_labels=assign, random_state=seed
     )
@@ -561,6 +565,8 @@ def _spectral_labels(affinity: np.ndarray, k: int, seed: int, assign: str) -> np
 # %% ../nbs/06_clustering.ipynb #46c9aae0
 def _group_table(clusters, groups, matching) -> pd.DataFrame:
     "For each group: models, its cluster, precision, recall, F1."
+    from sklearn.metrics import precision_recall_fscore_support
+
     names = _names(groups)
     code = {name: i for i, name in enumerate(names)}
     true = groups.map(code).to_numpy()
@@ -608,7 +614,7 @@ def _best_hits(clusters, groups):
     "Most models that a one-to-one matching of two integer labellings can put right."
     counts = np.zeros((clusters.max() + 1, groups.max() + 1))
     np.add.at(counts, (clusters, groups), 1)
-    return counts[linear_sum_assignment(counts, maximize=True)].sum()
+    return counts[scipy.optimize.linear_sum_assignment(counts, maximize=True)].sum()
 
 # %% ../nbs/06_clustering.ipynb #7ed743c2
 def _draws(n_units: int, n: int, seed: int) -> np.ndarray:
@@ -663,6 +669,8 @@ def _classical_mds(distance: np.ndarray) -> np.ndarray:
 # %% ../nbs/06_clustering.ipynb #07dace13
 def _tsne(distance: np.ndarray, xy: np.ndarray, perplexity: float, seed: int) -> np.ndarray:
     "t-SNE that starts from some positions, on the scale that scikit-learn recommends."
+    from sklearn.manifold import TSNE
+
     start = 1e-4 * xy / max(xy[:, 0].std(), 1e-12)
     return TSNE(
         metric="precomputed",

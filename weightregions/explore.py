@@ -20,8 +20,6 @@ import pandas as pd
 from .clustering import embed_map
 from .files import write_whole
 from .plots import group_colours, one_label_per_place
-from .results import Study
-from .walks import line_losses
 
 # %% ../nbs/47_explore.ipynb #a42ed414
 @dataclass(frozen=True)
@@ -560,7 +558,7 @@ Page.to_frame = _frame
 
 # %% ../nbs/47_explore.ipynb #345c00cf
 def study_page(
-    study: Study,  # a run, or the recorded one
+    study,  # a run, or the recorded one: see `Study`
     home: str = "",  # address of the page that it belongs to
 ) -> Page:
     "What the rows of a study show, to play with; as far as it has come."
@@ -577,12 +575,12 @@ def study_page(
     return Page("Explore the study", panels, lead, home)
 
 
-def _has(study: Study, *tables: str) -> bool:
+def _has(study, *tables: str) -> bool:
     "Whether these tables were measured already."
     return all((study.folder / "rows" / f"{name}.csv").exists() for name in tables)
 
 # %% ../nbs/47_explore.ipynb #2892715f
-def _walk_panels(study: Study) -> list:
+def _walk_panels(study) -> list:
     "The lines and the plane of a study."
     points, panels = study.points(), []
     at_base = points[(points.kind == "models") & (points.point == "base")]
@@ -597,6 +595,8 @@ def _walk_panels(study: Study) -> list:
 
 def _long_lines(points: pd.DataFrame, paths: pd.DataFrame) -> pd.DataFrame:
     "The losses of the lines that go on past their ends."
+    from weightregions.walks import line_losses  # only here: the other pages need no model
+
     groups = dict.fromkeys(paths.group[paths.kind == "edges"])
     rows = [line_losses(points, paths, group) for group in groups]
     rows = pd.concat([points[:0].assign(line=""), *rows])

@@ -9,7 +9,6 @@ __all__ = ['BLOCK', 'LEAST_COSINE', 'patch', 'Layout', 'layer_of', 'kind_of', 'W
 # %% ../nbs/00_space.ipynb #330a2f06
 import builtins
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -212,6 +211,7 @@ class Weights(Mapping):
     name: str  # what to call it in tables and messages
     layout: Layout  # its tensors, in their order
     config, folder = None, None  # of the model, where there are such
+    computes = None  # what its configuration says of how it computes, where that is known
 
     def read(
         self,
@@ -330,7 +330,7 @@ def require_same_space(
 ) -> None:
     "Raise unless the two can be subtracted: same architecture, vocabulary, tensors and shapes."
     what = getattr(base, "name", "the base")
-    mine, theirs = self.config, getattr(base, "config", None)
+    mine, theirs = self.computes, getattr(base, "computes", None)
     if mine and theirs:
         _require_same_config(self.name, mine, what, theirs)
     Layout.of(base).require_same(self.layout, self.name)
@@ -360,33 +360,17 @@ def vocabulary(self: Weights) -> str | None:
     return None
 
 
-def _require_same_config(who: str, mine, what: str, theirs) -> None:
-    "Raise unless two configurations are of one architecture and size of vocabulary."
-    if mine.model_type != theirs.model_type:
-        kinds = f"{who} is a {mine.model_type} model, {what} a {theirs.model_type} model"
-        raise ValueError(kinds)
-    sizes = [getattr(c, "vocab_size", None) for c in (mine, theirs)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"{who} has a vocabulary of {sizes[0]} tokens, {what} one of {sizes[1]}"
-        )
-    if field := _computed_otherwise(mine, theirs):
-        values = " and ".join(repr(getattr(c, field, None)) for c in (mine, theirs))
+def _require_same_config(who: str, mine: dict, what: str, theirs: dict) -> None:
+    "Raise unless two configurations are of one architecture and compute alike."
+    one, other = mine["model_type"], theirs["model_type"]
+    if one != other:
+        raise ValueError(f"{who} is a {one} model, {what} a {other} model")
+    one, other = mine["vocab_size"], theirs["vocab_size"]
+    if one != other:
+        raise ValueError(f"{who} has a vocabulary of {one} tokens, {what} one of {other}")
+    for field in (f for f in mine if f in theirs and mine[f] != theirs[f]):
+        values = f"{mine[field]!r} and {theirs[field]!r}"
         raise ValueError(f"{who} and {what} compute differently: {field} is {values[:120]}")
-
-# %% ../nbs/00_space.ipynb #c0317a5e
-_COMPUTES = re.compile(
-    r"(hidden_)?act(ivation)?(_fn|_function)?|hidden_activation|feed_forward_proj|n_head|\w*heads"
-    r"|\w*norm_(eps|epsilon)|\w*rope_\w+|position_embedding_type|pos_att_type|is_decoder"
-    r"|relative_attention\w*|position_buckets"
-)
-
-
-def _computed_otherwise(mine, theirs) -> str:
-    "The first setting by which two configurations make other numbers of the same weights."
-    here, there = mine.to_dict(), theirs.to_dict()
-    shared = [k for k in here if k in there and _COMPUTES.fullmatch(k)]
-    return next((k for k in shared if here[k] != there[k]), "")
 
 # %% ../nbs/00_space.ipynb #2e1bd484
 def refuse_sum(

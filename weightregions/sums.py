@@ -123,6 +123,10 @@ class WeightedSum(Weights):
         return self.models[0].config
 
     @property
+    def computes(self) -> dict | None:
+        return self.models[0].computes
+
+    @property
     def sources(self) -> list[Weights]:
         "The models, of which a stretch is read when one of the sum is."
         return list(self.models)

@@ -129,7 +129,7 @@ def similarity(models, base, out=None, layers=None, device="cpu"):
 def sketched(models, base, out, device="cpu"):
     "The package's random projection."
     from weightregions.checkpoints import open_checkpoint
-    from weightregions.similarity import sketch
+    from weightregions.many import sketch
 
     begin = now(device)
     found = sketch(
@@ -144,12 +144,13 @@ def sketched(models, base, out, device="cpu"):
 def extended(models, base, out, device="cpu"):
     "The package's, of one model more than there were."
     from weightregions.checkpoints import open_checkpoint
+    from weightregions.many import extend
     from weightregions.similarity import gram
 
     *opened, start = map(open_checkpoint, [*models, base])
     known = gram(opened[:-1], start, progress=False, device=device)
     begin = now(device)
-    found = known.extended(opened[-1:], opened[:-1], start, progress=False, device=device)
+    found = extend(known, opened[-1:], opened[:-1], start, progress=False, device=device)
     spent = took(begin)
     torch.save(torch.from_numpy(found.cosine().to_numpy().copy()), out)
     return spent
