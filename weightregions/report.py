@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'TEMPLATE', 'KNOWN', 'STYLE', 'HEAD', 'NOTEBOOK', 'PAGE', 'AGAIN', 'CAPTIONS', 'STAGES', 'notebooks',
-           'applies', 'run_notebook', 'render', 'formula', 'with_mathml', 'run_notebooks', 'write_page', 'title_of',
-           'basin_of', 'first_figures', 'stage_of', 'grow', 'say', 'Clock']
+           'applies', 'run_notebook', 'render', 'with_links', 'with_anchors', 'without_gaps', 'formula', 'with_mathml',
+           'run_notebooks', 'write_page', 'title_of', 'basin_of', 'first_figures', 'stage_of', 'grow', 'say', 'Clock']
 
 # %% ../nbs/48_report.ipynb #6fb4200b
 import html
@@ -113,8 +113,8 @@ def run_notebook(
 
 # %% ../nbs/48_report.ipynb #c168984a
 TEMPLATE = """{%- extends 'basic/index.html.j2' -%}
-{% block input %}<details class="code"><summary>code</summary>{{ super() }}</details>
-{% endblock input %}"""
+{% block input %}{% if cell.source %}<details class="code"><summary>code</summary>{{ super() }}
+</details>{% endif %}{% endblock input %}"""
 
 
 def render(
@@ -129,19 +129,56 @@ def render(
     nb.cells = [c for c in nb.cells if not c.source.startswith("#| hide")]
     prose = [cell for cell in nb.cells if cell.cell_type == "markdown"]
     title = next(filter(None, (_heading(cell.source) for cell in prose)), notebook.stem)
-    for cell in prose:
-        cell.source = with_mathml(cell.source)
+    for cell in nb.cells:
+        cell.source = _for_readers(cell)
     exporter = HTMLExporter(raw_template=TEMPLATE)
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     body, _ = exporter.from_notebook_node(nb)
+    body = without_gaps(with_anchors(body))
     code = HtmlFormatter(style="friendly").get_style_defs(".highlight")
     return NOTEBOOK.format(title=html.escape(title), style=STYLE + code, body=body)
+
+
+def _for_readers(cell):
+    "The source of a cell as a page shows it: prose with formulas, code without directives."
+    if cell.cell_type == "markdown":
+        return with_mathml(with_links(cell.source))
+    if "#| echo: false" in cell.source:
+        return ""
+    return re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
 
 
 def _heading(source):
     "The first heading of a cell of prose."
     heading = re.search(r"^# (.+)$", source, flags=re.M)
     return heading[1].strip() if heading else ""
+
+# %% ../nbs/48_report.ipynb #8a41f36d
+def with_links(
+    source: str,  # markdown
+) -> str:  # markdown, without links that lead nowhere
+    "Links to the glossary lead to its page; of links to other notebooks the words are left."
+    source = re.sub(r"\]\([./]*glossary\.ipynb(#[^)]*)?\)", r"](glossary.html\1)", source)
+    return re.sub(r"(?<!!)\[([^\]]*)\]\([^):]*\.ipynb[^)]*\)", r"\1", source)
+
+
+def with_anchors(
+    page: str,  # HTML
+) -> str:  # HTML
+    "Headings whose anchors are called as in the book: small letters, digits and hyphens."
+
+    def named(match):
+        name = html.unescape(match[2]).lower().replace(" ", "-")
+        return match[1] + re.sub(r"[^\w-]", "", name) + '"'
+
+    return re.sub(r'(<h\d id=")([^"]*)"', named, page)
+
+
+def without_gaps(
+    page: str,  # HTML with tables of pandas
+) -> str:  # HTML
+    "Tables in which a missing value is an empty cell."
+    return re.sub(r"<td>(NaN|nan|None|NaT|&lt;NA&gt;)</td>", "<td></td>", page)
 
 # %% ../nbs/48_report.ipynb #97bd8c35
 KNOWN = (  # what the converter does not know, and the same in what it knows
@@ -196,9 +233,19 @@ def run_notebooks(
     files: list,  # study notebooks
     out: Path,  # the study's folder
 ) -> list:  # names of those that failed
-    "Execute study notebooks, two at a time."
+    "Execute study notebooks, two at a time, and render the glossary beside them."
+    _glossary(out)
     ran = Parallel(n_jobs=2, prefer="threads")(delayed(run_notebook)(f, out) for f in files)
     return [file.stem for file, well in zip(files, ran) if not well]
+
+
+def _glossary(out):
+    "Render the glossary that the pages of a study lead to."
+    page = out / "notebooks" / "glossary.html"
+    page.parent.mkdir(exist_ok=True)
+    if not page.exists():
+        book = Path(__file__).resolve().parent.parent / "nbs"
+        write_whole(page, render(book / "glossary.ipynb"))
 
 # %% ../nbs/48_report.ipynb #34163754
 STYLE = """
@@ -356,11 +403,17 @@ def _figure(out, name):
 def _links(out):
     "A link to each rendered notebook."
     pages = sorted((out / "notebooks").glob("*.html"), key=natural_key)
+    pages.sort(key=_is_glossary)
     link = '<li><a href="notebooks/{}">{}</a></li>'
     links = [link.format(f.name, title_of(f)) for f in pages]
     if (out / "explore.html").exists():
         links.insert(0, '<li><a href="explore.html">Explore the study, by pointer</a></li>')
     return "".join(links)
+
+
+def _is_glossary(page):
+    "A key that sorts the glossary behind the pages on claims."
+    return page.stem == "glossary"
 
 
 def _tables(out):
