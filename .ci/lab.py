@@ -18,6 +18,7 @@ from pages import is_machinery  # noqa: E402 (the folder is known only now)
 
 HERE = Path(__file__).resolve().parent
 os.environ["IN_TEST"] = "1"  # read by nbdev_export in the kernels, which does nothing then
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no report at each model loaded
 before = os.environ.get("JUPYTER_CONFIG_PATH", "")
 os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join(
     filter(None, [str(HERE / "jupyter"), before])
@@ -58,6 +59,21 @@ def folded(source):
     return source.startswith("#| hide") or is_machinery(source)
 
 
+def leave_nothing(model, **how):
+    "Clean a notebook as it is saved; a progress bar is a widget whose name changes at each run."
+    clean_jupyter(model=model, **how)
+    if model["type"] != "notebook":
+        return
+    for cell in model["content"]["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"] = [out for out in cell["outputs"] if not is_widget(out)]
+
+
+def is_widget(output):
+    "Whether an output lives only as long as its kernel."
+    return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+
+
 c.ServerApp.contents_manager_class = Folded  # noqa: F821 (Jupyter hands in `c`)
-c.FileContentsManager.pre_save_hook = clean_jupyter  # noqa: F821
+c.FileContentsManager.pre_save_hook = leave_nothing  # noqa: F821
 c.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"  # noqa: F821

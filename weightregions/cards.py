@@ -156,8 +156,8 @@ def in_words(
     text = re.sub(r" \([\d.]+ to [\d.]+ over random starts\)", "", measure)
     text = re.sub(r"; .*", "", text)
     text = re.sub(r"P_B\(([^>]+?) > ([^)]+?)\)", beats, text)
-    text = re.sub(r"F1 of (\w+)", r"how well models of \1 cluster (F1)", text)
-    text = text.replace("less the lowest F1 of a task", "less the same of a task")
+    text = text.replace("less the lowest F1 of a task", "less the worst of a task")
+    text = re.sub(r"F1 of (\w+)", r"how well \1 models cluster (F1)", text)
     text = text.replace("gain inside a line (nats)", "loss saved inside a line")
     return text.replace(" (points)", "").removeprefix("ours: ")
 

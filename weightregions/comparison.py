@@ -25,7 +25,7 @@ import pandas as pd
 from filelock import FileLock
 from scipy.optimize import brentq
 from scipy.stats import norm
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .files import append_line, read_bytes, write_whole
 from .space import patch

@@ -23,7 +23,7 @@ import pandas as pd
 import scipy
 import torch
 from filelock import FileLock
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,

@@ -27,7 +27,7 @@ import torch
 import transformers
 from filelock import FileLock
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .anatomy import body_parameters
 from .checkpoints import Checkpoint, as_weights, open_checkpoint
