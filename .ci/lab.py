@@ -56,17 +56,21 @@ class Folded(AsyncLargeFileManager):
 
 def folded(source):
     "Whether a cell is folded: hidden ones, and those that hold only imports, helpers or tests."
-    return source.startswith("#| hide") or is_machinery(source)
+    aside = ("#| hide", "#| code-fold: true", "#| echo: false")
+    return source.startswith(aside) or is_machinery(source)
 
 
 def leave_nothing(model, **how):
-    "Clean a notebook as it is saved; a progress bar is a widget whose name changes at each run."
+    "Clean a notebook as it is saved, and take out what only this kernel can show."
     clean_jupyter(model=model, **how)
     if model["type"] != "notebook":
         return
     for cell in model["content"]["cells"]:
         if cell["cell_type"] == "code":
             cell["outputs"] = [out for out in cell["outputs"] if not is_widget(out)]
+            for out in cell["outputs"]:
+                if "<iframe" in "".join(out.get("data", {}).get("text/html", "")):
+                    del out["data"]["text/html"]  # a page with a library of four megabytes
 
 
 def is_widget(output):

@@ -234,7 +234,7 @@ PLURAL = {  # what one test and what several tests do
     IN_PART: ("holds in part", "hold in part"),
     NOT_HERE: ("does not hold", "do not hold"),
     NOT_MEASURABLE: ("is not measurable", "are not measurable"),
-    TOO_FEW: ("has too few units", "have too few units"),
+    TOO_FEW: ("has too few units to tell", "have too few units to tell"),
 }
 
 # %% ../nbs/47_cards.ipynb #e5e4e253
@@ -343,7 +343,8 @@ def summary(
     parts = [f"{n} {PLURAL[v][n > 1]}" for v, n in counts.items() if n]
     if not parts:
         return []
-    first = f"Of the paper's {len(cards)} claims {', '.join(parts)}."
+    counted = " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+    first = f"Of the paper's {len(cards)} claims, {counted}."
     failed = [card for card in cards if card.verdict == NOT_HERE]
     return [first, *(f"Not here: {c.claim.short} ({c.claim.id}). {c.reason}" for c in failed)]
 
@@ -459,8 +460,8 @@ def cards_html(
     cards: list[Card],  # see `cards_of`
     link: str = "{}.html",  # address of a page, with {} for its name
 ) -> str:
-    "All cards in a grid, with what came of them and a line that says how to read them."
-    said = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in summary(cards))
+    "All cards in a grid, with those that fail and a line that says how to read them."
+    said = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in summary(cards)[1:])
     legend = (
         "<p>Filled dot: ours, with its 95 % interval. Open diamond: the paper's figure. "
         "Intervals and verdicts count what is independent: datasets, lines or targets.</p>"
@@ -473,8 +474,8 @@ def cards_markdown(
     cards: list[Card],  # see `cards_of`
     link: str,  # address of a page, with {} for its name
 ) -> str:  # a table in markdown
-    "What came of the claims, and one row per claim: claim, paper, ours, verdict."
-    lines = [line for sentence in summary(cards) for line in (sentence, "")]
+    "Which claims fail, and one row per claim: claim, paper, ours, verdict."
+    lines = [line for sentence in summary(cards)[1:] for line in (sentence, "")]
     lines += ["| | claim | paper | ours | verdict |", "|---|---|---|---|---|"]
     for card in cards:
         name = f"[{card.claim.short}]({link.format(card.claim.page)})"
@@ -565,17 +566,16 @@ def facts_html(
 ) -> str:
     "Headed sentences in a box."
 
-    def sentences(what):
-        if isinstance(what, str):
-            return html.escape(what)
-        return "<br>".join(map(html.escape, what))
-
-    rows = "".join(
-        f"<dt><b>{html.escape(head)}</b></dt>"
-        f"<dd style='margin:0 0 .5em 0'>{sentences(what)}</dd>"
-        for head, what in facts.items()
-        if what
-    )
+    rows = ""
+    for head, what in facts.items():
+        sentences = [what] if isinstance(what, str) else what
+        said = "".join(
+            f"<dd style='margin:0 0 .3em 0'>{html.escape(sentence)}</dd>"
+            for sentence in filter(None, sentences)
+        )
+        rows += f"<dt style='margin-top:.4em'><b>{html.escape(head)}</b></dt>{said}" * bool(
+            said
+        )
     return (
         '<dl class="facts" style="border-left:4px solid #0b6e99;padding:.3em 1em;'
         f'max-width:52em;margin:1em 0">{rows}</dl>'
@@ -592,11 +592,12 @@ class Box:
         tried: str,  # how this page tests its claims
         cannot: str,  # what it cannot tell
         differs: str = "",  # why the recorded run differs from the paper; shown only with it
+        models: str = "",  # what else than the models of the study is shown
     ):
         self.study, self.page, about = study, page, study.about
         sets = f"{len(about['datasets'])} datasets x {about['seeds']} seeds"
-        run = f"{sets} of {about['data']}, fine-tuned from {about['base']['name']}."
-        recorded = differs if study.recorded else ""
+        run = models or f"{sets} of {about['data']}, fine-tuned from {about['base']['name']}."
+        recorded = differs if study.recorded or models else ""
         other = "" if study.recorded else "A run of your own: its base, data and recipe differ."
         self.facts = {
             "What was tried": [tried, run],
@@ -621,7 +622,7 @@ def _fill(
 
     cards = [c for c in cards_of(self.study.claims()) if c.claim.page == self.page]
     found = [
-        f"{c.claim.id}, {c.claim.short}: {c.verdict}. {c.reason}"
+        f"{SIGNS[c.verdict][1]} {c.claim.id}, {c.claim.short}: {c.verdict}. {c.reason}"
         for c in cards
         if c.row is not None
     ]

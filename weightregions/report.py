@@ -21,9 +21,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from joblib import Parallel, delayed
 
-from .cards import cards_html, cards_of, folded
+from .cards import cards_html, cards_of, folded, summary
 from .clustering import embed_map
-from .explore import study_page
+from .explore import ICON, study_page
 from .files import write_whole
 from weightregions.plots import (
     alt_text,
@@ -128,7 +128,8 @@ def render(
     nb = nbformat.read(notebook, as_version=4)
     nb.cells = [c for c in nb.cells if not c.source.startswith("#| hide")]
     prose = [cell for cell in nb.cells if cell.cell_type == "markdown"]
-    title = next(filter(None, (_heading(cell.source) for cell in prose)), notebook.stem)
+    title = _first(r"^# (.+)$", prose) or notebook.stem
+    subtitle = re.sub(r"[*`$]", "", _first(r"^> (.+)$", prose) or title)
     for cell in nb.cells:
         cell.source = _for_readers(cell)
     exporter = HTMLExporter(raw_template=TEMPLATE)
@@ -136,7 +137,8 @@ def render(
     body, _ = exporter.from_notebook_node(nb)
     body = without_gaps(with_anchors(body))
     code = HtmlFormatter(style="friendly").get_style_defs(".highlight")
-    return NOTEBOOK.format(title=html.escape(title), style=STYLE + code, body=body)
+    head = dict(title=html.escape(title), says=html.escape(subtitle), icon=ICON)
+    return NOTEBOOK.format(**head, style=STYLE + code, body=body)
 
 
 def _for_readers(cell):
@@ -148,10 +150,10 @@ def _for_readers(cell):
     return re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
 
 
-def _heading(source):
-    "The first heading of a cell of prose."
-    heading = re.search(r"^# (.+)$", source, flags=re.M)
-    return heading[1].strip() if heading else ""
+def _first(pattern, prose):
+    "The first line of prose of this pattern, or nothing."
+    lines = (re.search(pattern, cell.source, flags=re.M) for cell in prose)
+    return next((line[1].strip() for line in lines if line), "")
 
 # %% ../nbs/48_report.ipynb #8a41f36d
 def with_links(
@@ -258,6 +260,8 @@ body { margin: 0 auto; max-width: 66rem; padding: 0 1rem 3rem; background: var(-
 a { color: var(--link) } h1 { line-height: 1.2 } h2 { margin-top: 2.2rem }
 p, li, dl { max-width: 48rem } figcaption, .muted { color: var(--muted) }
 figure:not(:has([src*=hero])) { max-width: 46rem }
+.hero { overflow-x: auto } @media (max-width: 600px) { .hero img { width: 46rem;
+  max-width: none !important } }
 figure { margin: 1.5rem 0 } figure img, .output_png img { max-width: 100%; height: auto;
   background: #fff; border-radius: 6px; padding: .4rem; box-sizing: border-box }
 .output_subarea, .wide, .highlight { overflow-x: auto; max-width: 100% }
@@ -275,8 +279,8 @@ summary { cursor: pointer } math[display=block] { overflow-x: auto; max-width: 1
 # %% ../nbs/48_report.ipynb #03d29485
 HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<meta name="description" content="Claims on fine-tuned language models, measured">
+<link rel="icon" href="{icon}">
+<meta name="description" content="{says}">
 <title>{title}</title><style>{style}</style>"""
 NOTEBOOK = (
     HEAD
@@ -312,14 +316,17 @@ def write_page(
     write_whole(out / "claims.csv", claims.to_csv(index=False, float_format="%.4g"))
     _explore(study)
     missing = {"missing": "still to come"} if coming else {}
+    cards = cards_of(claims, **missing)
     page = PAGE.format(
         title="Regions in weight space: the study",
+        says="Claims on fine-tuned language models, measured",
+        icon=ICON,
         style=STYLE,
         again=AGAIN if coming else "",
-        about=_about(study.about),
+        about=" ".join([_about(study.about), *summary(cards)[:1]]),
         coming=_coming(coming),
         first=first_figures(study),
-        claims=cards_html(cards_of(claims, **missing), "notebooks/{}.html") + folded(claims),
+        claims=cards_html(cards, "notebooks/{}.html") + folded(claims),
         figures=_figures(out),
         notebooks=_links(out),
         rows=_tables(out),
@@ -389,10 +396,10 @@ def _figure_html(out, name, caption):
     "A figure with its caption; the words beside its file are its alternative text."
     words = _figure(out, name).with_suffix(".txt")
     alt = words.read_text(encoding="utf-8") if words.exists() else caption
-    return (
-        f'<figure><img src="figures/{name}.png" alt="{html.escape(alt)}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
+    image = f'<img src="figures/{name}.png" alt="{html.escape(alt)}">'
+    if name == "hero":  # as wide as two figures, and on a phone moved sideways
+        image = f'<div class="hero" tabindex="0">{image}</div>'
+    return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
 def _figure(out, name):
