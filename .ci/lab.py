@@ -14,7 +14,7 @@ from jupyter_server.services.contents.largefilemanager import AsyncLargeFileMana
 from nbdev.clean import clean_jupyter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from pages import is_machinery  # noqa: E402 (the folder is known only now)
+from pages import is_machinery, is_widget  # noqa: E402 (the folder is known only now)
 
 HERE = Path(__file__).resolve().parent
 os.environ["IN_TEST"] = "1"  # read by nbdev_export in the kernels, which does nothing then
@@ -71,11 +71,6 @@ def leave_nothing(model, **how):
             for out in cell["outputs"]:
                 if "<iframe" in "".join(out.get("data", {}).get("text/html", "")):
                     del out["data"]["text/html"]  # a page with a library of four megabytes
-
-
-def is_widget(output):
-    "Whether an output lives only as long as its kernel."
-    return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
 
 
 c.ServerApp.contents_manager_class = Folded  # noqa: F821 (Jupyter hands in `c`)

@@ -476,12 +476,12 @@ def cards_markdown(
 ) -> str:  # a table in markdown
     "Which claims fail, and one row per claim: claim, paper, ours, verdict."
     lines = [line for sentence in summary(cards)[1:] for line in (sentence, "")]
-    lines += ["| | claim | paper | ours | verdict |", "|---|---|---|---|---|"]
+    lines += ["|| claim | paper | ours | verdict |", "|-|-|-|-|-|"]
     for card in cards:
         name = f"[{card.claim.short}]({link.format(card.claim.page)})"
         sign = SIGNS[card.verdict][1]
-        figures = f"{card.paper} | {card.ours}"
-        lines.append(f"| {card.claim.id} | {name} | {figures} | {sign} {card.verdict} |")
+        cells = (card.claim.id, name, card.paper, card.ours, f"{sign} {card.verdict}")
+        lines.append(f"|{'|'.join(cells)}|")
     return "\n".join(lines)
 
 # %% ../nbs/47_cards.ipynb #4a3b3a76
