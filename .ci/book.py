@@ -19,6 +19,7 @@ from pages import CFG, NBS, ROOT, directives, from_root, links, visible
 from sphinx.cmd.build import main as sphinx
 
 from weightregions.explore import study_page
+from weightregions.report import without_gaps
 from weightregions.results import Study
 
 HERE = Path(__file__).resolve().parent / "book"
@@ -109,17 +110,24 @@ def link(page, name, home):
     return f'<a class="symbol" href="{address}.html#{name}"><code>{name}</code></a>'
 
 
-def with_words(out, path):
-    "An output whose figure has its alternative text, and whose links lead to pages."
+WIDE = 800  # pixels; a wider figure is moved sideways on a phone
+
+
+def with_words(out, path, prose):
+    """An output whose figure has its alternative text, and whose links lead to pages; gaps in a
+    table are left empty, unless the prose above speaks of NaN."""
     data, about = out.get("data", {}), out.get("metadata", {}).get("image/png", {})
     if "image/png" in data:
         alt = html.escape(about.get("alt") or f"figure of {path.stem}")
         width = f' width="{about["width"]}"' if "width" in about else ""
         source = f"data:image/png;base64,{data['image/png'].strip()}"
-        out["data"] = {"text/html": f'<img src="{source}" alt="{alt}"{width}>'}
+        image = f'<img src="{source}" alt="{alt}"{width}>'
+        if about.get("width", 0) > WIDE:
+            image = f'<div class="wide-figure" tabindex="0">{image}</div>'
+        out["data"] = {"text/html": image}
     elif "text/html" in data:
         page = re.sub(r'href="([^":]+)\.ipynb', r'href="\1.html', data["text/html"])
-        out["data"] = {"text/html": page}
+        out["data"] = {"text/html": page if "NaN" in prose else without_gaps(page)}
     return out
 
 
@@ -161,7 +169,7 @@ def dress(nb, page, path, homes):
             for i, p in enumerate(parts)
         )
 
-    cells = []
+    cells, above = [], ""
     for cell in nb.cells:
         shown = [
             out["data"]["text/markdown"]
@@ -170,8 +178,9 @@ def dress(nb, page, path, homes):
         ]
         grid = any("text/html" in out.get("data", {}) for out in cell.get("outputs", []))
         if cell.cell_type == "code":
-            cell.outputs = [with_words(out, path) for out in cell.outputs]
+            cell.outputs = [with_words(out, path, above) for out in cell.outputs]
         if cell.cell_type == "markdown":
+            above = cell.source
             cell.source = prose(cell.source)
         elif (
             shown and not cell.source and not grid

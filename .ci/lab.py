@@ -14,10 +14,11 @@ from jupyter_server.services.contents.largefilemanager import AsyncLargeFileMana
 from nbdev.clean import clean_jupyter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from pages import is_machinery  # noqa: E402 (the folder is known only now)
+from pages import is_machinery, is_widget  # noqa: E402 (the folder is known only now)
 
 HERE = Path(__file__).resolve().parent
 os.environ["IN_TEST"] = "1"  # read by nbdev_export in the kernels, which does nothing then
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no report at each model loaded
 before = os.environ.get("JUPYTER_CONFIG_PATH", "")
 os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join(
     filter(None, [str(HERE / "jupyter"), before])
@@ -55,9 +56,23 @@ class Folded(AsyncLargeFileManager):
 
 def folded(source):
     "Whether a cell is folded: hidden ones, and those that hold only imports, helpers or tests."
-    return source.startswith("#| hide") or is_machinery(source)
+    aside = ("#| hide", "#| code-fold: true", "#| echo: false")
+    return source.startswith(aside) or is_machinery(source)
+
+
+def leave_nothing(model, **how):
+    "Clean a notebook as it is saved, and take out what only this kernel can show."
+    clean_jupyter(model=model, **how)
+    if model["type"] != "notebook":
+        return
+    for cell in model["content"]["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"] = [out for out in cell["outputs"] if not is_widget(out)]
+            for out in cell["outputs"]:
+                if "<iframe" in "".join(out.get("data", {}).get("text/html", "")):
+                    del out["data"]["text/html"]  # a page with a library of four megabytes
 
 
 c.ServerApp.contents_manager_class = Folded  # noqa: F821 (Jupyter hands in `c`)
-c.FileContentsManager.pre_save_hook = clean_jupyter  # noqa: F821
+c.FileContentsManager.pre_save_hook = leave_nothing  # noqa: F821
 c.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"  # noqa: F821

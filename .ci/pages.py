@@ -50,6 +50,11 @@ def _aside(node):
     return name.startswith("test_") or name in ("use_theme", "small_figures")
 
 
+def is_widget(output):
+    "Whether an output, such as a progress bar, lives only as long as its kernel."
+    return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+
+
 def visible(path, without=(), note=lambda cell: {}):
     """The notebook at `path` less its hidden cells, those with a directive in `without`, and
     all `#|` lines; `note(cell)` is kept as `defines`."""

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.special import log_softmax
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .centering import Centroid, centroid_of, leave_out
 from .checkpoints import open_checkpoint

@@ -18,7 +18,7 @@ import scipy
 import torch
 import transformers
 from filelock import FileLock
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .bases import base_identity
 from weightregions.files import (

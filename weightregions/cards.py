@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SAME', 'TASK', 'SIZE', 'STARTS', 'LINES', 'HULL', 'CENTRE', 'CLAIMS', 'GROUPS', 'TELLING', 'NOTHING', 'PLURAL',
            'SIGNS', 'CARD_STYLE', 'COLUMNS', 'Claim', 'in_words', 'unit_of', 'as_figure', 'as_interval', 'verdict_of',
-           'headline', 'reason', 'others_say', 'Card', 'cards_of', 'span_of', 'dot', 'card_html', 'cards_html',
-           'cards_markdown', 'Cards', 'claims_table', 'folded', 'facts_html', 'Box']
+           'headline', 'reason', 'others_say', 'Card', 'cards_of', 'summary', 'span_of', 'dot', 'card_html',
+           'cards_html', 'cards_markdown', 'Cards', 'claims_table', 'folded', 'facts_html', 'Box']
 
 # %% ../nbs/47_cards.ipynb #9c17dba2
 import html
@@ -53,7 +53,7 @@ CLAIMS = [
     Claim(
         "C2",
         SAME,
-        "distance does not show it",
+        "distance hides the dataset",
         "The distance between two models does not tell their datasets; the direction does.",
     ),
     Claim(
@@ -66,7 +66,7 @@ CLAIMS = [
     Claim(
         "C4",
         TASK,
-        "models of one domain do not",
+        "models of one domain stay apart",
         "A common domain is not enough: datasets of tweets that ask for different things "
         "form no cluster.",
     ),
@@ -96,20 +96,20 @@ CLAIMS += [
     Claim(
         "C8",
         HULL,
-        "mixtures within one dataset",
+        "averages within one dataset win",
         "Weighted averages of models of one dataset are better on it than models of other "
         "datasets, and mostly better than the models that were averaged.",
     ),
     Claim(
         "C9",
         HULL,
-        "mixtures within one task",
+        "averages within one task win",
         "The same holds for averages of models of one task, on the datasets of that task.",
     ),
     Claim(
         "C10",
         HULL,
-        "mixtures of any language models",
+        "averages of any models win",
         "And for averages of models of any task, held against random changes of the "
         "pretrained model.",
     ),
@@ -156,6 +156,8 @@ def in_words(
     text = re.sub(r" \([\d.]+ to [\d.]+ over random starts\)", "", measure)
     text = re.sub(r"; .*", "", text)
     text = re.sub(r"P_B\(([^>]+?) > ([^)]+?)\)", beats, text)
+    text = text.replace("less the lowest F1 of a task", "less the worst of a task")
+    text = re.sub(r"F1 of (\w+)", r"how well \1 models cluster (F1)", text)
     text = text.replace("gain inside a line (nats)", "loss saved inside a line")
     return text.replace(" (points)", "").removeprefix("ours: ")
 
@@ -232,7 +234,7 @@ PLURAL = {  # what one test and what several tests do
     IN_PART: ("holds in part", "hold in part"),
     NOT_HERE: ("does not hold", "do not hold"),
     NOT_MEASURABLE: ("is not measurable", "are not measurable"),
-    TOO_FEW: ("has too few units", "have too few units"),
+    TOO_FEW: ("has too few units to tell", "have too few units to tell"),
 }
 
 # %% ../nbs/47_cards.ipynb #e5e4e253
@@ -250,8 +252,8 @@ def reason(
         less = f"{ours} where the paper has {paper}" if paper else f"not {row.criterion}"
         return f"more than chance ({chance}), but {less}"
     if row.verdict == NOT_HERE:
-        against = "the difference points the other way" if row.p == 1 else "may be chance"
-        return f"{ours}: {against} ({chance})"
+        against = "the opposite of the claim" if row.p == 1 else "which may be chance"
+        return f"{ours}, {against} ({chance})"
     if row.verdict == TOO_FEW:
         return f"{row.n:.0f} {row.unit}: so few cannot tell it from chance"
     if row.verdict == NOT_MEASURABLE:
@@ -267,7 +269,7 @@ def others_say(
         return ""
     counts = {v: verdicts.count(v) for v in PLURAL if v in verdicts}
     if len(counts) == 1:
-        return f"All {len(verdicts)} tests agree."
+        return f"All {len(verdicts)} tests {PLURAL[verdicts[0]][1]}."
     parts = ", ".join(f"{n} {PLURAL[v][n > 1]}" for v, n in counts.items())
     return f"Of {len(verdicts)} tests {parts}."
 
@@ -311,11 +313,40 @@ def _card(claim, rows, missing):
     if rows.empty:
         return Card(claim, NOTHING, missing)
     row, verdicts = headline(rows), rows.verdict.dropna().tolist()
-    words = f"{in_words(row.measure)}: {reason(row)}. {others_say(verdicts)}".strip()
-    failed = rows[rows.verdict == NOT_HERE]
-    if row.verdict != NOT_HERE and len(failed):
-        words += f" Not so: {in_words(failed.iloc[0].measure)}, {reason(failed.iloc[0])}."
-    return Card(claim, verdict_of(verdicts), words[0].upper() + words[1:], row)
+    shown, others = f"{in_words(row.measure)}: {reason(row)}.", others_say(verdicts)
+    mixed = len(set(verdicts)) > 1
+    words = f"{others} The one shown: {shown}" if mixed else f"{_upper(shown)} {others}"
+    return Card(claim, verdict_of(verdicts), words.strip() + _exception(rows, row), row)
+
+
+def _exception(rows, row):
+    "A test that came out otherwise than the shown one."
+    if row.verdict == NOT_HERE:
+        label, others = "But so", rows[rows.verdict.isin([HOLDS, IN_PART])]
+    else:
+        label, others = "Not so", rows[rows.verdict == NOT_HERE]
+    if others.empty:
+        return ""
+    return f" {label}: {in_words(others.iloc[0].measure)}, {reason(others.iloc[0])}."
+
+
+def _upper(text):
+    "A sentence with its first letter in upper case."
+    return text[0].upper() + text[1:]
+
+# %% ../nbs/47_cards.ipynb #7e92d4ab
+def summary(
+    cards: list[Card],  # see `cards_of`
+) -> list[str]:  # the counts, then one sentence or two for each claim that fails
+    "How many claims came out how, and which fail, with the reason."
+    counts = {v: [c.verdict for c in cards].count(v) for v in PLURAL}
+    parts = [f"{n} {PLURAL[v][n > 1]}" for v, n in counts.items() if n]
+    if not parts:
+        return []
+    counted = " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+    first = f"Of the paper's {len(cards)} claims, {counted}."
+    failed = [card for card in cards if card.verdict == NOT_HERE]
+    return [first, *(f"Not here: {c.claim.short} ({c.claim.id}). {c.reason}" for c in failed)]
 
 # %% ../nbs/47_cards.ipynb #5c66cefb
 SIGNS = {
@@ -429,26 +460,28 @@ def cards_html(
     cards: list[Card],  # see `cards_of`
     link: str = "{}.html",  # address of a page, with {} for its name
 ) -> str:
-    "All cards in a grid, with a line that says how to read them."
+    "All cards in a grid, with those that fail and a line that says how to read them."
+    said = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in summary(cards)[1:])
     legend = (
         "<p>Filled dot: ours, with its 95 % interval. Open diamond: the paper's figure. "
         "Intervals and verdicts count what is independent: datasets, lines or targets.</p>"
     )
     grid = "".join(card_html(card, link) for card in cards)
-    return f'{CARD_STYLE}{legend}<div class="cards">{grid}</div>'
+    return f'{CARD_STYLE}{said}{legend}<div class="cards">{grid}</div>'
 
 # %% ../nbs/47_cards.ipynb #c0daf8f6
 def cards_markdown(
     cards: list[Card],  # see `cards_of`
     link: str,  # address of a page, with {} for its name
 ) -> str:  # a table in markdown
-    "One row per claim: verdict, claim, paper, ours."
-    lines = ["| | claim | paper | ours | verdict |", "|---|---|---|---|---|"]
+    "Which claims fail, and one row per claim: claim, paper, ours, verdict."
+    lines = [line for sentence in summary(cards)[1:] for line in (sentence, "")]
+    lines += ["|| claim | paper | ours | verdict |", "|-|-|-|-|-|"]
     for card in cards:
         name = f"[{card.claim.short}]({link.format(card.claim.page)})"
         sign = SIGNS[card.verdict][1]
-        figures = f"{card.paper} | {card.ours}"
-        lines.append(f"| {card.claim.id} | {name} | {figures} | {sign} {card.verdict} |")
+        cells = (card.claim.id, name, card.paper, card.ours, f"{sign} {card.verdict}")
+        lines.append(f"|{'|'.join(cells)}|")
     return "\n".join(lines)
 
 # %% ../nbs/47_cards.ipynb #4a3b3a76
@@ -533,17 +566,16 @@ def facts_html(
 ) -> str:
     "Headed sentences in a box."
 
-    def sentences(what):
-        if isinstance(what, str):
-            return html.escape(what)
-        return "<br>".join(map(html.escape, what))
-
-    rows = "".join(
-        f"<dt><b>{html.escape(head)}</b></dt>"
-        f"<dd style='margin:0 0 .5em 0'>{sentences(what)}</dd>"
-        for head, what in facts.items()
-        if what
-    )
+    rows = ""
+    for head, what in facts.items():
+        sentences = [what] if isinstance(what, str) else what
+        said = "".join(
+            f"<dd style='margin:0 0 .3em 0'>{html.escape(sentence)}</dd>"
+            for sentence in filter(None, sentences)
+        )
+        rows += f"<dt style='margin-top:.4em'><b>{html.escape(head)}</b></dt>{said}" * bool(
+            said
+        )
     return (
         '<dl class="facts" style="border-left:4px solid #0b6e99;padding:.3em 1em;'
         f'max-width:52em;margin:1em 0">{rows}</dl>'
@@ -560,11 +592,12 @@ class Box:
         tried: str,  # how this page tests its claims
         cannot: str,  # what it cannot tell
         differs: str = "",  # why the recorded run differs from the paper; shown only with it
+        models: str = "",  # what else than the models of the study is shown
     ):
         self.study, self.page, about = study, page, study.about
         sets = f"{len(about['datasets'])} datasets x {about['seeds']} seeds"
-        run = f"{sets} of {about['data']}, fine-tuned from {about['base']['name']}."
-        recorded = differs if study.recorded else ""
+        run = models or f"{sets} of {about['data']}, fine-tuned from {about['base']['name']}."
+        recorded = differs if study.recorded or models else ""
         other = "" if study.recorded else "A run of your own: its base, data and recipe differ."
         self.facts = {
             "What was tried": [tried, run],
@@ -589,7 +622,7 @@ def _fill(
 
     cards = [c for c in cards_of(self.study.claims()) if c.claim.page == self.page]
     found = [
-        f"{c.claim.id}, {c.claim.short}: {c.verdict}. {c.reason}"
+        f"{SIGNS[c.verdict][1]} {c.claim.id}, {c.claim.short}: {c.verdict}. {c.reason}"
         for c in cards
         if c.row is not None
     ]

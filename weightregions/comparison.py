@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
 from scipy.stats import norm
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .files import append_line, read_bytes, write_whole
 from .jobs import alone

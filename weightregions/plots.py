@@ -214,10 +214,10 @@ def f1_bars(
 # %% ../nbs/40_plots.ipynb #87278c48
 def scores_table(
     scores: Mapping[str, Scores],  # name of each clustering -> its scores
-) -> pd.DataFrame:  # accuracy, low, high, ARI and NMI in percent; p; counts
+) -> pd.DataFrame:  # accuracies, ARI and NMI in percent; p; counts
     "One row per clustering."
     table = pd.DataFrame({name: s.row() for name, s in scores.items()}).T
-    percent = ["accuracy", "low", "high", "ari", "nmi"]
+    percent = ["accuracy", "low", "high", "mean", "worst", "best", "ari", "nmi"]
     table[percent] = (100 * table[percent].astype(float)).round(1)
     return table.astype({"n": int, "k": int, "perfect": int, "p": float}).round({"p": 4})
 
@@ -523,13 +523,13 @@ def hero_words(
     mean = rows.assign(alpha=rows.alpha.round(9)).groupby("alpha").loss.mean()
     inside, far = mean[(mean.index > 0) & (mean.index < 1)], mean.iloc[[0, -1]].max()
     ends = mean.loc[[a for a in (0.0, 1.0) if a in mean.index]].mean()
-    start = "" if pretrained is None else f", {pretrained:.2f} at the pretrained model"
+    start = "" if pretrained is None else f", {pretrained:.3f} at the pretrained model"
     return (
-        f"Left: the cosines of {len(matrix)} models, ordered by the {groups.nunique()} "
-        f"datasets they were fine-tuned on, one square on the diagonal for each; "
+        f"Left: cosines of {len(matrix)} models, ordered by the {groups.nunique()} datasets "
+        f"they were fine-tuned on: one square on the diagonal for each; "
         f"{within_words(matrix, groups, 'cosine', 'dataset')}. Right: straight lines through "
         f"two models; the mean loss is {inside.min():.3f} at its lowest between them, "
-        f"{ends:.3f} at the models themselves{start} and {far:.2f} far outside."
+        f"{ends:.3f} at the models{start} and {far:.3f} far outside."
     )
 
 # %% ../nbs/40_plots.ipynb #dd2542bb

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'TEMPLATE', 'KNOWN', 'STYLE', 'HEAD', 'NOTEBOOK', 'PAGE', 'AGAIN', 'CAPTIONS', 'STAGES', 'notebooks',
-           'applies', 'run_notebook', 'render', 'formula', 'with_mathml', 'run_notebooks', 'write_page', 'title_of',
-           'basin_of', 'first_figures', 'stage_of', 'grow', 'say', 'Clock']
+           'applies', 'run_notebook', 'render', 'with_links', 'with_anchors', 'without_gaps', 'formula', 'with_mathml',
+           'run_notebooks', 'write_page', 'title_of', 'basin_of', 'first_figures', 'stage_of', 'grow', 'say', 'Clock']
 
 # %% ../nbs/48_report.ipynb #6fb4200b
 import html
@@ -21,9 +21,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from joblib import Parallel, delayed
 
-from .cards import cards_html, cards_of, folded
+from .cards import cards_html, cards_of, folded, summary
 from .clustering import embed_map
-from .explore import study_page
+from .explore import ICON, study_page
 from .files import write_whole
 from weightregions.plots import (
     alt_text,
@@ -113,8 +113,8 @@ def run_notebook(
 
 # %% ../nbs/48_report.ipynb #c168984a
 TEMPLATE = """{%- extends 'basic/index.html.j2' -%}
-{% block input %}<details class="code"><summary>code</summary>{{ super() }}</details>
-{% endblock input %}"""
+{% block input %}{% if cell.source %}<details class="code"><summary>code</summary>{{ super() }}
+</details>{% endif %}{% endblock input %}"""
 
 
 def render(
@@ -128,20 +128,59 @@ def render(
     nb = nbformat.read(notebook, as_version=4)
     nb.cells = [c for c in nb.cells if not c.source.startswith("#| hide")]
     prose = [cell for cell in nb.cells if cell.cell_type == "markdown"]
-    title = next(filter(None, (_heading(cell.source) for cell in prose)), notebook.stem)
-    for cell in prose:
-        cell.source = with_mathml(cell.source)
+    title = _first(r"^# (.+)$", prose) or notebook.stem
+    subtitle = re.sub(r"[*`$]", "", _first(r"^> (.+)$", prose) or title)
+    for cell in nb.cells:
+        cell.source = _for_readers(cell)
     exporter = HTMLExporter(raw_template=TEMPLATE)
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     body, _ = exporter.from_notebook_node(nb)
+    body = without_gaps(with_anchors(body))
     code = HtmlFormatter(style="friendly").get_style_defs(".highlight")
-    return NOTEBOOK.format(title=html.escape(title), style=STYLE + code, body=body)
+    head = dict(title=html.escape(title), says=html.escape(subtitle), icon=ICON)
+    return NOTEBOOK.format(**head, style=STYLE + code, body=body)
 
 
-def _heading(source):
-    "The first heading of a cell of prose."
-    heading = re.search(r"^# (.+)$", source, flags=re.M)
-    return heading[1].strip() if heading else ""
+def _for_readers(cell):
+    "The source of a cell as a page shows it: prose with formulas, code without directives."
+    if cell.cell_type == "markdown":
+        return with_mathml(with_links(cell.source))
+    if "#| echo: false" in cell.source:
+        return ""
+    return re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
+
+
+def _first(pattern, prose):
+    "The first line of prose of this pattern, or nothing."
+    lines = (re.search(pattern, cell.source, flags=re.M) for cell in prose)
+    return next((line[1].strip() for line in lines if line), "")
+
+# %% ../nbs/48_report.ipynb #8a41f36d
+def with_links(
+    source: str,  # markdown
+) -> str:  # markdown, without links that lead nowhere
+    "Links to the glossary lead to its page; of links to other notebooks the words are left."
+    source = re.sub(r"\]\([./]*glossary\.ipynb(#[^)]*)?\)", r"](glossary.html\1)", source)
+    return re.sub(r"(?<!!)\[([^\]]*)\]\([^):]*\.ipynb[^)]*\)", r"\1", source)
+
+
+def with_anchors(
+    page: str,  # HTML
+) -> str:  # HTML
+    "Headings whose anchors are called as in the book: small letters, digits and hyphens."
+
+    def named(match):
+        name = html.unescape(match[2]).lower().replace(" ", "-")
+        return match[1] + re.sub(r"[^\w-]", "", name) + '"'
+
+    return re.sub(r'(<h\d id=")([^"]*)"', named, page)
+
+
+def without_gaps(
+    page: str,  # HTML with tables of pandas
+) -> str:  # HTML
+    "Tables in which a missing value is an empty cell."
+    return re.sub(r"<td>(NaN|nan|None|NaT|&lt;NA&gt;)</td>", "<td></td>", page)
 
 # %% ../nbs/48_report.ipynb #97bd8c35
 KNOWN = (  # what the converter does not know, and the same in what it knows
@@ -196,9 +235,19 @@ def run_notebooks(
     files: list,  # study notebooks
     out: Path,  # the study's folder
 ) -> list:  # names of those that failed
-    "Execute study notebooks, two at a time."
+    "Execute study notebooks, two at a time, and render the glossary beside them."
+    _glossary(out)
     ran = Parallel(n_jobs=2, prefer="threads")(delayed(run_notebook)(f, out) for f in files)
     return [file.stem for file, well in zip(files, ran) if not well]
+
+
+def _glossary(out):
+    "Render the glossary that the pages of a study lead to."
+    page = out / "notebooks" / "glossary.html"
+    page.parent.mkdir(exist_ok=True)
+    if not page.exists():
+        book = Path(__file__).resolve().parent.parent / "nbs"
+        write_whole(page, render(book / "glossary.ipynb"))
 
 # %% ../nbs/48_report.ipynb #34163754
 STYLE = """
@@ -211,6 +260,8 @@ body { margin: 0 auto; max-width: 66rem; padding: 0 1rem 3rem; background: var(-
 a { color: var(--link) } h1 { line-height: 1.2 } h2 { margin-top: 2.2rem }
 p, li, dl { max-width: 48rem } figcaption, .muted { color: var(--muted) }
 figure:not(:has([src*=hero])) { max-width: 46rem }
+.hero { overflow-x: auto } @media (max-width: 600px) { .hero img { width: 46rem;
+  max-width: none !important } }
 figure { margin: 1.5rem 0 } figure img, .output_png img { max-width: 100%; height: auto;
   background: #fff; border-radius: 6px; padding: .4rem; box-sizing: border-box }
 .output_subarea, .wide, .highlight { overflow-x: auto; max-width: 100% }
@@ -228,8 +279,8 @@ summary { cursor: pointer } math[display=block] { overflow-x: auto; max-width: 1
 # %% ../nbs/48_report.ipynb #03d29485
 HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<meta name="description" content="Claims on fine-tuned language models, measured">
+<link rel="icon" href="{icon}">
+<meta name="description" content="{says}">
 <title>{title}</title><style>{style}</style>"""
 NOTEBOOK = (
     HEAD
@@ -267,14 +318,17 @@ def write_page(
     if early is None:
         _explore(study)
     missing = {"missing": "still to come"} if coming else {}
+    cards = cards_of(claims, **missing)
     page = PAGE.format(
         title="Regions in weight space: the study",
+        says="Claims on fine-tuned language models, measured",
+        icon=ICON,
         style=STYLE,
         again=AGAIN if coming else "",
-        about=_about(study.about),
+        about=" ".join([_about(study.about), *summary(cards)[:1]]),
         coming=_coming(coming),
         first=first_figures(study, early),
-        claims=cards_html(cards_of(claims, **missing), "notebooks/{}.html") + folded(claims),
+        claims=cards_html(cards, "notebooks/{}.html") + folded(claims),
         figures=_figures(out),
         notebooks=_links(out),
         rows=_tables(out),
@@ -344,10 +398,10 @@ def _figure_html(out, name, caption):
     "A figure with its caption; the words beside its file are its alternative text."
     words = _figure(out, name).with_suffix(".txt")
     alt = words.read_text(encoding="utf-8") if words.exists() else caption
-    return (
-        f'<figure><img src="figures/{name}.png" alt="{html.escape(alt)}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
+    image = f'<img src="figures/{name}.png" alt="{html.escape(alt)}">'
+    if name == "hero":  # as wide as two figures, and on a phone moved sideways
+        image = f'<div class="hero" tabindex="0">{image}</div>'
+    return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
 def _figure(out, name):
@@ -358,11 +412,17 @@ def _figure(out, name):
 def _links(out):
     "A link to each rendered notebook."
     pages = sorted((out / "notebooks").glob("*.html"), key=natural_key)
+    pages.sort(key=_is_glossary)
     link = '<li><a href="notebooks/{}">{}</a></li>'
     links = [link.format(f.name, title_of(f)) for f in pages]
     if (out / "explore.html").exists():
         links.insert(0, '<li><a href="explore.html">Explore the study, by pointer</a></li>')
     return "".join(links)
+
+
+def _is_glossary(page):
+    "A key that sorts the glossary behind the pages on claims."
+    return page.stem == "glossary"
 
 
 def _tables(out):

@@ -286,18 +286,33 @@ def short(self: Study):  # a Study, or None
 @patch
 def _shown(self: Study, notebook: str, table: pd.DataFrame) -> pd.DataFrame:
     "The claims of a notebook for readers; what a short training gave stands beside them."
-    shown = table.drop(columns="models").round(3).astype({"paper": object})
-    shown = shown.fillna({"paper": "", "criterion": "", "verdict": ""})
+    shown = table.drop(columns="models")
     other = self.short()
     file = other and other.folder / "claims" / f"{notebook}.csv"
     if not file or not file.exists():
-        return shown
+        return _without_gaps(shown)
     before = read_table(file, WORDS, ["claim", "measure", "ours"], mixed=["paper"])
     before.index = before.claim + before.measure.map(_without_details)
     before = before[~before.index.duplicated()]
     keys = shown.claim + shown.measure.map(_without_details)
     shown.insert(shown.columns.get_loc("ours") + 1, "short training", keys.map(before.ours))
-    return shown.assign(**{"short verdict": keys.map(before.verdict).fillna("")})
+    return _without_gaps(shown.assign(**{"short verdict": keys.map(before.verdict)}))
+
+# %% ../nbs/46_results.ipynb #b7a1c5e9
+def _without_gaps(table: pd.DataFrame) -> pd.DataFrame:
+    "Three decimals for all figures, and nothing where nothing was measured."
+    table = table.round(3)
+    for column in table.columns[table.isna().any()]:
+        form = "{:.0f}" if column == "n" else "{:.3f}"
+        table[column] = [_as_text(value, form) for value in table[column]]
+    return table
+
+
+def _as_text(value, form: str) -> str:
+    "A word as it is, a number in the form of its column; nothing for a gap."
+    if pd.isna(value):
+        return ""
+    return value if isinstance(value, str) else form.format(value)
 
 # %% ../nbs/46_results.ipynb #3567f3fb
 def strength_of(

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import scipy
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 from transformers import TrainerCallback, set_seed
 

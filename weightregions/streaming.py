@@ -15,7 +15,7 @@ from queue import SimpleQueue
 
 import torch
 from threadpoolctl import threadpool_limits
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .space import Layout, Weights, patch
 from .stored import reading

@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 import transformers
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .anatomy import body_parameters
 from .checkpoints import Checkpoint, as_weights, open_checkpoint

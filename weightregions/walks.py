@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .checkpoints import open_checkpoint
 from .comparison import Groups, _twins, groups_of
