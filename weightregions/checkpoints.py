@@ -26,7 +26,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from .anatomy import Anatomy, anatomy, as_loaded, built
+from .anatomy import Anatomy, anatomy, as_loaded, body_of, built
 from .anatomy import conversions, is_pooler, placed, require_pooler_policy
 from .files import read_bytes, read_json, whole_folder, write_whole
 from .space import Layout, StateDict, Weights, _short, is_finite, patch
@@ -210,6 +210,10 @@ def _anatomy_and_names(config, stored: dict, who: str) -> tuple:
     "What the class of a configuration says, and the stored tensors as transformers loads them."
     try:
         found = _anatomy_of(config.model_type, config.to_json_string(use_diff=False))
+        if _holds_more(config, found, stored):
+            config = copy.deepcopy(config)
+            config.architectures = None
+            found = _anatomy_of(config.model_type, config.to_json_string(use_diff=False))
         if found.converts:
             stored = as_loaded(built(config), stored)
     except Exception as e:
@@ -219,6 +223,18 @@ def _anatomy_and_names(config, stored: dict, who: str) -> tuple:
     return found, stored
 
 
+def _holds_more(config, found: Anatomy, stored: dict) -> bool:
+    "Whether a body of AutoModel's class is there, and the named class is a part of that."
+    kind = transformers.MODEL_MAPPING.get(type(config), None)
+    if found.model != found.base or found.model == getattr(kind, "__name__", found.model):
+        return False
+    plain = copy.deepcopy(config)
+    plain.architectures = None
+    whole = _anatomy_of(plain.model_type, plain.to_json_string(use_diff=False))
+    there = {key.removeprefix(f"{whole.prefix}.") for key in stored}
+    return whole.body.keys() > found.body.keys() and whole.body.keys() <= there
+
+
 @lru_cache(maxsize=64)
 def _anatomy_of(model_type: str, config: str) -> Anatomy:
     "The anatomy of the class that a configuration (as JSON) names, as it was kept or anew."
@@ -226,7 +242,7 @@ def _anatomy_of(model_type: str, config: str) -> Anatomy:
     if file is None or (known := _read_anatomy(file)) is None:
         config = transformers.CONFIG_MAPPING[model_type].from_dict(json.loads(config))
         model = built(config)
-        converts = bool(conversions(getattr(model, "base_model", model)))
+        converts = bool(conversions(body_of(model)))
         known = replace(anatomy(model), converts=converts)
         _keep_anatomy(file, known)
     return known
@@ -465,7 +481,7 @@ def module_kinds(
 ) -> dict[str, str]:  # canonical name of a module -> its class
     "The classes of the modules that a configuration (as JSON) builds, by canonical names."
     model = built(transformers.CONFIG_MAPPING[model_type].from_dict(json.loads(config)))
-    prefix, base = model.base_model_prefix, getattr(model, "base_model", model)
+    prefix, base = model.base_model_prefix, body_of(model)
     kinds = {n: m for n, m in model.named_modules() if base is not model}
     inner = {n: m for n, m in base.named_modules()}
     named = {n.removeprefix(f"{prefix}."): m for n, m in kinds.items()} | inner

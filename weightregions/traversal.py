@@ -29,7 +29,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .anatomy import body_parameters
+from .anatomy import body_of, body_parameters
 from .checkpoints import Checkpoint, as_weights, open_checkpoint
 from .checkpoints import layout_of_stored, write_checkpoint
 from .stored import InMemoryTensor, reading
@@ -654,7 +654,7 @@ class ScratchModel:
             first = like.members[0] if isinstance(like, Point) else like
             self.like = open_checkpoint(first)
         if live and self.head == "drop":
-            model = getattr(model, "base_model", model)
+            model = body_of(model)
         self.model = (
             (model if scratch else copy.deepcopy(model))
             if live
@@ -803,7 +803,7 @@ def load(
         _fill_heads(self, point)
     return (
         self.model.eval()
-        if self.model.training or self.model.base_model.training
+        if self.model.training or body_of(self.model).training
         else self.model
     )
 
@@ -938,8 +938,10 @@ def _lines(file: Path, content: bytes, again: bool = False) -> tuple:
     try:
         begin, *lines = [json.loads(line) for line in content.split(b"\n")[:-1]]
         begin, done = dict(begin), {x["key"]: list(map(dict, x["rows"])) for x in lines}
-        # lines of earlier versions have no digest; their key says what they were made of
-        changed = [x["key"] for x in lines if x != _summed(x["key"], x["rows"]) and len(x) > 2]
+        changed = [x["key"] for x in lines if x != _summed(x["key"], x["rows"])]
+        if lines and all(x.keys() == {"key", "rows"} for x in lines):  # of a former version
+            changed = []
+            warnings.warn(f"{file}: has no digests, so that a change of it would not be seen")
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"{file}: is no file of a traversal, or damaged") from None
     if changed and not again:
