@@ -81,6 +81,32 @@ def test_a_rounded_base_has_not_moved(dtype, tried):
     tried(f"a base in {dtype}".replace("torch.", ""), "similarity", 1, "did not move")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_rounding_of_a_base_is_warned_of(dtype, tried):
+    "Members in float32 of a base that is stored in half precision have one move in common."
+    whole, eps = start(), torch.finfo(dtype).eps
+    base = {n: t.to(dtype) for n, t in whole.items()}
+    for size, warned in ((eps / 3, True), (100 * eps, False)):
+        models = [moved(whole, 0.05 * size, seed) for seed in (1, 2)]
+        table, messages = cosines(models, base)
+        assert bool(messages) == warned, (size, messages)
+        assert all("the base of m" in m and "rounding may explain" in m for m in messages)
+        assert (table.loc["m1", "m2"] > 0.2) == warned
+    table, _ = cosines([open_checkpoint(whole, name="still"), *models], base)
+    assert np.isnan(table.loc["still", "m1"]) and not np.isnan(table.loc["m1", "m2"])
+    kind = str(dtype).removeprefix("torch.")
+    tried(f"float32 members of a base in {kind}", "similarity", 3, "rounding is named")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_rounding_of_a_base_is_estimated(dtype):
+    whole = start()
+    base = open_checkpoint({n: t.to(dtype) for n, t in whole.items()})
+    exact = sum(float((whole[n].double() - base[n].double()).square().sum()) for n in base)
+    estimate = rounding_norm(base, open_checkpoint(whole).layout.dtypes)
+    assert estimate == pytest.approx(exact**0.5, rel=0.05)
+
+
 BAD = {"NaN": torch.nan, "infinity": torch.inf, "1e200": 1e200, "1e308": 1e308}
 
 

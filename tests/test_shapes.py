@@ -67,6 +67,13 @@ def bare(prefix):
     return lambda state: {k.removeprefix(prefix): t for k, t in state.items()}
 
 
+T5 = dict(vocab_size=60, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+STRAY = {
+    "empty": torch.zeros(0),
+    "steps": torch.tensor([3]),
+    "state": torch.zeros(7, dtype=torch.uint8),
+    "scale": torch.tensor(0.5),
+}
 CROSS = "decoder.block.0.layer.1.EncDecAttention"  # of a T5
 
 MASKS = {
@@ -186,6 +193,42 @@ OPENED = {
             hf.MixtralConfig(**DECODER, num_local_experts=2, num_experts_per_tok=1)
         ),
     ),
+    "a doubled prefix that the class has": lambda f: saved(
+        f,
+        hf.DPRQuestionEncoder(hf.DPRConfig(**SMALL)),
+        None,
+        under("question_encoder.bert_model.", POOLER),
+    ),
+    "a doubled prefix, half of it left out": lambda f: saved(
+        f, hf.DPRQuestionEncoder(hf.DPRConfig(**SMALL)), None, bare("question_encoder.")
+    ),
+    "both halves of T5 declared as its encoder": lambda f: saved(
+        f, hf.T5ForConditionalGeneration(hf.T5Config(**T5)), ["T5EncoderModel"]
+    ),
+    "a norm under its first name and today's": lambda f: saved(
+        f, hf.BertForMaskedLM(hf.BertConfig(**SMALL)), None, lambda s: s | older(s)
+    ),
+    "a body with the prefix and without": lambda f: saved(
+        f, hf.BertForMaskedLM(hf.BertConfig(**SMALL)), None, lambda s: s | bare("bert.")(s)
+    ),
+    "some tensors in half precision": lambda f: saved(
+        f,
+        hf.BertForMaskedLM(hf.BertConfig(**SMALL)),
+        None,
+        lambda s: {k: t.half() if "query" in k else t for k, t in s.items()},
+    ),
+    "empty tensors, whole numbers and scalars": lambda f: saved(
+        f,
+        hf.BertForMaskedLM(hf.BertConfig(**SMALL)),
+        None,
+        under("bert.encoder.layer.0.", STRAY),
+    ),
+    "a queue and a head of contrastive training": lambda f: saved(
+        f,
+        hf.BertForMaskedLM(hf.BertConfig(**SMALL)),
+        ["BertForCL"],
+        under("", {"mlp.dense.weight": torch.zeros(16, 16), "queue": torch.zeros(16, 99)}),
+    ),
     "three shards": lambda f: (
         hf.BertForMaskedLM(hf.BertConfig(**SMALL)).save_pretrained(f, max_shard_size="12KB"),
         f,
@@ -215,6 +258,10 @@ def llama(folder, edit=None):
 
 def without(name):
     return lambda state: {k: t for k, t in state.items() if k != name}
+
+
+def eight_bits(dtype):
+    return lambda state: {k: t.to(dtype) if "q_proj" in k else t for k, t in state.items()}
 
 
 LAYER = "roberta.encoder.layer"
@@ -254,6 +301,33 @@ REFUSED = {
             f, under("model.layers.0.self_attn.q_proj.lora_A.", {"weight": torch.zeros(2, 16)})
         ),
         "it is of another architecture",
+    ),
+    "a prefix that the class has not": (
+        lambda f: saved(
+            f,
+            hf.BertModel(hf.BertConfig(**SMALL)),
+            None,
+            lambda s: under("question_encoder.bert_model.", s)({}),
+        ),
+        "holds no tensor of a BertModel",
+    ),
+    "the prefix of a wrapper": (
+        lambda f: roberta(f, lambda s: under("module.", s)({})),
+        "holds no tensor of a RobertaModel",
+    ),
+    "weights in eight bits": (
+        lambda f: llama(f, eight_bits(torch.int8)),
+        "is stored as torch.int8, not as floating-point numbers",
+    ),
+    "weights in eight floating bits": (
+        lambda f: llama(f, eight_bits(torch.float8_e4m3fn)),
+        "stores tensors as F8_E4M3",
+    ),
+    "two norms that differ": (
+        lambda f: roberta(
+            f, lambda s: s | {f"{LAYER}.0.output.LayerNorm.gamma": torch.zeros(16)}
+        ),
+        "stores encoder.layer.0.output.LayerNorm.weight twice, as .*gamma and as .*, which",
     ),
     "both with and without the prefix": (
         lambda f: roberta(

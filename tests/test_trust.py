@@ -22,13 +22,13 @@ from weightregions.bases import tiny_base
 from weightregions.building import build_zoo
 from weightregions.checkpoints import copy_tokenizer, open_checkpoint
 from weightregions.cli import main
-from weightregions.comparison import Measurements
+from weightregions.comparison import Measurements, compare
 from weightregions.corpora import load_corpora
 from weightregions.files import read_json, read_table
 from weightregions.finetuning import Recipe, train
 from weightregions.many import load_sketch, sketch
 from weightregions.similarity import gram, load_gram
-from weightregions.traversal import read_rows
+from weightregions.traversal import ScratchModel, line, read_rows, traverse
 
 
 def resaved(folder, edit):
@@ -412,3 +412,120 @@ def test_products_that_were_changed_are_refused(measure, load, change, here, tmp
     one_line(error, file, "was changed after it was measured")
     what = change.__name__.replace("_", " ")
     tried(f"{what} in kept products", measure.__name__, 1, "refused in one line")
+
+
+def former(file, **arrays):
+    "A kept file as former versions wrote it: without a digest."
+    kept = dict(np.load(file, allow_pickle=False)) | arrays
+    np.savez(file, **{name: array for name, array in kept.items() if name != "sha256"})
+
+
+@pytest.mark.parametrize("measure, load", [(gram, load_gram), (sketch, load_sketch)])
+def test_products_without_a_digest_are_refused(measure, load, here, tmp_path, tried):
+    base = open_checkpoint(here / "base")
+    models = [open_checkpoint(here / "zoo" / "films" / s) for s in ("seed-1", "seed-2")]
+    file = measure(models, base, progress=False).save(tmp_path / "kept.npz")
+    former(file)
+    with pytest.raises(ValueError) as error:
+        load(file)
+    one_line(error, file, "has no digest")
+    tried("no digest in kept products", measure.__name__, 1, "refused in one line")
+
+
+def walked(file, value=0.5):
+    "Points of a line, measured into a file."
+    ends = [open_checkpoint({"w": torch.full((4, 4), float(i))}, name=str(i)) for i in (1, 2)]
+    points = line(*ends, [0.0, 0.5, 1.0])
+    live = torch.nn.Module()
+    live.w = torch.nn.Parameter(torch.zeros(4, 4))
+    return traverse(points, lambda m: value, ScratchModel(live), file, progress=False)
+
+
+def compared(file):
+    return compare([("a", "x"), ("a", "y")], lambda p: 0.5, file, progress=False)
+
+
+@pytest.mark.parametrize("measure", [walked, compared])
+def test_rows_without_digests_are_named(measure, tmp_path, tried):
+    file = tmp_path / ("rows.jsonl" if measure is walked else "rows.csv")
+    before = measure(file)
+    if measure is walked:
+        head, *lines = map(json.loads, file.read_text().splitlines())
+        lines = [{k: x[k] for k in ("key", "rows")} for x in lines]
+        file.write_text("".join(json.dumps(x) + "\n" for x in (head, *lines)))
+    else:
+        rows = [x.rpartition(",")[0] for x in file.read_text().splitlines()]
+        file.write_text("".join(f"{row}\n" for row in rows))
+    with pytest.warns(UserWarning, match=f"{file.name}: has no digests"):
+        assert measure(file).equals(before)
+    tried("rows without digests", measure.__name__, 1, "named")
+
+
+def test_a_line_without_its_digest_is_no_former_version(tmp_path, tried):
+    file = tmp_path / "rows.jsonl"
+    walked(file)
+    head, first, *rest = map(json.loads, file.read_text().splitlines())
+    first = {"key": first["key"], "rows": [first["rows"][0] | {"value": 0.1}]}
+    file.write_text("".join(json.dumps(x) + "\n" for x in (head, first, *rest)))
+    with pytest.raises(ValueError) as error:
+        walked(file)
+    one_line(error, file, "line 2: was changed after it was measured")
+    tried("a digest taken out of one line", "walked", 1, "refused in one line")
+
+
+def test_a_zoo_that_does_not_say_its_tokenizer_is_named(here, capsys, tried):
+    for file in [here / "zoo" / "zoo.json", *here.glob("zoo/*/*/manifest.json")]:
+        about = json.loads(file.read_text())
+        about["base"] = {k: about["base"][k] for k in ("name", "sha256")}
+        file.write_text(json.dumps(about))
+    code, said = similarity(capsys, here)
+    line = "zoo: does not record the tokenizer and the configuration of its base"
+    assert code == 0 and said.count(line) == 1
+    tried("a zoo of a former version", "similarity", 1, "named")
+
+
+# --- accuracies -------------------------------------------------------------------------------
+
+NUMBERS = [
+    ("accuracy", "52"),
+    ("accuracy", "-0.1"),
+    ("accuracy", "inf"),
+    ("accuracy", "1.0001"),
+    ("majority", "50"),
+    ("loss", "-inf"),
+    ("n_train", "-3"),
+]
+
+
+def listed(here, column, value):
+    "A table of models in which one cell has a value."
+    rows = [f"films/seed-1,0.5,{value}", "films/seed-2,0.5,0.5", "meals/seed-1,0.5,0.5"]
+    file = here / "zoo" / "models.csv"
+    (here / "zoo" / "zoo.json").unlink(missing_ok=True)
+    file.write_text("\n".join([f"model,seen,{column}", *rows, ""]))
+    return file
+
+
+@pytest.mark.parametrize("column, value", NUMBERS)
+def test_numbers_out_of_their_span_are_refused(column, value, here, capsys, tried):
+    file = listed(here, column, value)
+    for run in (similarity, centre):
+        code, said = run(capsys, here)
+        assert code == 2 and f"{file}, row 2: {column} {value!r} is not between 0 and" in said
+    tried(f"{column} {value}", "models.csv", 2, "refused in one line that names the row")
+
+
+@pytest.mark.parametrize("value", ["0", "1", "", "nan", "0.52", "1e-1", " .5 "])
+def test_numbers_in_their_span_are_taken(value, here, capsys):
+    listed(here, "accuracy", value)
+    assert similarity(capsys, here)[0] == 0
+
+
+@pytest.mark.parametrize("column", ["accuracy", "majority"])
+def test_an_accuracy_in_per_cent_is_refused_in_every_table(column, tmp_path, tried):
+    file = tmp_path / "rows.csv"
+    file.write_text(f"start,{column}\na,\nb,0.5\nc,52.1\n")
+    with pytest.raises(ValueError) as error:
+        read_table(file, text=["start"])
+    one_line(error, file, f"row 4: {column} 52.1 is not between 0 and 1")
+    tried(f"{column} in per cent", "tables of ours", 1, "refused in one line that names it")

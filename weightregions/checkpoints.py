@@ -26,14 +26,8 @@ from pkgutil import resolve_name
 import torch
 from torch import Tensor, nn
 
-from weightregions.anatomy import (
-    Anatomy,
-    anatomy,
-    as_loaded,
-    built,
-    computing_fields,
-    config_fields,
-)
+from .anatomy import Anatomy, anatomy, as_loaded, body_of, built
+from .anatomy import computing_fields, config_fields
 from .anatomy import conversions, is_pooler, placed, require_pooler_policy
 from .files import read_bytes, read_json, whole_folder, write_whole
 from .space import Layout, StateDict, Weights, _short, is_finite, patch
@@ -237,14 +231,26 @@ def _in_memory(source, name: str | None, pooler: str) -> Checkpoint:
 def _anatomy_and_names(raw: dict, config: Callable, stored: dict, who: str) -> tuple:
     "What the class of a configuration says, and the stored tensors as transformers loads them."
     try:
-        found = _anatomy_of(json.dumps(raw))
+        found, make = _anatomy_of(json.dumps(raw)), config
+        if _holds_more(raw, found, stored):
+            raw = raw | {"architectures": None}
+            found, make = _anatomy_of(json.dumps(raw)), partial(_known_config, raw, who)
         if found.converts:
-            stored = as_loaded(built(config()), stored)
+            stored = as_loaded(built(make()), stored)
     except Exception as e:
         kind = config().model_type  # or what is no configuration is refused for that
         problem = f"its configuration builds no {kind} model ({one_line(e)})"
         raise ValueError(f"{who}: {problem}") from None
     return found, stored
+
+
+def _holds_more(raw: dict, found: Anatomy, stored: dict) -> bool:
+    "Whether a body of AutoModel's class is there, and the named class is a part of that."
+    if found.model != found.base or found.model == found.whole:
+        return False
+    whole = _anatomy_of(json.dumps(raw | {"architectures": None}))
+    there = {key.removeprefix(f"{whole.prefix}.") for key in stored}
+    return whole.body.keys() > found.body.keys() and whole.body.keys() <= there
 
 
 @lru_cache(maxsize=64)
@@ -255,7 +261,7 @@ def _anatomy_of(raw: str) -> Anatomy:
         config = _known_config(json.loads(raw), "the configuration")
         fields, computes = config_fields(config), computing_fields(config)
         model = built(config)
-        converts = bool(conversions(getattr(model, "base_model", model)))
+        converts = bool(conversions(body_of(model)))
         known = replace(anatomy(model), converts=converts, fields=fields, computes=computes)
         _keep_anatomy(file, known)
     return known
@@ -505,7 +511,7 @@ def module_kinds(
 ) -> dict[str, str]:  # canonical name of a module -> its class
     "The classes of the modules that a configuration (as JSON) builds, by canonical names."
     model = built(_known_config(json.loads(config), "the configuration"))
-    prefix, base = model.base_model_prefix, getattr(model, "base_model", model)
+    prefix, base = model.base_model_prefix, body_of(model)
     kinds = {n: m for n, m in model.named_modules() if base is not model}
     inner = {n: m for n, m in base.named_modules()}
     named = {n.removeprefix(f"{prefix}."): m for n, m in kinds.items()} | inner

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import comb
@@ -290,6 +291,7 @@ def measured(
     "Read a file of measurements, and leave it as it is."
     store = Measurements()
     _, store.header, store.records = _read(Path(file))
+    _check_rows(file, store.header, store.records)
     return store.frame().drop(columns=["recipe", "rows"], errors="ignore")
 
 # %% ../nbs/24_comparison.ipynb #9e5fdabd
@@ -597,8 +599,9 @@ def _digest(cells: list) -> str:
 
 # %% ../nbs/24_comparison.ipynb #2b24f61d
 def _check_rows(file, header: list, records: list) -> None:
-    "Refuse a row with a cell that was changed; files of earlier versions have no digests."
+    "Refuse a row with a cell that was changed; warn where no digest would show it."
     if header[-1:] != [DIGEST]:
+        warnings.warn(f"{file}: has no digests, so that a change of it would not be seen")
         return
     if changed := [i for i, r in enumerate(records, 1) if r[-1] != _digest(r[:-1])]:
         raise ValueError(

@@ -23,10 +23,10 @@ from tqdm.auto import tqdm
 
 from .checkpoints import as_group, as_weights, updates_of
 from .files import whole_file
-from .space import BLOCK, Weights, checked_sum, patch
+from .space import BLOCK, Weights, checked_sum, equal_when_rounded, patch
 from .stored import reading
 from .streaming import ROOM, Buffer, Streaming, stream, task_vectors
-from .updates import update_products
+from .updates import Update, update_products
 
 # %% ../nbs/04_similarity.ipynb #c43296bb
 @dataclass(frozen=True, repr=False, eq=False)
@@ -327,17 +327,31 @@ def rounding_norm(
     base: Weights,  # the pretrained model
     dtypes: tuple[torch.dtype, ...],  # in which a model stores each tensor of the layout
 ) -> float:  # in the unit of the weights
-    "How far the base moves when its tensors are rounded to other data types."
+    "How far rounding moves the base, to other data types or from finer ones to its own."
     total = 0.0
     kinds = zip(base.layout.names, base.layout.sizes, base.layout.dtypes, dtypes)
     for name, size, kept, dtype in kinds:
-        if torch.finfo(dtype).eps <= torch.finfo(kept).eps:
-            continue
-        for i in range(0, size, BLOCK):
+        for i in range(0, size if dtype != kept else 0, BLOCK):
             weights = base.read(name, i, i + BLOCK).reshape(-1)
-            error = weights.to(dtype).double() - weights.double()
+            if _is_coarser(dtype, kept):
+                error = weights.to(dtype).double() - weights.double()
+            else:
+                error = _spacing(weights) / 12**0.5
             total += float(error.square().sum())
     return total**0.5
+
+# %% ../nbs/04_similarity.ipynb #b7d1e0a7
+def _is_coarser(dtype: torch.dtype, other: torch.dtype) -> bool:
+    "Whether the numbers of a data type lie further apart than those of another."
+    return torch.finfo(dtype).eps > torch.finfo(other).eps
+
+
+def _spacing(weights: torch.Tensor) -> torch.Tensor:
+    "How far the numbers of a data type lie apart, at each of some weights."
+    about = torch.finfo(weights.dtype)
+    magnitude = weights.double().abs().clamp(min=about.smallest_normal)
+    _, exponent = torch.frexp(magnitude)
+    return torch.ldexp(torch.full_like(magnitude, about.eps / 2), exponent)
 
 # %% ../nbs/04_similarity.ipynb #3df715a7
 def rounded_models(
@@ -348,7 +362,7 @@ def rounded_models(
     "Which models did not move but for rounding; warns of those that moved little more."
     known, still = {}, []
     for i, (model, length) in enumerate(zip(models, lengths)):
-        dtypes = tuple(model.layout.dtypes)
+        dtypes = _own_dtypes(model, base)
         if dtypes not in known:
             known[dtypes] = rounding_norm(base, dtypes)
         if not known[dtypes] or known[dtypes] < MOST_ROUNDING * length:
@@ -356,26 +370,44 @@ def rounded_models(
         if _is_rounded(model, base):
             still.append(i)
         else:
-            _warn_of_rounding(model, base, known[dtypes] / length if length else 1.0)
+            share = min(known[dtypes] / length, 1.0) if length else 1.0
+            _warn_of_rounding(_coarser_of(model, base, dtypes), base, share)
     return still
 
+# %% ../nbs/04_similarity.ipynb #b7d1e0a8
+def _own_dtypes(model: Weights, base: Weights) -> tuple[torch.dtype, ...]:
+    "The data types of a model's tensors; what an adapter adds to the base is exact."
+    updates = updates_of(model, base) or {}
+    names, own, kept = model.layout.names, model.layout.dtypes, base.layout.dtypes
+    exact = (isinstance(updates.get(name), Update) for name in names)
+    return tuple(k if is_exact else d for is_exact, d, k in zip(exact, own, kept))
+
+
+def _coarser_of(model: Weights, base: Weights, dtypes: tuple[torch.dtype, ...]) -> str:
+    "The beginning of a sentence: which of the two is rounded, and how it is stored."
+    pairs = list(zip(dtypes, base.layout.dtypes))
+    coarse = {d for d, kept in pairs if _is_coarser(d, kept)}
+    of_base = {kept for d, kept in pairs if _is_coarser(kept, d)}
+    kinds = ", ".join(sorted(str(d).removeprefix("torch.") for d in coarse or of_base))
+    whose = model.name if coarse else f"the base of {model.name}"
+    return f"{whose} is stored as {kinds}"
+
 # %% ../nbs/04_similarity.ipynb #67c96862
-def _warn_of_rounding(model: Weights, base: Weights, share: float) -> None:
+def _warn_of_rounding(stored: str, base: Weights, share: float) -> None:
     "Say how much of a model's distance from its base rounding may explain."
-    kinds = ", ".join(sorted({str(d).removeprefix("torch.") for d in model.layout.dtypes}))
     warnings.warn(
-        f"{model.name} is stored as {kinds}: rounding may explain {min(share, 1.0):.0%} of its"
-        f" distance from {base.name}, and bends its cosines",
+        f"{stored}: rounding may explain {share:.0%} of its distance from {base.name},"
+        " and bends its cosines",
         stacklevel=4,
     )
 
 # %% ../nbs/04_similarity.ipynb #646795a8
 def _is_rounded(model: Weights, base: Weights) -> bool:
-    "Whether a model is its base, rounded to the data types of the model."
-    for name, size, dtype in zip(model.layout.names, model.layout.sizes, model.layout.dtypes):
+    "Whether a model is its base, one of them rounded to the data types of the other."
+    for name, size in zip(model.layout.names, model.layout.sizes):
         for i in range(0, size, BLOCK):
             weights = model.read(name, i, i + BLOCK).reshape(-1)
-            if not torch.equal(weights, base.read(name, i, i + BLOCK).reshape(-1).to(dtype)):
+            if not equal_when_rounded(weights, base.read(name, i, i + BLOCK).reshape(-1)):
                 return False
     return True
 
@@ -420,13 +452,17 @@ def read_arrays(
             raise ValueError(unpacked)  # `save` packs nothing
         with np.load(file, allow_pickle=False) as kept:
             arrays = dict(kept)
-        digest = str(arrays.pop("sha256", ""))  # files of former versions have none
+        digest = str(arrays.pop("sha256", ""))
         made = made_of(arrays)
     except FileNotFoundError:
         raise
     except Exception as e:
         raise ValueError(f"{file}: not a file of {what} ({type(e).__name__})") from None
-    if digest not in ("", _digest(arrays)):
+    if not digest:
+        raise ValueError(
+            f"{file}: has no digest, as files of former versions; measure it again"
+        )
+    if digest != _digest(arrays):
         raise ValueError(f"{file}: was changed after it was measured; measure it again")
     return made
 

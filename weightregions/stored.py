@@ -198,7 +198,9 @@ def _shards(index: Path) -> dict[str, str]:
     where = {name: str(shard) for name, shard in where.items()}
     for shard in sorted(set(where.values())):
         if PurePosixPath(shard).name != shard or shard in ("", "..") or "\\" in shard:
-            raise ValueError(f"{index}: shard {shard!r} lies outside of the folder")
+            inside = ".." not in PurePosixPath(shard).parts and shard[:1] not in ("", "/")
+            where_to = "in a folder below, not beside it" if inside else "outside of the folder"
+            raise ValueError(f"{index}: shard {shard!r} lies {where_to}")
         if not (index.parent / shard).is_file():
             raise FileNotFoundError(f"{index}: shard {shard!r} is missing")
     return where

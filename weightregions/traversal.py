@@ -27,7 +27,7 @@ import transformers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .anatomy import body_parameters
+from .anatomy import body_of, body_parameters
 from .checkpoints import Checkpoint, as_weights, open_checkpoint
 from .checkpoints import layout_of_stored, write_checkpoint
 from .stored import InMemoryTensor, reading
@@ -421,7 +421,7 @@ def load(
             _move(self, name, i, point)
     if self.head in ("first", "average"):
         _fill_heads(self, point)
-    if self.model.training or self.model.base_model.training:
+    if self.model.training or body_of(self.model).training:
         self.model.eval()
     return self.model
 
@@ -652,7 +652,7 @@ def _copied(model: nn.Module, bare: bool, scratch: bool, pooler: str) -> tuple:
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     like = open_checkpoint(model, pooler=pooler)
     if bare:
-        model = getattr(model, "base_model", model)
+        model = body_of(model)
     return like, model if scratch else copy.deepcopy(model)
 
 # %% ../nbs/22_traversal.ipynb #18040c98
@@ -901,8 +901,10 @@ def _lines(file: Path, content: bytes, again: bool = False) -> tuple:
     try:
         begin, *lines = [json.loads(line) for line in content.split(b"\n")[:-1]]
         begin, done = dict(begin), {x["key"]: list(map(dict, x["rows"])) for x in lines}
-        # lines of earlier versions have no digest; their key says what they were made of
-        changed = [x["key"] for x in lines if x != _summed(x["key"], x["rows"]) and len(x) > 2]
+        changed = [x["key"] for x in lines if x != _summed(x["key"], x["rows"])]
+        if lines and all(x.keys() == {"key", "rows"} for x in lines):  # of a former version
+            changed = []
+            warnings.warn(f"{file}: has no digests, so that a change of it would not be seen")
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"{file}: is no file of a traversal, or damaged") from None
     if changed and not again:

@@ -26,8 +26,14 @@ from weightregions.checkpoints import (
     updates_of,
 )
 from .files import check_name, read_json, read_text
-from .identity import model_identity, other_parts, weights_files, weights_sha256
-from .space import patch
+from weightregions.identity import (
+    PARTS,
+    model_identity,
+    other_parts,
+    weights_files,
+    weights_sha256,
+)
+from .space import equal_when_rounded, patch
 from .updates import ADAPTER_FILES, is_adapter
 
 # %% ../nbs/14_zoo.ipynb #094db50f
@@ -247,12 +253,14 @@ def _listed(table: Path) -> pd.DataFrame:
     if "family" not in rows:
         rows["family"] = "unknown"
     rows["seed"] = _seeds(rows, table)
-    for column in _NUMBERS:
+    for column in _SPANS:
         rows[column] = _numbers(rows, column, table)
     return rows.assign(revision=rows.get("revision", ""))[COLUMNS]
 
 
-_NUMBERS = ("accuracy", "loss", "majority", "n_train", "n_test")
+_SPANS = dict(
+    accuracy=(0, 1), loss=(0, 1e6), majority=(0, 1), n_train=(0, 1e12), n_test=(0, 1e12)
+)
 
 
 def _dataset(name: str, local: bool) -> str:
@@ -333,6 +341,11 @@ def _numbers(rows: pd.DataFrame, column: str, table: Path) -> pd.Series:
     if len(wrong):
         where = f"{table}, row {wrong.index[0] + 2}"
         raise ValueError(f"{where}: {column} {wrong.iloc[0]!r} is no number")
+    low, high = _SPANS[column]
+    outside = cells[numbers.notna() & ~numbers.between(low, high)]
+    if len(outside):
+        where, span = f"{table}, row {outside.index[0] + 2}", f"between {low} and {high:g}"
+        raise ValueError(f"{where}: {column} {outside.iloc[0]!r} is not {span}")
     return numbers
 
 # %% ../nbs/14_zoo.ipynb #5ad0f7b8
@@ -741,6 +754,7 @@ def require_base(
         if manifest := read_manifest(m.path):
             recorded[f"the manifest.json of {m.model}"] = manifest["base"]
     identity = model_identity(base.folder) if recorded else {}
+    _warn_of_unknown(self.name, recorded.values())
     for where, there in recorded.items():
         parts = other_parts(identity, there)
         if "tokenizer" in parts and not tokenizer_files(base.folder):
@@ -760,9 +774,22 @@ def _no_move(checkpoint: Checkpoint, base: Checkpoint) -> str:
     if None not in folders and os.path.samefile(*folders):
         return "the base itself"
     sizes = dict(zip(base.layout.names, base.layout.sizes))
-    changed = updates_of(checkpoint, base) or sizes  # of an adapter, what it changes
-    for name in sorted(changed, key=sizes.get):  # small ones first: most models differ in all
-        weights = checkpoint.read(name)
-        if not torch.equal(weights, base.read(name).to(weights.dtype)):
+    updates = updates_of(checkpoint, base)  # of an adapter, what it changes
+    same = _is_same if updates else equal_when_rounded  # what it adds is not rounded
+    for name in sorted(updates or sizes, key=sizes.get):  # small ones first
+        if not same(checkpoint.read(name), base.read(name)):
             return ""
     return "the base under another name: none of its weights moved"
+
+# %% ../nbs/14_zoo.ipynb #b7d1e0aa
+def _warn_of_unknown(name: str, identities: Iterable[dict]) -> None:
+    "Warn of a zoo that does not say which tokenizer or configuration its base had."
+    lacks = {key for there in identities for key in PARTS.keys() - there.keys()}
+    if unknown := [what for key, what in PARTS.items() if key in lacks]:
+        what = f"{name}: does not record the {' and the '.join(unknown)} of its base"
+        warnings.warn(f"{what}, as zoos of former versions; another one would not be seen")
+
+# %% ../nbs/14_zoo.ipynb #b7d1e0a9
+def _is_same(weights: torch.Tensor, start: torch.Tensor) -> bool:
+    "Whether a tensor has the numbers of its base."
+    return torch.equal(weights, start.to(weights.dtype))
