@@ -179,24 +179,24 @@ def classifier_from(
     return model, tokenizer
 
 # %% ../nbs/34_starting.ipynb #a103a047
-METHODS = (*CHOICES["trains"], "lora")
+METHODS = CHOICES["trains"]
 
 
-def _lora(model):
+def _lora(model, recipe):
     "Put LoRA's matrices into a classifier, and let them and the head train."
     from peft import LoraConfig, inject_adapter_in_model  # only here, for few have it
 
-    inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16), model)
-    body = f"{model.base_model_prefix}."
-    for name, p in model.named_parameters():
-        p.requires_grad = "lora_" in name or not name.startswith(body)
+    modules = list(recipe.modules) or None
+    config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=modules)
+    inject_adapter_in_model(config, model)
+    set_trainable(model, "lora")
 
 
 def _prepare(model, recipe, method):
     "Let the method's parameters train; a head that starts at zero, if the recipe says so."
     if recipe.head == "zero":
         zero_head(model)
-    _lora(model) if method == "lora" else set_trainable(model, method)
+    _lora(model, recipe) if method == "lora" else set_trainable(model, method)
 
 
 def _known(method):
