@@ -1190,8 +1190,8 @@ def finetune(
     _arg(
         "--scale",
         default="laptop",
-        choices=("tiny", "laptop", "full", "paper"),
-        help="how much to take in; laptop: minutes on two cores",
+        choices=("tiny", "laptop", "full", "paper", "lora"),
+        help="how much to take in; laptop: minutes on two cores; lora: adapters",
     ),
     _arg(
         "--data",
