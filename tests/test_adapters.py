@@ -2,8 +2,13 @@
 centroids, commands and faults."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,9 +36,13 @@ from weightregions.bases import tiny_base
 from weightregions.centering import centroid
 from weightregions.checkpoints import open_checkpoint, updates_of
 from weightregions.cli import main
+from weightregions.corpora import load_corpora
 from weightregions.identity import weights_sha256
 from weightregions.many import cross_similarity, extend
+from weightregions.results import Study
+from weightregions.scales import SCALES
 from weightregions.similarity import gram
+from weightregions.study import begin, fine_tune_all, measure, start
 from weightregions.traversal import ScratchModel, average, line
 from weightregions.updates import Update
 from weightregions.zoo import open_zoo
@@ -476,3 +485,104 @@ def test_without_a_base_adapters_are_left_out(heap, tmp_path):
     with pytest.warns(UserWarning, match="lora: an adapter, which takes its base"):
         assert len(open_zoo(tmp_path)) == 2
     assert len(open_zoo(tmp_path, base=heap / "base")) == 3
+
+
+# --- zoos of adapters that are trained here ----------------------------------------------------
+
+BUILD = """
+import sys; from pathlib import Path
+from weightregions.building import build_zoo
+from weightregions.corpora import load_corpora
+from weightregions.finetuning import Recipe
+corpora = load_corpora("builtin", names=["films", "headlines"], n_train=40, n_test=20)
+recipe = Recipe(steps=3, batch_size=8, trains="lora", rank=2, modules=("key", "dense"))
+build_zoo(Path(sys.argv[1]), sys.argv[2], corpora, recipe, [1, 2], workers=1)
+"""
+
+
+def built(zoo, base, hash_seed):
+    "Build a zoo in a process of its own; the bytes of all that a reader looks at."
+    env = os.environ | {"PYTHONHASHSEED": str(hash_seed), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", BUILD, str(zoo), str(base)]
+    subprocess.run(command, env=env, check=True, stderr=subprocess.DEVNULL)
+    files = [f for f in zoo.rglob("*") if f.is_file() and f.suffix in (".json", ".safetensors")]
+    return {f.relative_to(zoo).as_posix(): f.read_bytes() for f in files}
+
+
+def test_a_zoo_of_adapters_resumes_to_the_same_bytes(heap, tmp_path, tried):
+    base = heap / "base"
+    whole = built(tmp_path / "one", base, 1)
+    shutil.rmtree(tmp_path / "one" / "films" / "seed-2")
+    (tmp_path / "one" / "headlines" / "seed-1" / "manifest.json").unlink()
+    shutil.rmtree(tmp_path / "one" / "headlines" / "seed-1")
+    assert built(tmp_path / "one", base, 2) == whole
+    tried("an adapter of a zoo lost", "building a zoo", 2, "made again, to the byte")
+    assert not any("README" in f or "model.safetensors" == f.split("/")[-1] for f in whole)
+    settings = json.loads(whole["films/seed-1/adapter_config.json"])
+    assert settings["target_modules"] == ["dense", "key"]
+    assert settings["base_model_name_or_path"] == "base"
+
+
+def test_peft_opens_what_is_trained_here(heap, tmp_path):
+    base = heap / "base"
+    built(tmp_path / "zoo", base, 1)
+    zoo = open_zoo(tmp_path / "zoo", base=base).checked(base)
+    zoo.verify()
+    cls = RobertaForSequenceClassification
+    for m, checkpoint in zip(zoo.models.itertuples(), zoo.checkpoints()):
+        labels = len(json.loads((Path(m.path) / "manifest.json").read_text())["labels"])
+        model = cls.from_pretrained(base, num_labels=labels, ignore_mismatched_sizes=True)
+        merged = peft.PeftModel.from_pretrained(model, m.path).merge_and_unload().state_dict()
+        for name in checkpoint.layout.names:
+            torch.testing.assert_close(checkpoint[name], merged[f"roberta.{name}"])
+        head = {k: v for k, v in merged.items() if not k.startswith("roberta.")}
+        assert head.keys() == {f"{n}" for n in checkpoint.head.names}
+
+
+def test_the_command_trains_adapters(heap, tmp_path, capsys):
+    few = ("--datasets", "films,headlines", "--rows", 40, "--steps", 6, "--seeds", 1)
+    where = (heap / "base", "--data", "builtin", "--out", tmp_path / "zoo", "--workers", 1)
+    lora = ("--trains", "lora", "--rank", 2, "--modules", "query")
+    assert run("zoo", *where, *few, *lora) == 0
+    assert run("similarity", tmp_path / "zoo", "--base", heap / "base", "--out", tmp_path) == 0
+    capsys.readouterr()
+    for words, problem in (
+        (("--trains", "lora", "--modules", "quarry"), "no module quarry for LoRA"),
+        (("--rank", 3), "--rank, --alpha and --modules are of --trains lora"),
+        (("--trains", "lora", "--alpha", 0), "alpha must be a positive number"),
+    ):
+        elsewhere = (heap / "base", "--data", "builtin", "--out", tmp_path / "no")
+        assert run("zoo", *elsewhere, *few, *words) == 2
+        error = capsys.readouterr().err
+        assert problem in error and error.count("\n") <= 2, error
+
+
+def test_adapters_of_one_base_have_one_start_however_far_they_moved(heap, tmp_path):
+    far = []
+    for i in (1, 2):
+        shutil.copytree(heap / "zoo" / "films" / str(i), tmp_path / str(i))
+        settings = json.loads((tmp_path / str(i) / "adapter_config.json").read_text())
+        settings["lora_alpha"] = 1e4 * i
+        (tmp_path / str(i) / "adapter_config.json").write_text(json.dumps(settings))
+        far.append(open_checkpoint(tmp_path / str(i), base=heap / "base", name=str(i)))
+    assert centroid(far).keys() == set(far[0].layout.names)
+    far[0].require_same_start(open_checkpoint(heap / "base"))
+
+
+def test_a_study_of_adapters_has_its_rows(tmp_path):
+    scale = SCALES["tiny"]
+    recipe = replace(scale.recipe, steps=3, trains="lora", rank=2)
+    scale = replace(scale, name="lora", recipe=recipe, seeds=3, sizes=(), started=0)
+    corpora = load_corpora("builtin", ["films", "meals", "headlines"], n_train=60, n_test=20)
+    base = start("tiny", tmp_path)
+    begin(tmp_path, scale, "builtin", base, corpora)
+    fine_tune_all(tmp_path, scale, base, corpora, workers=1)
+    measure(tmp_path, scale, base)
+    study = Study(tmp_path)
+    factors, similar = study.rows("factors"), study.rows("similarity_main")
+    assert len(factors) == len(similar) == 36
+    torch.testing.assert_close(
+        torch.tensor(factors.products), torch.tensor(similar.cosine), rtol=1e-3, atol=1e-4
+    )
+    assert "cosine of embeddings" not in similar  # no adapter changes them
+    assert not (tmp_path / "rows" / "similarity_starts.csv").exists()

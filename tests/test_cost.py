@@ -396,6 +396,7 @@ def test_the_paper_scale_has_the_groups_recipe_and_data():
         "laptop": "builtin",
         "full": "builtin",
         "paper": "hub",
+        "lora": "builtin",
     }
     steps = [
         r.steps_on(n - len(r.held(n)))

@@ -24,12 +24,12 @@ from .bases import base_identity
 from weightregions.files import (
     append_line,
     as_json,
-    file_sha256,
     read_json,
     whole_folder,
     write_whole,
 )
 from .finetuning import Recipe, quiet, train
+from .identity import weights_sha256
 from .jobs import agreed, ranks, run_jobs
 from .registry import published_of
 
@@ -40,7 +40,7 @@ def manifest(
     recipe: Recipe,  # how it was fine-tuned
     seed: int,  # of the fine-tuning
     metrics: dict,  # accuracy and loss on the test split
-    weights: str,  # SHA-256 of model.safetensors
+    weights: str,  # SHA-256 of model.safetensors, or of an adapter's files
 ) -> dict:  # what manifest.json holds
     "Where a model comes from, and what it scored."
     return {
@@ -80,13 +80,24 @@ def fine_tune(
             name, None
         )  # these tell where it was read, and whether offline
     with quiet(), whole_folder(out) as beside:
-        model.save_pretrained(beside)
+        _save_model(model, beside, identity["name"])
         tokenizer.save_pretrained(beside)
-        about = manifest(
-            identity, corpus, recipe, seed, metrics, file_sha256(beside / "model.safetensors")
-        )
+        about = manifest(identity, corpus, recipe, seed, metrics, weights_sha256(beside))
         write_whole(beside / "manifest.json", as_json(about))
     return about
+
+# %% ../nbs/15_building.ipynb #12299282
+def _save_model(model, folder: Path, base: str) -> None:
+    "Write a model; an adapter names its base, in a file that is the same each time."
+    if not hasattr(model, "peft_config"):
+        model.save_pretrained(folder)
+        return
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's, with nothing filled in
+    settings = read_json(folder / "adapter_config.json") | {"base_model_name_or_path": base}
+    for name in ("target_modules", "modules_to_save"):
+        settings[name] = sorted(settings[name])
+    write_whole(folder / "adapter_config.json", as_json(settings))
 
 # %% ../nbs/15_building.ipynb #71a8c26d
 def _job(base, identity, corpus, recipe, seed, zoo):

@@ -30,7 +30,15 @@ from .anatomy import Anatomy, anatomy, as_loaded, body_of, built
 from .anatomy import computing_fields, config_fields
 from .anatomy import conversions, is_pooler, placed, require_pooler_policy
 from .files import read_bytes, read_json, whole_folder, write_whole
-from .space import Layout, StateDict, Weights, _short, is_finite, patch
+from weightregions.space import (
+    LEAST_COSINE,
+    Layout,
+    StateDict,
+    Weights,
+    _short,
+    is_finite,
+    patch,
+)
 from .stored import InMemoryTensor, one_line
 from .stored import DTYPES, safetensors_header, stored_tensors, weights_file
 from .streaming import Streaming, stream
@@ -617,6 +625,21 @@ def _is_one_file(a, b) -> bool:
     if None in folders or not isinstance(b, Checkpoint) or a.layout != b.layout:
         return False
     return a.base is b.base is None and folders[0].resolve() == folders[1].resolve()
+
+# %% ../nbs/02_checkpoints.ipynb #59ccd0cf
+@patch
+def require_same_start(
+    self: Checkpoint,
+    base: Weights,  # the pretrained model, or another one that started from it
+    least: float = LEAST_COSINE,  # cosine below which it is a stranger
+    sample: int | None = None,  # weights of each matrix that are looked at; None: all
+    siblings: bool = False,  # whether `base` is not the start but another fine-tuned model
+) -> float:  # that cosine
+    "As for all weights; an adapter has the start it was opened over, however far it moved."
+    start = getattr(base, "base", None) or base
+    if all(updates_of(m, start) for m in (self, base) if m is not start):
+        least = -1
+    return Weights.require_same_start(self, base, least, sample, siblings)
 
 # %% ../nbs/02_checkpoints.ipynb #941a1579
 @contextmanager

@@ -520,6 +520,16 @@ _RECIPE = (
         choices=("zero", "random"),
         help="how the head's last layer starts",
     ),
+    _arg(
+        "--trains",
+        default="all",
+        choices=("all", "bitfit", "head", "lora"),
+        help="what trains: all weights, biases and head, the head, or LoRA's matrices and the"
+        " head, which makes a zoo of adapters",
+    ),
+    _count("--rank", "rank of LoRA's matrices", 8),
+    _real("--alpha", "LoRA's products are multiplied by alpha / rank", 16.0),
+    _arg("--modules", metavar="A,B", help="modules that LoRA changes (default: PEFT's choice)"),
     _MAX_LENGTH,
     _count("--rows", "training rows, a stratified draw (default: all)"),
 )
@@ -563,7 +573,10 @@ def _build(options, corpora):
     from weightregions.jobs import ranks
     from weightregions.zoo import open_zoo
 
-    fields = Recipe.__dataclass_fields__
+    fields, lora = Recipe.__dataclass_fields__, (options.rank, options.alpha, options.modules)
+    if options.trains != "lora" and lora != (8, 16, None):
+        raise ValueError("--rank, --alpha and --modules are of --trains lora")
+    options.modules = options.modules.split(",") if options.modules else ()
     recipe = Recipe(**{k: v for k, v in vars(options).items() if k in fields})
     for corpus in corpora.values() if options.rows is not None else ():
         corpus.subsample(options.rows)  # refused now, not after an hour
@@ -1177,8 +1190,8 @@ def finetune(
     _arg(
         "--scale",
         default="laptop",
-        choices=("tiny", "laptop", "full", "paper"),
-        help="how much to take in; laptop: minutes on two cores",
+        choices=("tiny", "laptop", "full", "paper", "lora"),
+        help="how much to take in; laptop: minutes on two cores; lora: adapters",
     ),
     _arg(
         "--data",

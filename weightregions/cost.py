@@ -257,7 +257,7 @@ class Stage:
 
 # %% ../nbs/51_cost.ipynb #33d4a545
 # what trains -> passes through the layers, and bytes moved per weight and step
-MOVES = {"all": (3, 40), "bitfit": (2, 8), "head": (1, 4)}
+MOVES = {"all": (3, 40), "bitfit": (2, 8), "head": (1, 4), "lora": (2, 8)}
 
 
 def checkpoint_bytes(

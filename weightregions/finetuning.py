@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LOOK', 'GAIN', 'CHOICES', 'ALIKE', 'Recipe', 'default_device', 'fast_bfloat16', 'Tokenized', 'BucketSampler',
-           'set_trainable', 'padding_of', 'with_head', 'zero_head', 'BucketTrainer', 'trainer_for', 'evaluate',
-           'one_thread', 'train']
+           'set_trainable', 'padding_of', 'with_head', 'zero_head', 'with_lora', 'BucketTrainer', 'trainer_for',
+           'evaluate', 'one_thread', 'train']
 
 # %% ../nbs/12_finetuning.ipynb #c9fc3410
-import contextlib, math, tempfile, unicodedata
+import contextlib, math, tempfile, unicodedata, warnings
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -42,14 +43,18 @@ class Recipe:
     weight_decay: float = 0.0  # AdamW's decoupled weight decay
     max_length: int = 40  # tokens a row is cut to
     rows: int | None = None  # training rows, a stratified sub-sample; None: all of them
-    trains: str = "all"  # "all", "bitfit" (biases and head) or "head"
+    trains: str = "all"  # "all", "bitfit" (biases and head), "head" or "lora" (and head)
     head: str = "zero"  # how the head's last layer starts, at "zero" or "random"
     dtype: str = "auto"  # "float32", "bfloat16" or "auto": bfloat16 where that is fast
     epochs: float | None = None  # passes over the training rows, in place of steps
     patience: int | None = None  # training rows without a gain before it stops; None: no stop
+    rank: int = 8  # of LoRA's matrices
+    alpha: float = 16  # LoRA's products are multiplied by alpha / rank
+    modules: tuple = ()  # ends of the names of those that LoRA changes; (): PEFT's choice
 
     def __post_init__(self):
         _require_possible(self)
+        object.__setattr__(self, "modules", tuple(self.modules))
 
     @property
     def looks(self) -> int:
@@ -61,7 +66,7 @@ LOOK = 50  # steps from one look at the rows held back to the next
 GAIN = 0.001  # of accuracy, which counts as a gain
 
 CHOICES = {
-    "trains": ("all", "bitfit", "head"),
+    "trains": ("all", "bitfit", "head", "lora"),
     "head": ("zero", "random"),
     "dtype": ("auto", "float32", "bfloat16"),
 }
@@ -91,10 +96,12 @@ def held(
 
 @patch
 def as_dict(self: Recipe) -> dict:
-    "What a file says of the recipe: steps or epochs, whichever counts, and patience if any."
+    "What a file says of the recipe: what counts, such as steps or epochs, and no more."
     unsaid = {"steps" if self.epochs else "epochs"}
     unsaid |= {"patience"} if self.patience is None else set()
-    return {k: v for k, v in asdict(self).items() if k not in unsaid}
+    unsaid |= {"rank", "alpha", "modules"} if self.trains != "lora" else set()
+    values = asdict(self) | {"modules": list(self.modules)}
+    return {k: v for k, v in values.items() if k not in unsaid}
 
 # %% ../nbs/12_finetuning.ipynb #ab9bd9a1
 def _require_possible(recipe: Recipe) -> None:
@@ -104,12 +111,16 @@ def _require_possible(recipe: Recipe) -> None:
     def refuse(name, must):
         raise ValueError(f"recipe: {name} {must}, not {given[name]!r}")
 
-    for name in ("steps", "batch_size", "max_length", "rows", "patience"):
+    for name in ("steps", "batch_size", "max_length", "rows", "patience", "rank"):
         optional = name in ("rows", "patience") and given[name] is None
         if not optional and given[name] < 1:
             refuse(name, "must be at least 1")
     if recipe.epochs is not None and not 0 < recipe.epochs < math.inf:
         refuse("epochs", "must be a positive number")
+    if not 0 < recipe.alpha < math.inf:
+        refuse("alpha", "must be a positive number")
+    if isinstance(recipe.modules, str) or not all(map(_is_name, recipe.modules)):
+        refuse("modules", "must be names of modules, such as ('query', 'value')")
     if not recipe.weight_decay >= 0:
         refuse("weight_decay", "must not be below 0")
     for name in ("learning_rate", "head_rate"):
@@ -120,6 +131,10 @@ def _require_possible(recipe: Recipe) -> None:
     for name, known in CHOICES.items():
         if given[name] not in known:
             refuse(name, f"must be one of {', '.join(known)}")
+
+
+def _is_name(name) -> bool:
+    return isinstance(name, str) and name.strip() != ""
 
 # %% ../nbs/12_finetuning.ipynb #003e1869
 def default_device(
@@ -238,7 +253,7 @@ class BucketSampler(Sampler):
 # %% ../nbs/12_finetuning.ipynb #3cbf64b4
 def set_trainable(
     model,  # a transformers sequence classifier
-    trains: str,  # "all", "bitfit" or "head"
+    trains: str,  # "all", "bitfit", "head" or, where its matrices are there, "lora"
 ) -> int:  # parameters that train
     "Freeze all parameters of `model` but those that `trains` names."
     if trains not in CHOICES["trains"]:
@@ -251,6 +266,7 @@ def set_trainable(
             trains == "all"
             or id(p) not in body
             or (trains == "bitfit" and name.endswith("bias"))
+            or (trains == "lora" and "lora_" in name)
         )
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -313,6 +329,45 @@ def zero_head(
         if m.bias is not None:
             torch.nn.init.zeros_(m.bias)
     return list(last)
+
+# %% ../nbs/12_finetuning.ipynb #12b90e3f
+def with_lora(
+    model,  # a transformers sequence classifier
+    recipe: Recipe,  # that trains "lora"
+):  # a PeftModel around it, which saves nothing but LoRA's matrices and the head
+    "Put LoRA's matrices into a classifier, and let them and the head train."
+    if find_spec("peft") is None:
+        raise ImportError(
+            "'lora' takes the package peft, which is not installed: pip install peft"
+        )
+    from peft import LoraConfig, get_peft_model  # only here, for few have it
+
+    _require_modules(model, recipe.modules)
+    body = model.base_model_prefix
+    parts = {n: list(m.parameters()) for n, m in model.named_children()}
+    heads = [n for n, weights in parts.items() if n != body and weights]
+    config = LoraConfig(
+        task_type="SEQ_CLS",
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        target_modules=list(recipe.modules) or None,
+        modules_to_save=heads,
+    )
+    with warnings.catch_warnings():  # PEFT asks for what transformers calls by another name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return get_peft_model(model, config)
+
+
+def _require_modules(model, modules: tuple) -> None:
+    "Refuse modules that a model has not, and a model of which none is known where none is named."
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
+
+    kind, names = model.config.model_type, [n for n, _ in model.base_model.named_modules()]
+    if not modules and kind not in known:
+        raise ValueError(f"PEFT knows no modules of {kind} for LoRA: name some (modules)")
+    for module in modules:
+        if not any(n == module or n.endswith(f".{module}") for n in names):
+            raise ValueError(f"{kind} has no module {module} for LoRA to change")
 
 # %% ../nbs/12_finetuning.ipynb #f59a098a
 class BucketTrainer(Trainer):
@@ -501,7 +556,7 @@ def train(
         model = with_head(base, corpus.labels, **padding_of(base, tokenizer))
         if recipe.head == "zero":
             zero_head(model)
-        set_trainable(model, recipe.trains)
+        whole, model = _trained_part(model, recipe)
         data, held, test = (
             Tokenized(part, tokenizer, recipe.max_length, f"dataset {corpus.name}, {split}")
             if len(part)
@@ -520,4 +575,13 @@ def train(
         metrics = evaluate(model, test, tokenizer)
         if recipe.epochs is not None or recipe.patience is not None:
             metrics |= {"steps": trainer.state.global_step}
-        return model, tokenizer, metrics
+        return whole, tokenizer, metrics
+
+# %% ../nbs/12_finetuning.ipynb #2a1167a4
+def _trained_part(model, recipe: Recipe) -> tuple:  # what is saved, and what trains
+    "Let the parameters that a recipe names train, and no others."
+    if recipe.trains != "lora":
+        set_trainable(model, recipe.trains)
+        return model, model
+    whole = with_lora(model, recipe)
+    return whole, whole.get_base_model()

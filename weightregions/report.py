@@ -65,6 +65,15 @@ NEEDS = {  # what there must be for a notebook to say something
         "two datasets with more rows than a sub-sample",
         lambda study: (study.folder / "rows" / "similarity_sizes.csv").exists(),
     ),
+    "c6_two_starts": (
+        "a second start",
+        lambda study: (study.folder / "rows" / "similarity_starts.csv").exists(),
+    ),
+    "lora": (
+        "adapters in place of whole models",
+        lambda study: study.about["recipe"].get("trains") == "lora",
+    ),
+    "rivals": ("the recorded run", lambda study: False),
     "c12_c13_centre": (
         "a target with enough rows and a start that has not seen its sentences",
         lambda study: (study.folder / "rows" / "starts.csv").exists(),

@@ -142,7 +142,7 @@ def classifier_from(
     return model, tokenizer
 
 # %% ../nbs/34_starting.ipynb #3aa86ebf
-METHODS = (*CHOICES["trains"], "lora")
+METHODS = CHOICES["trains"]
 
 # %% ../nbs/34_starting.ipynb #0fe534ae
 @dataclass(frozen=True, eq=False)
@@ -324,21 +324,21 @@ def _held_back(corpus: Corpus, share: float, at_least: int, rng) -> list:
     return held
 
 # %% ../nbs/34_starting.ipynb #a103a047
-def _lora(model) -> None:
+def _lora(model, recipe: Recipe) -> None:
     "Put LoRA's matrices into a classifier, and let them and the head train."
     from peft import LoraConfig, inject_adapter_in_model  # only here, for few have it
 
-    inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16), model)
-    body = f"{model.base_model_prefix}."
-    for name, p in model.named_parameters():
-        p.requires_grad = "lora_" in name or not name.startswith(body)
+    modules = list(recipe.modules) or None
+    config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=modules)
+    inject_adapter_in_model(config, model)
+    set_trainable(model, "lora")
 
 # %% ../nbs/34_starting.ipynb #a1f3b7d3
 def _prepare(model, recipe: Recipe, method: str) -> None:
     "Let the method's parameters train; a head that starts at zero, if the recipe says so."
     if recipe.head == "zero":
         zero_head(model)
-    _lora(model) if method == "lora" else set_trainable(model, method)
+    _lora(model, recipe) if method == "lora" else set_trainable(model, method)
 
 # %% ../nbs/34_starting.ipynb #221e39e2
 def _known(method: str) -> str:

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import pandas as pd
 
+from .adapters import factor_cosines
 from .bases import REVISIONS, base_identity, minilm, pinned, second_start
 from .bases import tiny_base
 from .checkpoints import open_checkpoint
@@ -101,16 +102,23 @@ def fine_tune_all(
         build_zoo(out / "zoo", base, corpora, recipe, seeds[:FIRST], workers)
         first_look(out, base)
     build_zoo(out / "zoo", base, corpora, recipe, seeds, workers)
-    say("fine-tuning from a second start")
-    second, what = other_start(scale, base, out)
-    few, seeds = some_of(corpora, scale.started), range(1, scale.start_seeds + 1)
-    build_zoo(out / "zoo-second-start", second, few, recipe, seeds, workers, "second start")
+    what = "" if not scale.started else _tune_second_start(out, scale, base, corpora, workers)
     for rows in scale.sizes:
         if enough := enough_rows(corpora, scale, rows):
             say(f"fine-tuning on {rows} rows of {len(enough)} datasets")
             fewer, folder = replace(recipe, rows=rows), out / f"zoo-{rows}-rows"
             build_zoo(folder, base, enough, fewer, [1], workers, f"{rows} rows")
     _say_how_much(out, scale, what)
+
+# %% ../nbs/50_study.ipynb #54c63e62
+def _tune_second_start(out, scale, base, corpora, workers):
+    "Fine-tune a few datasets from the second start; what that start is."
+    say("fine-tuning from a second start")
+    second, what = other_start(scale, base, out)
+    few, seeds = some_of(corpora, scale.started), range(1, scale.start_seeds + 1)
+    how = scale.recipe, seeds, workers, "second start"
+    build_zoo(out / "zoo-second-start", second, few, *how)
+    return what
 
 # %% ../nbs/50_study.ipynb #5e1f00a7
 FIRST = 2  # seeds of each dataset that the first figure waits for
@@ -172,7 +180,8 @@ def pairs_of(
     columns = {name: np.array(grams.names)[i] for name, i in zip("ab", at)}
     columns["cosine"] = grams.cosine().values[at]
     for part in grams.groups:
-        columns[f"cosine of {part}"] = grams.cosine(part).values[at]
+        if np.diag(grams.products(part))[:-1].any():  # adapters leave some parts as they are
+            columns[f"cosine of {part}"] = grams.cosine(part).values[at]
     columns["raw cosine"] = grams.cosine_raw().values[at]
     columns["distance"] = grams.euclidean().values[at]
     return pd.DataFrame(columns)
@@ -268,8 +277,8 @@ def measure(
     base: str,  # the first start
 ):
     "Turn the zoos of a study into rows."
-    zoos, anchor = zoos_of(out, scale), open_checkpoint(base, name="base")
-    main, second = zoos["main"], zoos["second start"]
+    zoos, anchor = zoos_of(out, scale, base), open_checkpoint(base, name="base")
+    main = zoos["main"]
     models = pd.concat([z.models.assign(zoo=kind) for kind, z in zoos.items()])
     write_rows(out, "models", models[["zoo", *REPORTED]])
     write_rows(out, "learned", learned(main.models, Study(out).about["base"]["name"]))
@@ -277,27 +286,36 @@ def measure(
     opened = {c.name: c for c in main.checkpoints()}
     similarity_rows(out, "main", list(opened.values()), anchor)
     location_rows(out, main.models, list(opened.values()), anchor)
+    if scale.recipe.trains == "lora":
+        write_rows(out, "factors", factor_cosines(opened.values()))
+    if "second start" in zoos:
+        _measure_starts(out, zoos, opened, anchor)
+    _measure_sizes(out, zoos, opened, anchor)
+
+# %% ../nbs/50_study.ipynb #22d865b1
+def _measure_starts(out: Path, zoos: dict, opened: dict, anchor):
+    "Measure the similarities of models of two starts."
     say("similarity across starts")
+    main, second = zoos["main"], zoos["second start"]
     again = main.where(dataset=set(second.models.dataset), seed=set(second.models.seed))
     again = [opened[name] for name in again.models.model]
     other = open_checkpoint(out / "second-start", name="second start")
     starts_rows(out, again, second.checkpoints(), (anchor, other))
-    _measure_sizes(out, zoos, opened, anchor)
 
 # %% ../nbs/50_study.ipynb #ed579828
 def zoos_of(
     out: Path,  # the study's folder
     scale: Scale,  # how much
+    base: str,  # the first start
 ) -> dict:  # "main", "second start" or "N rows" -> Zoo
     "The zoos of a study, with names that differ; refuses a model that is damaged."
     datasets, seeds = list(Study(out).about["datasets"]), list(range(1, scale.seeds + 1))
-    zoos = {
-        "main": open_zoo(out / "zoo").where(dataset=datasets, seed=seeds),
-        "second start": open_zoo(out / "zoo-second-start"),
-    }
+    zoos = {"main": open_zoo(out / "zoo", base=base).where(dataset=datasets, seed=seeds)}
+    if scale.started:
+        zoos["second start"] = open_zoo(out / "zoo-second-start")
     for n in scale.sizes:
         if (out / f"zoo-{n}-rows" / "zoo.json").exists():
-            zoos[f"{n} rows"] = open_zoo(out / f"zoo-{n}-rows")
+            zoos[f"{n} rows"] = open_zoo(out / f"zoo-{n}-rows", base=base)
     for kind, zoo in zoos.items():
         if kind != "main":
             zoo.models["model"] += f", {kind}"
@@ -314,7 +332,7 @@ def walk(
 ):
     "Measure the points of weight space that claims C7 to C11 ask for."
     study, budget = Study(out), scale.budget
-    paths = open_zoo(out / "zoo").models.set_index("model").path.to_dict()
+    paths = open_zoo(out / "zoo", base=base).models.set_index("model").path.to_dict()
     models, twins = study.models(), study.rows("shared_texts")
     walks = plan_paths(models, budget, twins)
     design = path_table(walks, granularities(models, budget, twins))
@@ -342,7 +360,7 @@ def try_starts(
     "Fine-tune from every start on every target that claims C12 and C13 ask for."
     study, contest = Study(out), scale.contest
     shared, seeds = study.rows("shared_texts"), list(range(1, scale.seeds + 1))
-    zoo = open_zoo(out / "zoo").where(dataset=list(corpora), seed=seeds)
+    zoo = open_zoo(out / "zoo", base=base).where(dataset=list(corpora), seed=seeds)
     names = targets_of(study.models(), shared, contest.targets)
     if not names:
         return say("no target has a start that has not seen its sentences")
