@@ -155,9 +155,9 @@ def test_reading_in_stretches_is_reading_whole(world):
     for a in opened:
         for name in updates_of(a, base):
             whole, n = a.read(name).reshape(-1), a[name].numel()
-            for start, stop in ((0, 1), (n // 3, n // 2 + 1), (n - 1, n)):
-                part = a.read(name, start, stop)
-                torch.testing.assert_close(part, whole[start:stop], rtol=0, atol=1e-7)
+            for first, stop in ((0, 1), (n // 3, n // 2 + 1), (n - 1, n)):
+                part = a.read(name, first, stop)
+                torch.testing.assert_close(part, whole[first:stop], rtol=0, atol=1e-7)
 
 
 def test_products_without_weights_are_exact(world):
