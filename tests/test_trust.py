@@ -24,10 +24,11 @@ from weightregions.checkpoints import copy_tokenizer, open_checkpoint
 from weightregions.cli import main
 from weightregions.comparison import Measurements, compare
 from weightregions.corpora import load_corpora
-from weightregions.files import read_json, read_table
+from weightregions.files import file_sha256, read_json, read_table
 from weightregions.finetuning import Recipe, train
 from weightregions.similarity import gram, load_gram, load_sketch, sketch
 from weightregions.traversal import ScratchModel, line, read_rows, traverse
+from weightregions.zoo import open_zoo
 
 
 def resaved(folder, edit):
@@ -528,3 +529,68 @@ def test_an_accuracy_in_per_cent_is_refused_in_every_table(column, tmp_path, tri
         read_table(file, text=["start"])
     one_line(error, file, f"row 4: {column} 52.1 is not between 0 and 1")
     tried(f"{column} in per cent", "tables of ours", 1, "refused in one line that names it")
+
+
+# --- tables of models -------------------------------------------------------------------------
+
+TABLES = {
+    "a column twice": (
+        "model,dataset,dataset\nfilms/seed-1,a,b\nmeals/seed-1,b,a\n",
+        "a column is there twice",
+    ),
+    "the column of models twice": (
+        "model,model\nfilms/seed-1,meals/seed-1\nmeals/seed-1,films/seed-1\n",
+        "a column is there twice",
+    ),
+    "a folder in two words": (
+        "model\nfilms/seed-1\n./films/seed-1\nmeals/seed-1\n",
+        "films/seed-1 and ./films/seed-1 are one folder",
+    ),
+    "a folder and its whole path": (
+        "model\nfilms/seed-1\n{zoo}/films/seed-1\nmeals/seed-1\n",
+        "are one folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TABLES)
+def test_a_table_of_models_that_says_two_things_is_refused(what, here, capsys, tried):
+    (here / "zoo" / "zoo.json").unlink()
+    content, problem = TABLES[what]
+    (here / "zoo" / "models.csv").write_text(content.format(zoo=here / "zoo"))
+    code, said = similarity(capsys, here)
+    assert code == 2 and "models.csv" in said and problem in said
+    tried(what, "models.csv", 1, "refused in one line that names the file")
+
+
+def test_whole_paths_have_the_dataset_of_their_folder(here, tried):
+    (here / "zoo" / "zoo.json").unlink()
+    folders = [here / "zoo" / d / "seed-1" for d in ("films", "meals")]
+    (here / "zoo" / "models.csv").write_text("\n".join(["model", *map(str, folders), ""]))
+    assert list(open_zoo(here / "zoo").models.dataset) == ["films", "meals"]
+    tried("whole paths", "models.csv", 1, "the dataset is that of the folder")
+
+
+# --- merges, run again ------------------------------------------------------------------------
+
+METHODS = ("task-arithmetic", "ties", "dare", "model-stock")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_merge_goes_on_where_its_table_is_missing(method, here, capsys, tried):
+    run = "--method", method
+    assert centre(capsys, here, *run)[0] == 0
+    (here / "c" / "members.csv").unlink()
+    before = file_sha256(here / "c" / "model.safetensors")
+    code, said = centre(capsys, here, *run)
+    assert code == 0 and "is there already, of the same models" in said, said
+    assert (here / "c" / "members.csv").is_file()
+    resaved(here / "c" / "model.safetensors", moved)
+    code, said = centre(capsys, here, *run)
+    assert code == 2 and "its model.safetensors is not what these models make" in said
+    shutil.rmtree(here / "c")
+    (here / "c").mkdir()
+    code, said = centre(capsys, here, *run)
+    assert code == 2 and "c: exists already" in said
+    assert before and not list(here.glob(".c-*"))
+    tried(f"a merge by {method} without its table", "center", 3, "goes on, or refused")

@@ -875,7 +875,7 @@ def center(
     options: argparse.Namespace,  # folder, base, out, which models, weights, dtype
 ):
     "Average the models into one checkpoint, the centroid, to start the next fine-tuning from."
-    _require_place(options.out)
+    _require_room(options)
     if options.without and options.unseen:
         raise ValueError(
             "--without and --for say the same of different datasets: give one of them"
@@ -922,7 +922,8 @@ def _save_adapter(centroid, options):
         return False
     made = adapter_centroid(centroid.checkpoints, centroid.weights, options.rank, centroid.name)
     card = adapter_card(made, [m.name for m in centroid.checkpoints], centroid.description)
-    save_adapter(made, options.out, getattr(torch, options.dtype), card)
+    how = getattr(torch, options.dtype), card
+    _once(options.out, lambda folder: save_adapter(made, folder, *how))
     print(f"an adapter of rank {made.rank}, relative error {made.error:.3g}")
     return True
 
@@ -941,8 +942,41 @@ def _save_rival(centroid, base, options):
     point = rival(options.method, centroid.checkpoints, base, settings)
     dtype = getattr(torch, options.dtype)
     body = {name: tensor.to(dtype) for name, tensor in point.tensors()}
-    write_checkpoint(body, base, options.out, head="drop")
+    _once(options.out, lambda folder: write_checkpoint(body, base, folder, head="drop"))
     print(f"{options.method} ({settings}):")
+
+# %% ../nbs/52_cli.ipynb #b7d1e0ab
+def _once(folder, write):
+    "Write a folder, unless a former run has; what it would write tells whether that is the same."
+    from tempfile import TemporaryDirectory
+
+    from weightregions.files import remove_leftovers
+    from weightregions.identity import seen_sha256
+
+    folder = Path(os.path.abspath(folder))
+    if not os.path.lexists(folder):
+        return write(folder)
+    remove_leftovers(folder)
+    where = {"dir": folder.parent, "prefix": f".{folder.name}-", "suffix": ".part"}
+    with TemporaryDirectory(**where) as part:
+        for file in sorted(write(Path(part, "new")).iterdir()):
+            there = folder / file.name
+            if not there.is_file() or seen_sha256(there) != seen_sha256(file):
+                why = f"its {file.name} is not what these models make; name another"
+                raise FileExistsError(f"{folder}: exists already, but {why}")
+    _say(f"{folder}: is there already, of the same models; it stays as it is")
+
+# %% ../nbs/52_cli.ipynb #b7d1e0ac
+_WHOLE, _ADAPTER = (("config.json", "model.safetensors"), ("adapter_config.json",))
+
+
+def _require_room(options):
+    "Refuse a folder that is there, unless a former run of the same command may have made it."
+    forms = [_WHOLE] if options.method != "mean" else [("README.md", *_WHOLE), _ADAPTER]
+    folder = options.out
+    found = [all(os.path.isfile(os.path.join(folder, n)) for n in names) for names in forms]
+    if os.path.lexists(folder) and not any(found):
+        raise FileExistsError(f"{folder}: exists already")
 
 # %% ../nbs/52_cli.ipynb #5c4a9e17
 def _changed(centroid, folder, base, dtype):

@@ -802,9 +802,7 @@ def load(
     if self.head in ("first", "average"):
         _fill_heads(self, point)
     return (
-        self.model.eval()
-        if self.model.training or body_of(self.model).training
-        else self.model
+        self.model.eval() if self.model.training or body_of(self.model).training else self.model
     )
 
 # %% ../nbs/22_traversal.ipynb #3ec7ee0f

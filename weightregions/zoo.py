@@ -6,6 +6,7 @@
 __all__ = ['COLUMNS', 'Zoo', 'read_manifest', 'gather', 'open_zoo']
 
 # %% ../nbs/14_zoo.ipynb #80a2621f
+import csv
 import io
 import os
 import re
@@ -248,6 +249,7 @@ def _listed(table: Path) -> pd.DataFrame:
     _check_models(rows, table)
     local = [table.parent / m for m in rows.model]
     rows["path"] = [str(p) if p.is_dir() else m for p, m in zip(local, rows.model)]
+    _check_once(rows, table)
     if "dataset" not in rows:
         rows["dataset"] = [_dataset(m, p.is_dir()) for p, m in zip(local, rows.model)]
     if "family" not in rows:
@@ -264,13 +266,19 @@ _SPANS = dict(
 
 
 def _dataset(name: str, local: bool) -> str:
-    "What stands for a model's dataset where nothing says it: its first folder, or its hub id."
-    return Path(name).parts[0] if local else name
+    "What stands for a model's dataset where nothing says it: a folder's name, or its hub id."
+    if not local:
+        return name
+    return Path(name).parent.name if Path(name).is_absolute() else Path(name).parts[0]
 
 
 def _table(table: Path) -> pd.DataFrame:
     "The cells of a CSV file, as text."
     text = io.StringIO(read_text(table, _MOST).removeprefix("\ufeff"))
+    header = next(csv.reader(text), [])
+    if len(set(header)) < len(header):
+        raise ValueError(f"{table}: a column is there twice")
+    text.seek(0)
     try:
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
             return pd.read_csv(text, dtype=str, keep_default_na=False, index_col=False)
@@ -309,6 +317,14 @@ def _check_models(rows: pd.DataFrame, table: Path) -> None:
             if column in row:
                 check_name(row[column], f"{where}: {column}")
         _require_there(row, table, where)
+
+
+def _check_once(rows: pd.DataFrame, table: Path) -> None:
+    "Refuse a folder that two rows name, each in another way."
+    places = rows.path.map(os.path.abspath)
+    if (twice := places.duplicated()).any():
+        first, second = rows.model[places == places[twice].iloc[0]][:2]
+        raise ValueError(f"{table}: {first} and {second} are one folder")
 
 
 def _require_there(row: pd.Series, table: Path, where: str) -> None:
