@@ -458,7 +458,7 @@ def test_rows_without_digests_are_named(measure, tmp_path, tried):
         file.write_text("".join(f"{row}\n" for row in rows))
     with pytest.warns(UserWarning, match=f"{file.name}: has no digests"):
         assert measure(file).equals(before)
-    tried("rows without digests", measure.__name__, 1, "named")
+    tried("rows without digests", f"rows that were {measure.__name__}", 1, "named")
 
 
 def test_a_line_without_its_digest_is_no_former_version(tmp_path, tried):
@@ -470,7 +470,7 @@ def test_a_line_without_its_digest_is_no_former_version(tmp_path, tried):
     with pytest.raises(ValueError) as error:
         walked(file)
     one_line(error, file, "line 2: was changed after it was measured")
-    tried("a digest taken out of one line", "walked", 1, "refused in one line")
+    tried("a digest taken out of one line", "rows that were walked", 1, "refused in one line")
 
 
 def test_a_zoo_that_does_not_say_its_tokenizer_is_named(here, capsys, tried):
