@@ -594,3 +594,43 @@ def test_a_merge_goes_on_where_its_table_is_missing(method, here, capsys, tried)
     assert code == 2 and "c: exists already" in said
     assert before and not list(here.glob(".c-*"))
     tried(f"a merge by {method} without its table", "center", 3, "goes on, or refused")
+
+
+# --- what was replaced between two commands ---------------------------------------------------
+
+
+def tuned(capsys, here, start):
+    words = "--data", "builtin", "--target", "films", "--rows", 40, "--steps", 1
+    return command(capsys, "finetune", "--start", start, *words, "--out", here / "tuned")
+
+
+def located(capsys, here, model):
+    words = "--zoo", here / "zoo", "--base", here / "base", "--out", here / "l.csv"
+    return command(capsys, "locate", model, *words)
+
+
+@pytest.mark.parametrize("run", [tuned, located])
+def test_a_model_that_is_no_longer_its_manifests_is_named(run, here, capsys, tried):
+    model = shutil.copytree(here / "zoo" / "films" / "seed-1", here / "mine")
+    resaved(model / "model.safetensors", moved)
+    code, said = run(capsys, here, model)
+    assert code == 2 and "mine: the weights in" in said
+    assert "are not those of its manifest.json" in said and not (here / "tuned").exists()
+    tried("a start or a query that was replaced", run.__name__, 1, "named")
+
+
+def traversed(capsys, here):
+    ends = here / "zoo" / "films" / "seed-1", here / "zoo" / "meals" / "seed-1"
+    words = "--data", "builtin", "--target", "films", "--rows", 40, "--out", here / "t"
+    return command(capsys, "traverse", *ends, "--base", here / "base", *words)
+
+
+def test_points_are_those_of_one_tokenizer(here, capsys, tried):
+    for file in here.glob("zoo/*/*/manifest.json"):
+        file.unlink()
+    assert traversed(capsys, here)[0] == traversed(capsys, here)[0] == 0
+    for folder in (here / "base", *here.glob("zoo/*/*/")):
+        other_tokens(folder / "tokenizer.json")
+    code, said = traversed(capsys, here)
+    assert code == 2 and "line.jsonl: was measured with" in said
+    tried("a base whose tokenizer was replaced", "traverse", 1, "refused in one line")

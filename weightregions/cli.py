@@ -775,19 +775,23 @@ def _dress_line(ax, rows, ends, target, pretrained, out):
 # %% ../nbs/52_cli.ipynb #f25e5c2a
 def _measured(options, models, base, corpus):
     "A path and its kind, the loss at its points and at the base, and how to draw it."
+    from weightregions.checkpoints import tokenizer_files
     from weightregions.corpora import at_most
     from weightregions.finetuning import one_thread
+    from weightregions.identity import digest
     from weightregions.probing import Probing, Target, pooling_of
     from weightregions.traversal import ScratchModel, load_what_fits, traverse
 
     device = _device()
     kind, path, draw = _path(options, load_what_fits(models, head="drop", device=device))
     sample = at_most(corpus, options.rows, options.rows)
-    metric = Probing(
-        Target(sample, base.folder, max_length=options.max_length), pooling_of(base.folder)
-    )
+    pooling = pooling_of(base.folder)
+    target = Target(sample, base.folder, max_length=options.max_length)
+    metric = Probing(target, pooling)
     scratch = ScratchModel(models[0], base, device=device)
+    tokens = digest(tokenizer_files(base.folder))[:12]
     about = f"{corpus.source} {corpus.sha256[:12]}, length {options.max_length}"
+    about += f", tokenizer {tokens}, pooling {pooling}"
     with one_thread(device):
         rows = traverse(path, metric, scratch, Path(options.out) / f"{kind}.jsonl", about=about)
         return kind, path, rows, metric(scratch.load(base))[0], draw
@@ -1046,8 +1050,10 @@ def locate(
     "The regions that a checkpoint lies in, the nearest first."
     from weightregions.checkpoints import open_checkpoint
     from weightregions.region import locate, regions_of
+    from weightregions.zoo import require_recorded
 
     zoo, base = _opened(options)
+    require_recorded(options.checkpoint)
     query = open_checkpoint(options.checkpoint, base=base)
     same = zoo.models.path.map(lambda path: _is_same(path, options.checkpoint, query.folder))
     if same.any():
