@@ -562,19 +562,19 @@ def test_the_whole_bench(tmp_path):
 def test_peak_is_that_of_the_process(tmp_path):
     file = tmp_path / "bytes"
     file.write_bytes(b"x" * 60_000_000)
-    nothing = alone([sys.executable, "-c", "import time; time.sleep(.2)"]).peak_mb
+    nothing = alone([sys.executable, "-c", "import time; time.sleep(1)"]).peak_mb
     read = alone(
         [
             sys.executable,
             "-c",
             (
                 f"import time; f = open({str(file)!r}, 'rb', buffering=0); b ="
-                " bytearray(2**16)\nwhile f.readinto(b): pass\ntime.sleep(.2)"
+                " bytearray(2**16)\nwhile f.readinto(b): pass\ntime.sleep(1)"
             ),
         ]
     ).peak_mb
     made = alone(
-        [sys.executable, "-c", "x = b'1' * 60_000_000; import time; time.sleep(.2)"]
+        [sys.executable, "-c", "x = b'1' * 60_000_000; import time; time.sleep(1)"]
     ).peak_mb
     assert read - nothing < 10 < 55 < made - nothing
 
@@ -600,17 +600,17 @@ with tempfile.TemporaryFile() as f:
     f.flush()
     pages = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ)
     touched = sum(pages[::4096])
-    time.sleep(0.5)
+    time.sleep(1)
 """
 CHILD = """
 import subprocess, sys
-code = "data = bytes([1]) * 100_000_000; import time; time.sleep(0.8)"
+code = "data = bytes([1]) * 100_000_000; import time; time.sleep(1.5)"
 subprocess.run([sys.executable, "-c", code])
 """
 
 
 def test_mapped_pages_do_not_count_and_children_do():
-    sleep = "import time; time.sleep(0.5)"
+    sleep = "import time; time.sleep(1)"
     codes = (sleep, f"data = b'x' * 100_000_000; {sleep}", MAPPED)
     empty, held, mapped = (alone([sys.executable, "-c", code]).peak_mb for code in codes)
     assert 99 < held - empty < 110 and mapped - empty < 10

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from weightregions.advice import advised
@@ -599,6 +600,9 @@ def test_what_can_be_mended_is_one_line(here, line, problem):
 
 
 def test_an_interrupt_loses_nothing(here):
+    (here / "long" / "films").mkdir(parents=True)
+    last = FileLock(here / "long" / "films" / ".seed-6.lock")  # as if another process had it
+    last.acquire()
     line = "zoo base --data texts --datasets films --out long --seeds 6 --steps 12 --workers 1".split()
     child = subprocess.Popen(
         [PROGRAM, *line],
@@ -615,6 +619,7 @@ def test_an_interrupt_loses_nothing(here):
         time.sleep(0.02)
     os.killpg(child.pid, signal.SIGINT)
     _, err = child.communicate()
+    last.release()
     assert (
         child.returncode == 130
         and err.splitlines()[-1]

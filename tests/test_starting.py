@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import sys
-import time
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -21,6 +20,7 @@ from transformers import AutoModel, RobertaConfig, RobertaModel
 
 from weightregions import starting
 from weightregions.bases import tiny_base
+from weightregions import comparison
 from weightregions.comparison import measured
 from weightregions.corpora import Corpus, load_corpora
 from weightregions.finetuning import Recipe, Tokenized, evaluate, train
@@ -348,25 +348,28 @@ def test_starts_of_another_shape_are_refused(monkeypatch, tmp_path, arguments):
         )
 
 
-def compare(arguments, file):
+def killed_after(rows, arguments, file):
+    "Compare, in a process that is killed, by itself and without warning, after some rows."
     torch.set_num_threads(1)
+    lines, append = iter(range(rows - 1, -1, -1)), comparison.append_line
+
+    def counted(*words):
+        append(*words)
+        if next(lines) == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    comparison.append_line = counted
     compare_starts(**arguments, file=file)
 
 
 def test_killed_a_comparison_goes_on_to_the_same_rows(tmp_path, arguments, unbroken):
     file, before = tmp_path / "rows.csv", 0
     for _ in range(2):
-        child = fork.Process(target=compare, args=(arguments, file))
-        child.start()
-        while (
-            child.is_alive()
-            and (len(file.read_bytes().splitlines()) if file.exists() else 0) < before + 4
-        ):
-            time.sleep(0.02)
-        os.kill(child.pid, signal.SIGKILL), child.join()
+        child = fork.Process(target=killed_after, args=(3, arguments, file))
+        child.start(), child.join()
         assert child.exitcode == -signal.SIGKILL
-        before = len(measured(file))
-        assert 0 < before < len(unbroken)
+        before, kept = len(measured(file)), before
+        assert before == kept + 3 < len(unbroken)
     file.write_bytes(file.read_bytes() + b"headlines,other,al")  # a row torn by the kill
     rows = compare_starts(**arguments, file=file)
     pd.testing.assert_frame_equal(rows, unbroken)

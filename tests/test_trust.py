@@ -24,11 +24,12 @@ from weightregions.checkpoints import copy_tokenizer, open_checkpoint
 from weightregions.cli import main
 from weightregions.comparison import Measurements, compare
 from weightregions.corpora import load_corpora
-from weightregions.files import read_json, read_table
+from weightregions.files import file_sha256, read_json, read_table
 from weightregions.finetuning import Recipe, train
 from weightregions.many import load_sketch, sketch
 from weightregions.similarity import gram, load_gram
 from weightregions.traversal import ScratchModel, line, read_rows, traverse
+from weightregions.zoo import open_zoo
 
 
 def resaved(folder, edit):
@@ -458,7 +459,7 @@ def test_rows_without_digests_are_named(measure, tmp_path, tried):
         file.write_text("".join(f"{row}\n" for row in rows))
     with pytest.warns(UserWarning, match=f"{file.name}: has no digests"):
         assert measure(file).equals(before)
-    tried("rows without digests", measure.__name__, 1, "named")
+    tried("rows without digests", f"rows that were {measure.__name__}", 1, "named")
 
 
 def test_a_line_without_its_digest_is_no_former_version(tmp_path, tried):
@@ -470,7 +471,7 @@ def test_a_line_without_its_digest_is_no_former_version(tmp_path, tried):
     with pytest.raises(ValueError) as error:
         walked(file)
     one_line(error, file, "line 2: was changed after it was measured")
-    tried("a digest taken out of one line", "walked", 1, "refused in one line")
+    tried("a digest taken out of one line", "rows that were walked", 1, "refused in one line")
 
 
 def test_a_zoo_that_does_not_say_its_tokenizer_is_named(here, capsys, tried):
@@ -529,3 +530,108 @@ def test_an_accuracy_in_per_cent_is_refused_in_every_table(column, tmp_path, tri
         read_table(file, text=["start"])
     one_line(error, file, f"row 4: {column} 52.1 is not between 0 and 1")
     tried(f"{column} in per cent", "tables of ours", 1, "refused in one line that names it")
+
+
+# --- tables of models -------------------------------------------------------------------------
+
+TABLES = {
+    "a column twice": (
+        "model,dataset,dataset\nfilms/seed-1,a,b\nmeals/seed-1,b,a\n",
+        "a column is there twice",
+    ),
+    "the column of models twice": (
+        "model,model\nfilms/seed-1,meals/seed-1\nmeals/seed-1,films/seed-1\n",
+        "a column is there twice",
+    ),
+    "a folder in two words": (
+        "model\nfilms/seed-1\n./films/seed-1\nmeals/seed-1\n",
+        "films/seed-1 and ./films/seed-1 are one folder",
+    ),
+    "a folder and its whole path": (
+        "model\nfilms/seed-1\n{zoo}/films/seed-1\nmeals/seed-1\n",
+        "are one folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TABLES)
+def test_a_table_of_models_that_says_two_things_is_refused(what, here, capsys, tried):
+    (here / "zoo" / "zoo.json").unlink()
+    content, problem = TABLES[what]
+    (here / "zoo" / "models.csv").write_text(content.format(zoo=here / "zoo"))
+    code, said = similarity(capsys, here)
+    assert code == 2 and "models.csv" in said and problem in said
+    tried(what, "models.csv", 1, "refused in one line that names the file")
+
+
+def test_whole_paths_have_the_dataset_of_their_folder(here, tried):
+    (here / "zoo" / "zoo.json").unlink()
+    folders = [here / "zoo" / d / "seed-1" for d in ("films", "meals")]
+    (here / "zoo" / "models.csv").write_text("\n".join(["model", *map(str, folders), ""]))
+    assert list(open_zoo(here / "zoo").models.dataset) == ["films", "meals"]
+    tried("whole paths", "models.csv", 1, "the dataset is that of the folder")
+
+
+# --- merges, run again ------------------------------------------------------------------------
+
+METHODS = ("task-arithmetic", "ties", "dare", "model-stock")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_merge_goes_on_where_its_table_is_missing(method, here, capsys, tried):
+    run = "--method", method
+    assert centre(capsys, here, *run)[0] == 0
+    (here / "c" / "members.csv").unlink()
+    before = file_sha256(here / "c" / "model.safetensors")
+    code, said = centre(capsys, here, *run)
+    assert code == 0 and "is there already, of the same models" in said, said
+    assert (here / "c" / "members.csv").is_file()
+    resaved(here / "c" / "model.safetensors", moved)
+    code, said = centre(capsys, here, *run)
+    assert code == 2 and "its model.safetensors is not what these models make" in said
+    shutil.rmtree(here / "c")
+    (here / "c").mkdir()
+    code, said = centre(capsys, here, *run)
+    assert code == 2 and "c: exists already" in said
+    assert before and not list(here.glob(".c-*"))
+    tried(f"a merge by {method} without its table", "center", 3, "goes on, or refused")
+
+
+# --- what was replaced between two commands ---------------------------------------------------
+
+
+def tuned(capsys, here, start):
+    words = "--data", "builtin", "--target", "films", "--rows", 40, "--steps", 1
+    return command(capsys, "finetune", "--start", start, *words, "--out", here / "tuned")
+
+
+def located(capsys, here, model):
+    words = "--zoo", here / "zoo", "--base", here / "base", "--out", here / "l.csv"
+    return command(capsys, "locate", model, *words)
+
+
+@pytest.mark.parametrize("run", [tuned, located])
+def test_a_model_that_is_no_longer_its_manifests_is_named(run, here, capsys, tried):
+    model = shutil.copytree(here / "zoo" / "films" / "seed-1", here / "mine")
+    resaved(model / "model.safetensors", moved)
+    code, said = run(capsys, here, model)
+    assert code == 2 and "mine: the weights in" in said
+    assert "are not those of its manifest.json" in said and not (here / "tuned").exists()
+    tried("a start or a query that was replaced", run.__name__, 1, "named")
+
+
+def traversed(capsys, here):
+    ends = here / "zoo" / "films" / "seed-1", here / "zoo" / "meals" / "seed-1"
+    words = "--data", "builtin", "--target", "films", "--rows", 40, "--out", here / "t"
+    return command(capsys, "traverse", *ends, "--base", here / "base", *words)
+
+
+def test_points_are_those_of_one_tokenizer(here, capsys, tried):
+    for file in here.glob("zoo/*/*/manifest.json"):
+        file.unlink()
+    assert traversed(capsys, here)[0] == traversed(capsys, here)[0] == 0
+    for folder in (here / "base", *here.glob("zoo/*/*/")):
+        other_tokens(folder / "tokenizer.json")
+    code, said = traversed(capsys, here)
+    assert code == 2 and "line.jsonl: was measured with" in said
+    tried("a base whose tokenizer was replaced", "traverse", 1, "refused in one line")

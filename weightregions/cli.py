@@ -788,19 +788,23 @@ def _dress_line(ax, rows, ends, target, pretrained, out):
 # %% ../nbs/52_cli.ipynb #f25e5c2a
 def _measured(options, models, base, corpus):
     "A path and its kind, the loss at its points and at the base, and how to draw it."
+    from weightregions.checkpoints import tokenizer_files
     from weightregions.corpora import at_most
     from weightregions.finetuning import one_thread
+    from weightregions.identity import digest
     from weightregions.probing import Probing, Target, pooling_of
     from weightregions.traversal import ScratchModel, load_what_fits, traverse
 
     device = _device()
     kind, path, draw = _path(options, load_what_fits(models, head="drop", device=device))
     sample = at_most(corpus, options.rows, options.rows)
-    metric = Probing(
-        Target(sample, base.folder, max_length=options.max_length), pooling_of(base.folder)
-    )
+    pooling = pooling_of(base.folder)
+    target = Target(sample, base.folder, max_length=options.max_length)
+    metric = Probing(target, pooling)
     scratch = ScratchModel(models[0], base, device=device)
+    tokens = digest(tokenizer_files(base.folder))[:12]
     about = f"{corpus.source} {corpus.sha256[:12]}, length {options.max_length}"
+    about += f", tokenizer {tokens}, pooling {pooling}"
     with one_thread(device):
         rows = traverse(path, metric, scratch, Path(options.out) / f"{kind}.jsonl", about=about)
         return kind, path, rows, metric(scratch.load(base))[0], draw
@@ -888,7 +892,7 @@ def center(
     options: argparse.Namespace,  # folder, base, out, which models, weights, dtype
 ):
     "Average the models into one checkpoint, the centroid, to start the next fine-tuning from."
-    _require_place(options.out)
+    _require_room(options)
     if options.without and options.unseen:
         raise ValueError(
             "--without and --for say the same of different datasets: give one of them"
@@ -935,7 +939,8 @@ def _save_adapter(centroid, options):
         return False
     made = adapter_centroid(centroid.checkpoints, centroid.weights, options.rank, centroid.name)
     card = adapter_card(made, [m.name for m in centroid.checkpoints], centroid.description)
-    save_adapter(made, options.out, getattr(torch, options.dtype), card)
+    how = getattr(torch, options.dtype), card
+    _once(options.out, lambda folder: save_adapter(made, folder, *how))
     print(f"an adapter of rank {made.rank}, relative error {made.error:.3g}")
     return True
 
@@ -954,8 +959,41 @@ def _save_rival(centroid, base, options):
     point = rival(options.method, centroid.checkpoints, base, settings)
     dtype = getattr(torch, options.dtype)
     body = {name: tensor.to(dtype) for name, tensor in point.tensors()}
-    write_checkpoint(body, base, options.out, head="drop")
+    _once(options.out, lambda folder: write_checkpoint(body, base, folder, head="drop"))
     print(f"{options.method} ({settings}):")
+
+# %% ../nbs/52_cli.ipynb #b7d1e0ab
+def _once(folder, write):
+    "Write a folder, unless a former run has; what it would write tells whether that is the same."
+    from tempfile import TemporaryDirectory
+
+    from weightregions.files import remove_leftovers
+    from weightregions.identity import seen_sha256
+
+    folder = Path(os.path.abspath(folder))
+    if not os.path.lexists(folder):
+        return write(folder)
+    remove_leftovers(folder)
+    where = {"dir": folder.parent, "prefix": f".{folder.name}-", "suffix": ".part"}
+    with TemporaryDirectory(**where) as part:
+        for file in sorted(write(Path(part, "new")).iterdir()):
+            there = folder / file.name
+            if not there.is_file() or seen_sha256(there) != seen_sha256(file):
+                why = f"its {file.name} is not what these models make; name another"
+                raise FileExistsError(f"{folder}: exists already, but {why}")
+    _say(f"{folder}: is there already, of the same models; it stays as it is")
+
+# %% ../nbs/52_cli.ipynb #b7d1e0ac
+_WHOLE, _ADAPTER = (("config.json", "model.safetensors"), ("adapter_config.json",))
+
+
+def _require_room(options):
+    "Refuse a folder that is there, unless a former run of the same command may have made it."
+    forms = [_WHOLE] if options.method != "mean" else [("README.md", *_WHOLE), _ADAPTER]
+    folder = options.out
+    found = [all(os.path.isfile(os.path.join(folder, n)) for n in names) for names in forms]
+    if os.path.lexists(folder) and not any(found):
+        raise FileExistsError(f"{folder}: exists already")
 
 # %% ../nbs/52_cli.ipynb #5c4a9e17
 def _changed(centroid, folder, base, dtype):
@@ -1025,8 +1063,10 @@ def locate(
     "The regions that a checkpoint lies in, the nearest first."
     from weightregions.checkpoints import open_checkpoint
     from weightregions.region import locate, regions_of
+    from weightregions.zoo import require_recorded
 
     zoo, base = _opened(options)
+    require_recorded(options.checkpoint)
     query = open_checkpoint(options.checkpoint, base=base)
     same = zoo.models.path.map(lambda path: _is_same(path, options.checkpoint, query.folder))
     if same.any():

@@ -17,6 +17,7 @@ from .files import as_json, whole_folder, write_whole
 from .finetuning import Recipe
 from .loading import quiet
 from .starting import Search, Tuned, tune
+from .zoo import require_recorded
 
 # %% ../nbs/35_continuing.ipynb #d5da4924
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def gain_text(
 # %% ../nbs/35_continuing.ipynb #bf6ddcbe
 def _about(start) -> dict:
     "What to call a start, and the SHA-256 of its weights."
+    require_recorded(start)
     identity = base_identity(start)
     return {"name": identity["name"], "sha256": identity["sha256"]}
 
