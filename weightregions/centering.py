@@ -20,10 +20,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from .bases import MINILM, MINILM_SHA256
 from .checkpoints import Checkpoint, as_group, open_checkpoint
 from .checkpoints import Beside, plain_config, write_folder
-from .corpora import Corpus, letters
 from .identity import hash_of
 from .similarity import Gram, gram
 from .space import Layout, Weights, patch
@@ -195,11 +193,13 @@ def centroid(
     return _write(mean, out, like, dtype, overwrite, "", options)
 
 # %% ../nbs/30_centering.ipynb #aee1ba9e
-def _holds(zoo: Zoo, target: str | Corpus) -> tuple[pd.Series, pd.Series]:
+def _holds(zoo: Zoo, target) -> tuple[pd.Series, pd.Series]:
     "Which models of a zoo are the target's by name, and which only by their data (booleans)."
-    name, hashes = (
-        (target.name, {target.sha256}) if isinstance(target, Corpus) else (target, set())
-    )
+    from weightregions.corpora import letters  # here, for most centroids have no target
+
+    name, hashes = _name_of(target), set()
+    if not isinstance(target, str):
+        hashes = {target.sha256}
     own = zoo.models.dataset.map(letters) == letters(str(name))
     data = pd.Series(
         [read_manifest(m.path).get("data", {}).get("sha256") for m in zoo.models.itertuples()],
@@ -208,15 +208,19 @@ def _holds(zoo: Zoo, target: str | Corpus) -> tuple[pd.Series, pd.Series]:
     )
     return own, data.isin(hashes | set(data[own].dropna())) & ~own
 
+
+def _name_of(target) -> str | None:
+    "The name of a dataset, or of a corpus."
+    return target if target is None or isinstance(target, str) else target.name
+
 # %% ../nbs/30_centering.ipynb #5dff412c
 def leave_out(
     zoo: Zoo,  # fine-tuned models
-    target: str
-    | Corpus,  # the dataset that is to count as unseen, by its name in the zoo or itself
+    target,  # the dataset that is to count as unseen: a `Corpus`, or its name in the zoo
 ) -> Zoo:  # the other models
     "All of a zoo but the models of one dataset, whatever name they go by."
     named, twins = _holds(zoo, target)
-    name = target if isinstance(target, str) else target.name
+    name = _name_of(target)
     if isinstance(target, str) and not named.any():
         there = ", ".join(dict.fromkeys(zoo.models.dataset))
         hint = "of one that the zoo never saw, give the Corpus itself"
@@ -281,9 +285,7 @@ def require_one_base(
 # %% ../nbs/30_centering.ipynb #7458e4f5
 def centroid_of(
     zoo: Zoo,  # fine-tuned models
-    target: str
-    | Corpus
-    | None = None,  # the dataset that is to be fine-tuned on next; the zoo must not hold it
+    target=None,  # what is fine-tuned on next, a `Corpus` or its name; no model may know it
     family: str | None = None,  # only the models of this task family
     saw_target: bool = False,  # allow models of the target
     weights=None,  # a number from 0 up for each model, in the order of the table, or model -> number; None: all equal
@@ -291,7 +293,7 @@ def centroid_of(
     "The centroid of a zoo's models, which must not have seen the target."
     if family is not None:
         zoo = zoo.where(family=family)
-    name = target.name if isinstance(target, Corpus) else target
+    name = _name_of(target)
     own, twins = (
         (zoo.models.model[m].tolist() for m in _holds(zoo, target))
         if target is not None
@@ -485,6 +487,8 @@ def _start_of(centroid: Centroid, members: pd.DataFrame) -> tuple:
     if recorded := _distinct(members, "base"):
         return recorded[0], _distinct(members, "base_sha256")[0]
     held = centroid.base or {}
+    from weightregions.bases import MINILM, MINILM_SHA256
+
     known = MINILM if held.get("sha256") == MINILM_SHA256 else held.get("name")
     return known, held.get("sha256")
 

@@ -620,6 +620,43 @@ def _clusters(options, cosine, models):
         return spectral_clusters(cosine, options.clusters), None
     return silhouette_clusters(cosine), None
 
+# %% ../nbs/52_cli.ipynb #bde7e0f3
+def _require_file(file):
+    "Refuse a name of a file in which nothing could be kept."
+    if file is not None and (not file.endswith(".npz") or os.path.isdir(file)):
+        raise ValueError(f"--keep takes a file that ends in .npz, not {file!r}")
+
+
+def _cosines(options, models, base):
+    "Cosines of all pairs of models, and the lengths of their task vectors."
+    from weightregions.many import gram_in
+    from weightregions.similarity import gram
+
+    if options.sketch is not None:
+        return _estimates(options, models, base)
+    if options.keep is not None:
+        products = gram_in(options.keep, models, base, device=_device())
+        _note_written(options.keep)
+    else:
+        products = gram(models, base, device=_device())
+    return products.cosine(), products.norms()
+
+
+def _estimates(options, models, base):
+    "The same by a sketch of the models."
+    import pandas as pd
+
+    from weightregions.many import sketch, sketch_in
+
+    k, how = options.sketch, {"device": _device()}
+    if options.keep is not None:
+        made = sketch_in(options.keep, models, base, k, **how)
+        _note_written(options.keep)
+    else:
+        made = sketch(models, base, k, **how)
+    _say(f"cosines are estimates from {k} numbers of each model, with errors of {k**-0.5:.3f}")
+    return made.cosine(), pd.Series(made.norms, list(made.names))
+
 # %% ../nbs/52_cli.ipynb #18c5ea9d
 @_command(
     _FOLDER,
@@ -628,20 +665,35 @@ def _clusters(options, cosine, models):
     _BY,
     _arg("--out", default="similarity", metavar="DIR", help="folder for tables and figures"),
     _count("--clusters", "number of clusters (default: that of the groups, or by silhouette)"),
+    _arg(
+        "--sketch",
+        type=int,
+        nargs="?",
+        const=4096,
+        metavar="K",
+        help="for hundreds of models: estimate the cosines from K numbers of each (4096), each"
+        " with an error of 1 / sqrt(K)",
+    ),
+    _arg(
+        "--keep",
+        metavar="FILE.npz",
+        help="keep what was measured in this file, and do not measure again what it holds: so a"
+        " zoo may grow",
+    ),
     _FORMAT,
 )
 def similarity(
-    options: argparse.Namespace,  # folder, all_checkpoints, base, by, out, clusters, format
+    options: argparse.Namespace,  # folder, base, by, out, clusters, sketch, keep, format
 ):
     "Cosines between all task vectors, the clusters they make, a heat map and a map."
     from weightregions.centering import of_one_start
-    from weightregions.similarity import gram
 
+    _require_file(options.keep)
     (zoo, base), out = _opened(options), Path(options.out)
-    products = gram(of_one_start(zoo.checkpoints(), "similarity"), base, device=_device())
-    cosine, models = products.cosine(), zoo.models.set_index("model")
+    cosine, norms = _cosines(options, of_one_start(zoo.checkpoints(), "similarity"), base)
+    models = zoo.models.set_index("model")
     clusters, scores = _clusters(options, cosine, models)
-    rows = models[["dataset", "family"]].assign(norm=products.norms(), cluster=clusters)
+    rows = models[["dataset", "family"]].assign(norm=norms, cluster=clusters)
     if scores:
         rows["found"] = rows.cluster.map(scores.matching)
     _write(cosine, out / "similarity.csv", index=True, index_label="model")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import scipy
+import scipy  # its parts are imported when they are used
 import torch
 
 from .centering import Centroid, require_one_base, members_table, shares_of
@@ -93,11 +93,8 @@ def p_value(
         raise ValueError(
             f"the members' cosines have a spread of {shape.spread:.1g}: are they copies of one model?"
         )
-    return float(
-        scipy.stats.t.cdf(
-            (cosine - shape.level) / (shape.spread * sqrt(1 + 1 / shape.n)), shape.dof
-        )
-    )
+    t = (cosine - shape.level) / (shape.spread * sqrt(1 + 1 / shape.n))
+    return float(scipy.special.stdtr(shape.dof, t))  # the distribution of Student's t
 
 # %% ../nbs/32_region.ipynb #4c1dc2f5
 def pooled(
