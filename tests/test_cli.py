@@ -505,7 +505,10 @@ def test_a_mistyped_folder_is_noticed_before_torch_is_imported(here, line, probl
         ),
         ("zoo other --data texts --steps 3 --batch-size 8", "zoo is a zoo of another base"),
         ("similarity nowhere --base base", "nowhere: there is no such folder"),
-        ("similarity heap --base base --keep kept.csv", "--keep takes a file that ends in .npz"),
+        (
+            "similarity heap --base base --keep kept.csv",
+            "--keep takes a file that ends in .npz",
+        ),
         ("similarity heap --base base --sketch 1000", "k must be a multiple of 256, not 1000"),
         ("similarity texts --base base", "texts: no checkpoint"),
         ("similarity zoo --base nowhere", "nowhere"),

@@ -62,7 +62,7 @@ class Centroid(WeightedSum):
 # %% ../nbs/30_centering.ipynb #d48856b8
 QUIET = Streaming(progress=False)  # a pass without a progress bar
 
-
+# %% ../nbs/30_centering.ipynb #bb813c7b
 @patch
 def state(
     self: Centroid,
@@ -208,7 +208,7 @@ def _holds(zoo: Zoo, target) -> tuple[pd.Series, pd.Series]:
     )
     return own, data.isin(hashes | set(data[own].dropna())) & ~own
 
-
+# %% ../nbs/30_centering.ipynb #8e642781
 def _name_of(target) -> str | None:
     "The name of a dataset, or of a corpus."
     return target if target is None or isinstance(target, str) else target.name
@@ -254,7 +254,7 @@ def members_table(
         )
     )
 
-
+# %% ../nbs/30_centering.ipynb #29478b38
 _UNRECORDED = "not recorded: named so by its folder or table"
 
 
@@ -271,7 +271,7 @@ def _about_data(zoo: Zoo, members: pd.DataFrame) -> str:
         return f"named by their folders or table {listed}; their data are not recorded"
     return f"named {listed}; of {unknown} of them the data are not recorded"
 
-
+# %% ../nbs/30_centering.ipynb #ceeb78ef
 def require_one_base(
     members: pd.DataFrame,  # what `members_table` gave
     what: str,  # what they are for, for the message
@@ -317,7 +317,7 @@ def centroid_of(
     centroid.base = zoo.held_base
     return centroid
 
-
+# %% ../nbs/30_centering.ipynb #dcf76128
 def _about_target(name: str | None, seen: list, members: pd.DataFrame) -> str:
     "What is known of whether models have seen a dataset."
     if name is None:
@@ -384,7 +384,7 @@ def _cell(value) -> str:
     text = f"{value:.4g}" if is_number else str(value)
     return re.sub(r"\s+", " ", text).replace("|", "\\|").replace("<", "&lt;")
 
-
+# %% ../nbs/30_centering.ipynb #fe9c9792
 def _table(rows: pd.DataFrame) -> str:
     "Rows as a table in Markdown."
     lines = [
@@ -394,7 +394,7 @@ def _table(rows: pd.DataFrame) -> str:
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-
+# %% ../nbs/30_centering.ipynb #e485b0f6
 _CITATION = """```bibtex
 @inproceedings{gueta2023knowledge,
   title     = {Knowledge is a Region in Weight Space for Fine-tuned Language Models},
@@ -409,7 +409,7 @@ _CITATION = """```bibtex
 }
 ```"""
 
-
+# %% ../nbs/30_centering.ipynb #c52fba44
 def _member_hashes(centroid: Centroid) -> pd.DataFrame:
     "The members with the hash of each one's weights, as they are read."
     members = centroid.members.copy()
@@ -448,7 +448,7 @@ def model_card(
     head = _card_head(members, start, sha256)
     return f"---\n{head}\n---\n\n" + "\n\n".join([*parts, "## Citation", _CITATION]) + "\n"
 
-
+# %% ../nbs/30_centering.ipynb #4b9e7d3d
 _OPENED_BY = (
     "A body without a head: `AutoModel` opens it, and `AutoModelForSequenceClassification`"
     " with a fresh head to be fine-tuned."
@@ -492,7 +492,7 @@ def _start_of(centroid: Centroid, members: pd.DataFrame) -> tuple:
     known = MINILM if held.get("sha256") == MINILM_SHA256 else held.get("name")
     return known, held.get("sha256")
 
-
+# %% ../nbs/30_centering.ipynb #849e9562
 def _listed(members: pd.DataFrame) -> pd.DataFrame:
     "The members as a card lists them."
     columns = {
@@ -507,7 +507,7 @@ def _listed(members: pd.DataFrame) -> pd.DataFrame:
         del columns["accuracy"]
     return members[[c for c in columns if c in members]].rename(columns=columns)
 
-
+# %% ../nbs/30_centering.ipynb #6246f73a
 _HELD = "The members do not record their start; their weights were compared with those of"
 
 # %% ../nbs/30_centering.ipynb #3335ecb1

@@ -48,7 +48,7 @@ class Shape:
     dof: float  # degrees of freedom behind the spread
     units: np.ndarray | None = None  # (k,) codes of the members' units; None: each is its own
 
-
+# %% ../nbs/32_region.ipynb #e945ed96
 def shape_of(
     products: np.ndarray,  # (k, k) inner products of the members' task vectors
     units: Iterable[Hashable] | None = None,  # (k,) unit of each member; None: each is its own
@@ -123,7 +123,7 @@ def calibrated_p(
 _FEW = "too few models for a p-value: it takes three in one of the regions"
 _ALONE = "one model alone, which has no spread: the cosine to its task vector"
 
-
+# %% ../nbs/32_region.ipynb #791f850c
 def _judge(cosine: float, shape: Shape, alpha: float) -> tuple:
     "The p-value, whether the query is inside, whether the region has a direction, a note."
     if shape.units is None and np.isnan(shape.spread):
@@ -141,7 +141,7 @@ def _judge(cosine: float, shape: Shape, alpha: float) -> tuple:
     note = "" if directed else "no direction: a model at cosine 0 would be a member too"
     return p, bool(p >= alpha), directed, note
 
-
+# %% ../nbs/32_region.ipynb #530f262d
 def _alpha(alpha: float) -> float:
     "`alpha`, if it is a rate."
     if not 0 < alpha < 1:
@@ -265,7 +265,7 @@ class Inside:
     def __bool__(self):
         return self.inside
 
-
+# %% ../nbs/32_region.ipynb #a391a2f8
 def _against(query: Weights, base: Weights, centres: list[Weights]) -> np.ndarray:
     "Inner products of a query's task vector with the centres, over its length."
     query.require_same_space(base)
@@ -314,7 +314,7 @@ def _base_of(regions: list[Region]) -> Checkpoint:
         )
     return found
 
-
+# %% ../nbs/32_region.ipynb #dbdb72de
 @patch
 def contains(
     self: Region,
@@ -355,7 +355,7 @@ def _shapes(
         shapes |= pooled(several)
     return {group: (at, shapes[group]) for group, (at, _) in found.items()}
 
-
+# %% ../nbs/32_region.ipynb #e41e99be
 def _lone_shape(products: np.ndarray) -> Shape:
     "The shape of one model: its length, and no spread."
     one = np.ones(1)
@@ -412,7 +412,7 @@ def regions_of(
         for name, (at, shape) in shapes.items()
     }
 
-
+# %% ../nbs/32_region.ipynb #3dd26677
 def clusters_of(
     found: Gram,  # inner products of the models
 ) -> list[str]:  # the cluster of each: "cluster 1", "cluster 2" and so on
@@ -439,7 +439,7 @@ def locate(
     ]
     return _ranked(rows)
 
-
+# %% ../nbs/32_region.ipynb #4158ef0f
 def _ranked(rows: list) -> pd.DataFrame:
     "Regions in order of the query's cosine to their centres."
     columns = ["region", "cosine", "level", "p", "inside", "directed", "note"]
@@ -487,7 +487,7 @@ def _about(self: Region) -> dict:
         "shape": numbers,
     }
 
-
+# %% ../nbs/32_region.ipynb #4c6707e5
 def _digest(value) -> str:
     "A hash of one field."
     text = json.dumps(json.loads(as_json({"": value})), sort_keys=True)
@@ -496,7 +496,7 @@ def _digest(value) -> str:
 # %% ../nbs/32_region.ipynb #c354af29
 _LARGEST = 2**26  # bytes of a region.json: a hundred thousand members have less
 
-
+# %% ../nbs/32_region.ipynb #e288e80c
 def _read_about(file: Path) -> dict:
     "The object in a region.json: a regular file of bounded size."
     mode = file.stat()
@@ -512,7 +512,7 @@ def _read_about(file: Path) -> dict:
         raise ValueError(f"{file}: not a region, but a JSON {type(about).__name__}")
     return about
 
-
+# %% ../nbs/32_region.ipynb #e4f9cd00
 def _number(value, at_least=-np.inf) -> bool:
     "Whether a value is a finite number."
     right_type = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -552,7 +552,7 @@ def _member_faults(members):
     if len(set(map(str, names))) < len(names):
         yield "members: a model is listed twice"
 
-
+# %% ../nbs/32_region.ipynb #e858ea79
 def _shape_faults(shape, members):
     "Names of the fields of the shape that are not what they must be."
     fields = {"n", "length", "level", "spread", "dof"}
@@ -572,7 +572,7 @@ def _shape_faults(shape, members):
 # %% ../nbs/32_region.ipynb #8b78ee81
 _FIELDS = ("name", "base", "members", "shape", "centre", "digests")
 
-
+# %% ../nbs/32_region.ipynb #1d7a8fc0
 def _strange(about: dict):
     "Names of the fields that are missing or are not what they must be."
     yield from (field for field in _FIELDS if field not in about)
@@ -587,7 +587,7 @@ def _strange(about: dict):
     yield from _member_faults(about.get("members"))
     yield from _shape_faults(about.get("shape"), about.get("members"))
 
-
+# %% ../nbs/32_region.ipynb #30648e38
 def _fault(about: dict) -> str | None:
     "The field that is missing or changed, by the most precise name there is."
     digests, found = about.get("digests"), list(_strange(about))
@@ -667,7 +667,7 @@ def locate_from_gram(
             rows.append(_located(name, groups[q], seen, top))
     return pd.DataFrame(rows)
 
-
+# %% ../nbs/32_region.ipynb #26fbfa67
 def locate_unseen(
     found: Gram,  # inner products of the models
     groups: Iterable[Hashable],  # region of each model, in their order
@@ -694,7 +694,7 @@ def _directions(found: Gram, part) -> np.ndarray:
         raise ValueError(f"{zero[0]} did not move from the base: it has no direction")
     return products
 
-
+# %% ../nbs/32_region.ipynb #99fc9c40
 def _nearest(products, q: int, kept: list, groups: list, units, alpha: float):
     "The region, of those that the models `kept` make, whose centre is nearest to model `q`."
     units = None if units is None else [units[i] for i in kept]
@@ -720,7 +720,7 @@ def _listed(found: Gram, groups, units) -> tuple:
             raise ValueError(f"{len(values)} {what} for {len(found.names)} models")
     return groups, units
 
-
+# %% ../nbs/32_region.ipynb #4f5f64da
 def _located(name, group, seen: bool, top) -> dict:
     "The row of one model, by the region that comes first."
     outside = None if top.inside is pd.NA else not top.inside

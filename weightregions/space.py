@@ -253,7 +253,7 @@ def is_finite(
     "Whether a tensor holds no NaN and no infinity, in one pass."
     return t.numel() == 0 or all(map(isfinite, torch.stack(t.aminmax()).tolist()))
 
-
+# %% ../nbs/00_space.ipynb #a881ebb6
 def narrowed(
     tensor: Tensor,  # weights
     dtype: torch.dtype,  # another data type
@@ -286,7 +286,7 @@ def state(
     "All tensors, in memory."
     return {n: narrowed(t, dtype or t.dtype, self.name, n) for n, t in self.tensors()}
 
-
+# %% ../nbs/00_space.ipynb #16a6e9e8
 @patch
 def sha256(self: Weights) -> str:
     "A digest of names, shapes, data types and bytes."
@@ -340,7 +340,7 @@ def require_same_space(
     if None not in tokens and tokens[0] != tokens[1]:
         raise ValueError(f"{self.name} has other tokens in its vocabulary than {what}")
 
-
+# %% ../nbs/00_space.ipynb #9518b210
 @patch
 def is_same_space(
     self: Weights,
@@ -359,7 +359,7 @@ def vocabulary(self: Weights) -> str | None:
     "A digest of the tokens and their ids, where they are known."
     return None
 
-
+# %% ../nbs/00_space.ipynb #e20dc32b
 def _require_same_config(who: str, mine: dict, what: str, theirs: dict) -> None:
     "Raise unless two configurations are of one architecture and compute alike."
     one, other = mine["model_type"], theirs["model_type"]
@@ -483,7 +483,7 @@ def unflatten(
 # %% ../nbs/00_space.ipynb #f577a005
 BLOCK = 2**18  # weights that are held in float64 at a time
 
-
+# %% ../nbs/00_space.ipynb #892172ef
 def dot(
     a: Tensor,  # flat vector
     b: Tensor,  # flat vector of the same length
@@ -501,7 +501,7 @@ def dot(
 # %% ../nbs/00_space.ipynb #9a9258af
 LEAST_COSINE = 0.5  # between weight matrices: below, two models have not the same start
 
-
+# %% ../nbs/00_space.ipynb #0a882490
 @patch
 def require_same_start(
     self: Weights,
@@ -537,7 +537,7 @@ def refuse_stranger(
         raise ValueError(f"{who} and {what} come from different pretrained models: {how}")
     raise ValueError(f"{who} was not fine-tuned from {what}: {how}")
 
-
+# %% ../nbs/00_space.ipynb #0dd1a714
 def _matrix_cosine(a: Weights, b: Weights, sample: int | None) -> float:
     "The cosine between the weight matrices of two models, or between the beginnings of each."
     sums = np.zeros(3)
@@ -605,7 +605,7 @@ def _made(vector: Tensor, layout: Layout) -> TaskVector:
         object.__setattr__(tv, field, value)
     return tv
 
-
+# %% ../nbs/00_space.ipynb #284afb25
 def _first(vector: Tensor, layout: Layout) -> str:
     "The first tensor in which a flat vector is not finite, or the largest one."
     parts = {
@@ -616,7 +616,7 @@ def _first(vector: Tensor, layout: Layout) -> str:
             return name
     return max(parts, key=lambda name: float(parts[name].abs().max()))
 
-
+# %% ../nbs/00_space.ipynb #4e7f9817
 def _products(a: TaskVector, b: TaskVector) -> float:
     "The inner product of two task vectors of one layout; an overflow is named."
     if not isfinite(product := dot(a.vector, b.vector)):
@@ -642,7 +642,7 @@ def __add__(self: TaskVector, other: TaskVector) -> TaskVector:
         else _made(self.vector + _same(self, other), self.layout)
     )
 
-
+# %% ../nbs/00_space.ipynb #e886363f
 @patch
 def __sub__(self: TaskVector, other: TaskVector) -> TaskVector:
     return (
@@ -651,7 +651,7 @@ def __sub__(self: TaskVector, other: TaskVector) -> TaskVector:
         else _made(self.vector - _same(self, other), self.layout)
     )
 
-
+# %% ../nbs/00_space.ipynb #f2354d84
 @patch
 def __mul__(self: TaskVector, weight: float) -> TaskVector:
     if not isinstance(weight, Real):
@@ -665,7 +665,7 @@ def __mul__(self: TaskVector, weight: float) -> TaskVector:
 def __truediv__(self: TaskVector, weight: float) -> TaskVector:
     return self * (1 / weight) if isinstance(weight, Real) else NotImplemented
 
-
+# %% ../nbs/00_space.ipynb #66405f45
 @patch
 def __neg__(self: TaskVector) -> TaskVector:
     return self * -1
