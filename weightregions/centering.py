@@ -288,7 +288,7 @@ def centroid_of(
     target=None,  # what is fine-tuned on next, a `Corpus` or its name; no model may know it
     family: str | None = None,  # only the models of this task family
     saw_target: bool = False,  # allow models of the target
-    weights=None,  # a number from 0 up for each model, in the order of the table, or model -> number; None: all equal
+    weights=None,  # a number from 0 up for each model, or model -> number; None: all equal
 ) -> Centroid:
     "The centroid of a zoo's models, which must not have seen the target."
     if family is not None:
@@ -300,9 +300,8 @@ def centroid_of(
         else ([], [])
     )
     if (seen := own + twins) and not saw_target:
-        raise ValueError(
-            f"{zoo.name}: {seen[0]} has seen {name}; take leave_out(zoo, target), or say saw_target=True"
-        )
+        instead = "take leave_out(zoo, target), or say saw_target=True"
+        raise ValueError(f"{zoo.name}: {seen[0]} has seen {name}; {instead}")
     what = f"{family or zoo.name}" + (
         f" without {name}" if target is not None and not seen else ""
     )
@@ -514,9 +513,7 @@ _HELD = "The members do not record their start; their weights were compared with
 def save_centroid(
     centroid: Centroid,  # what to write
     folder: str | Path,  # the folder to make
-    like: Checkpoint
-    | str
-    | Path,  # the base, or another checkpoint of this kind, whose configuration and tokenizer to take
+    like,  # the base, or another checkpoint or folder whose configuration and tokenizer to take
     card: bool = True,  # write README.md, the model card
     evaluation=None,  # rows of results for the card: a DataFrame, or measure -> value
     dtype: torch.dtype = torch.float32,  # data type of the stored weights

@@ -111,7 +111,7 @@ class Checkpoint(Weights):
         config,  # of transformers, or what makes it when it is asked for; None: there is none
         anatomy: Anatomy,  # what its class says about its tensors
         stored: dict,  # full name -> stored tensor
-        pooler: str = "drop",  # "drop" the pooler from the body, or "keep" it where there is one
+        pooler: str = "drop",  # "drop" the pooler from the body, or "keep" it
         folder: Path | None = None,  # the folder it was opened from
     ):
         self.name, self.source, self.folder = name, source, folder
@@ -226,9 +226,8 @@ def _in_memory(source, name: str | None, pooler: str) -> Checkpoint:
             raw, make = config_fields(config), partial(copy.deepcopy, config)
             found, held = _anatomy_and_names(raw, make, held, name or "the state dict")
     else:
-        raise TypeError(
-            f"a checkpoint is a folder, a hub id, a module or a state dict, not a {type(state).__name__}"
-        )
+        kinds = "a folder, a hub id, a module or a state dict"
+        raise TypeError(f"a checkpoint is {kinds}, not a {type(state).__name__}")
     return Checkpoint(
         name or found.model, f"{found.model} in memory", config, found, held, pooler
     )
@@ -303,7 +302,7 @@ def _keep_anatomy(file: Path | None, known: Anatomy) -> None:
 
 # %% ../nbs/02_checkpoints.ipynb #7a87189b
 def _of_state(state: Mapping[str, Tensor]) -> Anatomy:
-    "The anatomy of a state dict without a configuration: everything floating is body, shared memory is a tie."
+    "The anatomy of a state dict alone: all floating tensors are body, shared memory a tie."
     first, ties = {}, {}
     for n, t in state.items():
         key = (t.data_ptr(), tuple(t.shape), t.stride()) if t.numel() else n
@@ -517,7 +516,7 @@ def module_kinds(
 
 # %% ../nbs/02_checkpoints.ipynb #6761627f
 def _with_its_head(base: Checkpoint, adapter) -> tuple:
-    "Configuration and anatomy of an adapted model: with the classifier that the adapter brings."
+    "Configuration and anatomy of a model with the classifier that its adapter brings."
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as kinds
 
     shapes = {n: tuple(t.shape) for n, t in adapter.head.items()}
@@ -795,7 +794,7 @@ _MOST = 2**28  # bytes of a tokenizer's file; the largest known has 35 million
 
 
 def _require_inside(file: Path, folder: Path) -> None:
-    "Refuse a file that is none, is too large, or lies elsewhere: a link may lead to the blobs of its hub snapshot."
+    "Refuse what is no file, too large, or elsewhere; a hub snapshot links to its blobs."
     home, place = folder.resolve(), file.resolve()
     blobs = [home.parent.parent / "blobs"] if home.parent.name == "snapshots" else []
     if not any(place.is_relative_to(root) for root in (home, *blobs)):

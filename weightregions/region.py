@@ -90,9 +90,8 @@ def p_value(
 ) -> float:  # between 0 and 1; small if the query is no member
     "How often one more member would have a cosine as low as this."
     if not shape.spread > 1e-9:
-        raise ValueError(
-            f"the members' cosines have a spread of {shape.spread:.1g}: are they copies of one model?"
-        )
+        spread = f"the members' cosines have a spread of {shape.spread:.1g}"
+        raise ValueError(f"{spread}: are they copies of one model?")
     t = (cosine - shape.level) / (shape.spread * sqrt(1 + 1 / shape.n))
     return float(scipy.special.stdtr(shape.dof, t))  # the distribution of Student's t
 
@@ -103,9 +102,9 @@ def pooled(
     "The shapes of several regions, with the spread that they have in common."
     own = [s for s in shapes.values() if s.n > 2]
     if not own:
-        raise ValueError(
-            f"no region has three units ({', '.join(map(str, list(shapes)[:8]))}): there is nothing to tell the spread from"
-        )
+        names = ", ".join(map(str, list(shapes)[:8]))
+        problem = "there is nothing to tell the spread from"
+        raise ValueError(f"no region has three units ({names}): {problem}")
     dof = sum(s.dof for s in own)
     spread = sqrt(sum(s.dof * s.spread**2 for s in own) / dof)
     return {name: replace(s, spread=spread, dof=dof) for name, s in shapes.items()}
@@ -309,9 +308,8 @@ def _base_of(regions: list[Region]) -> Checkpoint:
             raise ValueError(f"the regions {first.name} and {r.name} have different bases")
     found = next((r.base for r in regions if r.base is not None), None)
     if found is None:
-        raise ValueError(
-            f"region {first.name}: its base {first.base_identity['name']} is not at hand; Region.load(folder, base) brings it"
-        )
+        problem = f"its base {first.base_identity['name']} is not at hand"
+        raise ValueError(f"region {first.name}: {problem}; Region.load(folder, base) brings it")
     return found
 
 # %% ../nbs/32_region.ipynb #dbdb72de
@@ -336,7 +334,7 @@ def _shapes(
     units: list[Hashable] | None,
     few: bool = False,
 ) -> dict[Hashable, tuple]:
-    "For every group the places of its models and their shape, spreads pooled; few: as there are."
+    "Group -> places of its models and their shape, spreads pooled; few: as there are."
     groups, found = pd.Series(groups), {}
     for group, at in groups.groupby(groups, sort=False).groups.items():
         at = at.to_numpy()
@@ -364,28 +362,20 @@ def _lone_shape(products: np.ndarray) -> Shape:
 # %% ../nbs/32_region.ipynb #e5ba81cb
 def _with_region(zoo: Zoo, by: str) -> Zoo:
     "The models of a zoo whose group has two units; the others are left out with a warning."
-    units = zoo.models.groupby(by)["dataset" if by == "family" else "model"].transform(
-        "nunique"
-    )
-    alone, what = (
-        list(dict.fromkeys(zoo.models[by][units < 2])),
-        "dataset" if by == "family" else "model",
-    )
+    what = "dataset" if by == "family" else "model"
+    units = zoo.models.groupby(by)[what].transform("nunique")
     if (units < 2).all():
-        hint = (
-            "; models of one dataset lie together in a folder DATASET/NAME, or are listed in models.csv"
-            if by == "dataset"
-            else ""
-        )
-        raise ValueError(
-            f"{zoo.name}: a region takes at least two {what}s, and no {by} has them{hint}"
-        )
-    if alone:
-        warnings.warn(
-            f"{', '.join(map(str, alone[:3]))}{' and more' * (len(alone) > 3)}: only one {what}, and no region",
-            stacklevel=3,
-        )
+        problem = f"a region takes at least two {what}s, and no {by} has them"
+        raise ValueError(f"{zoo.name}: {problem}{_HOW_LISTED * (by == 'dataset')}")
+    if alone := list(dict.fromkeys(zoo.models[by][units < 2])):
+        names = ", ".join(map(str, alone[:3])) + " and more" * (len(alone) > 3)
+        warnings.warn(f"{names}: only one {what}, and no region", stacklevel=3)
     return zoo.keep(units > 1)
+
+
+_HOW_LISTED = (
+    "; models of one dataset lie together in a folder DATASET/NAME, or are listed in models.csv"
+)
 
 # %% ../nbs/32_region.ipynb #045abbd0
 def regions_of(
@@ -609,10 +599,8 @@ def load_region(
         raise FileNotFoundError(f"{folder}: no region is there (region.json is missing)")
     about = _read_about(folder / "region.json")
     if (fault := _fault(about)) is not None:
-        raise ValueError(
-            f"{folder}/region.json: not a region that was saved here, {fault} is missing or was "
-            "changed; save the region again"
-        )
+        problem = f"{fault} is missing or was changed; save the region again"
+        raise ValueError(f"{folder}/region.json: not a region that was saved here, {problem}")
     rows = pd.DataFrame(about["members"])
     units = rows.pop("unit").to_numpy() if "unit" in rows else None
     members, numbers = rows[["model", "norm", "cosine", "loo"]], dict(about["shape"])
@@ -632,9 +620,8 @@ def load_region(
     if base is not None:
         base = as_weights(base)
         if base.sha256() != identity["sha256"]:
-            raise ValueError(
-                f"region {name}: {base.name} is not its base {identity['name']}, the weights differ"
-            )
+            problem = f"{base.name} is not its base {identity['name']}, the weights differ"
+            raise ValueError(f"region {name}: {problem}")
     return Region(name, identity, centre, shape, members, base)
 
 # %% ../nbs/32_region.ipynb #167212ed

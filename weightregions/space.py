@@ -25,7 +25,7 @@ from torch import Tensor
 def patch(
     f: Callable,  # a function whose first argument is annotated with a class
 ):
-    "Make `f` a method of the class that annotates its first argument; outside, nothing changes."
+    "Make `f` a method of the class that annotates its first argument."
     cls = next(iter(f.__annotations__.values()))
     f.__qualname__ = f"{cls.__name__}.{f.__name__}"
     setattr(cls, f.__name__, f)
@@ -113,13 +113,9 @@ def select(
     which: Iterable[str] | Callable[[str], bool],  # names to keep, or a predicate on names
 ) -> Layout:
     "The layout of some of the tensors, in the same order; at least one must match."
-    keep = (
-        set(filter(which, self.names))
-        if callable(which)
-        else {which}
-        if isinstance(which, str)
-        else set(which)
-    )
+    if callable(which):
+        which = filter(which, self.names)
+    keep = {which} if isinstance(which, str) else set(which)
     if unknown := sorted(keep - set(self.names)):
         raise ValueError(f"{_short(unknown)}: not in {self}")
     if not keep:
@@ -158,23 +154,19 @@ def layer_of(
     at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     if at is None:
         return "embeddings"
-    two_stacks = (
-        parts[at - 1] != "layer"
-    )  # BERT's relatives have one, and write `encoder.layer.3`
-    stack = (
-        "decoder"
-        if "decoder" in parts[:at]
-        else "encoder"
-        if "encoder" in parts[:at] and two_stacks
-        else "layer"
-    )
+    two_stacks = parts[at - 1] != "layer"  # BERT's relatives write `encoder.layer.3`
+    stack = "layer"
+    if "decoder" in parts[:at]:
+        stack = "decoder"
+    elif "encoder" in parts[:at] and two_stacks:
+        stack = "encoder"
     return f"{stack} {int(parts[at])}"
 
 # %% ../nbs/00_space.ipynb #eccfe865
 def kind_of(
     name: str,  # dotted name of a tensor
 ) -> str:
-    "What a tensor does: `bias`, `norm`, `attention`, `feed-forward`, or `embeddings` outside layers."
+    "What a tensor does: `bias`, `norm`, `attention`, `feed-forward`, else `embeddings`."
     low = name.lower()
     if low.endswith("bias"):
         return "bias"
