@@ -370,7 +370,8 @@ def best_member(
     scores = pd.to_numeric(scores, errors="coerce")
     if scores.isna().any():
         raise ValueError(
-            f"{zoo.name}: {scores.isna().idxmax()} has no {by if isinstance(by, str) else 'score'}"
+            f"{zoo.name}: {scores.isna().idxmax()} has no"
+            f" {by if isinstance(by, str) else 'score'}"
         )
     return str(scores.idxmin() if lowest else scores.idxmax())
 

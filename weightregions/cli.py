@@ -581,7 +581,7 @@ def _build(options, corpora):
 
 # %% ../nbs/52_cli.ipynb #92e07bd4
 def _draw_similarity(cosine, models, groups, out, ending):
-    "Heat map, map and page of all models, coloured by group, or by cluster where none is known."
+    "Heat map, map and page of all models, coloured by group or cluster."
     from weightregions.clustering import embed_map
 
     plots, families = _plots(), None
