@@ -657,8 +657,8 @@ def _estimates(options, models, base):
     _say(f"cosines are estimates from {k} numbers of each model, with errors of {k**-0.5:.3f}")
     return made.cosine(), pd.Series(made.norms, list(made.names))
 
-# %% ../nbs/52_cli.ipynb #18c5ea9d
-@_command(
+# %% ../nbs/52_cli.ipynb #f6a390b6
+_SIMILARITY_OPTIONS = (
     _FOLDER,
     _STEPS,
     _BASE,
@@ -682,6 +682,9 @@ def _estimates(options, models, base):
     ),
     _FORMAT,
 )
+
+# %% ../nbs/52_cli.ipynb #18c5ea9d
+@_command(*_SIMILARITY_OPTIONS)
 def similarity(
     options: argparse.Namespace,  # folder, base, by, out, clusters, sketch, keep, format
 ):
@@ -755,8 +758,8 @@ def _hull(options, models):
     alone = [({"group": "In"}, Point((m,), (1.0,), m.name)) for m in models]
     return [*alone, *(({"group": "In'"} | at, p) for at, p in hull(models, options.hull))]
 
-# %% ../nbs/52_cli.ipynb #15e4c8fb
-@_command(
+# %% ../nbs/52_cli.ipynb #9e33dc32
+_TRAVERSE_OPTIONS = (
     _arg(
         "folder",
         nargs="+",
@@ -789,6 +792,9 @@ def _hull(options, models):
     _arg("--out", default="traverse", metavar="DIR", help="folder for rows and figure"),
     _FORMAT,
 )
+
+# %% ../nbs/52_cli.ipynb #15e4c8fb
+@_command(*_TRAVERSE_OPTIONS)
 def traverse(
     options: argparse.Namespace,  # models, base, data, columns, kind of path, rows, out
 ):
@@ -881,8 +887,8 @@ def _unseen(zoo, options):
         raise ValueError(f"{zoo.name}: all of its datasets share sentences with {name}")
     return zoo.where(dataset=kept) if near else zoo, target
 
-# %% ../nbs/52_cli.ipynb #4c28a69f
-@_command(
+# %% ../nbs/52_cli.ipynb #80f33d3b
+_CENTER_OPTIONS = (
     _FOLDER,
     _STEPS,
     _BASE,
@@ -923,6 +929,9 @@ def _unseen(zoo, options):
     _real("--density", "of ties and dare: share of the entries that stay", 0.2),
     _count("--seed", "of dare: which entries stay", 0),
 )
+
+# %% ../nbs/52_cli.ipynb #4c28a69f
+@_command(*_CENTER_OPTIONS)
 def center(
     options: argparse.Namespace,  # folder, base, out, which models, weights, dtype
 ):
@@ -1048,8 +1057,8 @@ def _save(centroid, folder, base, dtype="float32"):
     _say(f"{folder}: is there already, of the same models; it stays as it is")
     return folder
 
-# %% ../nbs/52_cli.ipynb #0e7f4d36
-@_command(
+# %% ../nbs/52_cli.ipynb #93037e62
+_LOCATE_OPTIONS = (
     _arg("checkpoint", metavar="CHECKPOINT", help="a folder or hub id"),
     _arg("--zoo", dest="folder", nargs="+", required=True, metavar="FOLDER", help=_FOLDERS),
     _STEPS,
@@ -1058,6 +1067,9 @@ def _save(centroid, folder, base, dtype="float32"):
     _real("--alpha", "rate of false alarms: members that are called outsiders", 0.05),
     _arg("--out", default="locate.csv", metavar="FILE", help="the table"),
 )
+
+# %% ../nbs/52_cli.ipynb #0e7f4d36
+@_command(*_LOCATE_OPTIONS)
 def locate(
     options: argparse.Namespace,  # checkpoint, folder, all_checkpoints, base, by, alpha, out
 ):
@@ -1105,8 +1117,8 @@ def _is_same(path, word, folder):
     "Whether a model's path is the checkpoint that was named."
     return path == word or Path(path).is_dir() and Path(path).samefile(folder)
 
-# %% ../nbs/52_cli.ipynb #ae2710d5
-@_command(
+# %% ../nbs/52_cli.ipynb #5895956f
+_RECOMMEND_OPTIONS = (
     _FOLDER,
     _STEPS,
     _BASE,
@@ -1117,6 +1129,9 @@ def _is_same(path, word, folder):
     _arg("--out", default="recommend.csv", metavar="FILE", help="the table"),
     _arg("--write", metavar="FOLDER", help="write the start that is advised as a checkpoint"),
 )
+
+# %% ../nbs/52_cli.ipynb #ae2710d5
+@_command(*_RECOMMEND_OPTIONS)
 def recommend(
     options: argparse.Namespace,  # models, base, data, columns, rows, out, write
 ):
@@ -1178,8 +1193,8 @@ def _written(start, folder, base):
         return start.folder
     return _save(start, folder, base) if folder else "--write FOLDER makes it"
 
-# %% ../nbs/52_cli.ipynb #1d972328
-@_command(
+# %% ../nbs/52_cli.ipynb #52303b0b
+_FINETUNE_OPTIONS = (
     _arg("--start", required=True, metavar="MODEL", help="a folder, a hub id or 'minilm'"),
     _DATA,
     _TARGET,
@@ -1198,6 +1213,9 @@ def _written(start, folder, base):
     _arg("--base", metavar="MODEL", help="the pretrained model, to say the gain over it"),
     _arg("--out", default="finetuned", metavar="FOLDER", help="the checkpoint folder to make"),
 )
+
+# %% ../nbs/52_cli.ipynb #1d972328
+@_command(*_FINETUNE_OPTIONS)
 def finetune(
     options: argparse.Namespace,  # start, data, columns, method, rows, steps, seed, base, out
 ):
@@ -1224,8 +1242,8 @@ def finetune(
     if base:
         _tell(gain_text(made), "reference")
 
-# %% ../nbs/52_cli.ipynb #1eda0e1a
-@_command(
+# %% ../nbs/52_cli.ipynb #15f01786
+_STUDY_OPTIONS = (
     _arg(
         "--scale",
         default="laptop",
@@ -1251,6 +1269,9 @@ def finetune(
         "a dry run for this machine, on which a few steps of the scale's base are timed first",
     ),
 )
+
+# %% ../nbs/52_cli.ipynb #1eda0e1a
+@_command(*_STUDY_OPTIONS)
 def study(
     options: argparse.Namespace,  # scale, data, out, and whether to run or to tell the cost
 ):
