@@ -687,7 +687,7 @@ def test_every_python_that_is_promised_is_tested():
 def test_every_import_is_required():
     "What the package imports is in the standard library or among its requirements."
     required = {r.name.lower().replace("-", "_") for r in requirements()}
-    names = {"sklearn": "scikit_learn", "PIL": "pillow"}
+    names = {"sklearn": "scikit_learn", "PIL": "pillow", "yaml": "pyyaml"}
     for path in MODULES:
         tops = {m.split(".")[0] for m in imported(path)} - sys.stdlib_module_names
         tops = {names.get(m, m).lower() for m in tops} - {CFG["lib_name"]}
