@@ -10,7 +10,8 @@
 # and of `make bench`:
 #   SIZE    base | small checkpoints
 #   DEVICE  cpu | cuda; BASE  minilm | random weights, for probe and zoo
-#   ONLY    ceiling similarity average line growth probe zoo, or some of them
+#   ONLY    ceiling similarity average line growth probe zoo commands, or some of them
+#   BEFORE  another checkout, whose commands are measured beside ours
 #   ROUNDS  measurements of each way; CLOCK wall | cpu
 #   ROWS    the file of rows
 #   PEERS   1 installs mergekit and loss-landscapes into OUT/peers
@@ -28,6 +29,7 @@ ONLY   ?=
 ROUNDS ?= 3
 CLOCK  ?= wall
 ROWS   ?= $(OUT)/bench.csv
+BEFORE ?=
 PEERS  ?=
 
 BIN   := .venv/bin
@@ -56,7 +58,7 @@ test: .venv ## run every notebook and every test: TESTS, JOBS, FLAGS
 
 bench: .venv $(if $(PEERS),$(OUT)/peers/installed) ## time, memory and error beside floors and peers: SIZE, DEVICE, ONLY, PEERS=1
 	$(call say,measuring $(or $(ONLY),everything) at size $(SIZE) on $(DEVICE); rows go to $(ROWS))
-	$(BIN)/python tests/bench --size "$(SIZE)" --device "$(DEVICE)" --base "$(BASE)" --only $(ONLY) --rounds "$(ROUNDS)" --clock "$(CLOCK)" --rows "$(ROWS)" --peers "$(OUT)/peers/bin/python"
+	$(BIN)/python tests/bench --size "$(SIZE)" --device "$(DEVICE)" --base "$(BASE)" --only $(ONLY) --rounds "$(ROUNDS)" --clock "$(CLOCK)" --rows "$(ROWS)" --peers "$(OUT)/peers/bin/python" --before "$(BEFORE)"
 
 lab: .venv ## open the notebooks in JupyterLab; saved notebooks are clean
 	cd nbs && ../$(BIN)/jupyter lab --config ../.ci/lab.py

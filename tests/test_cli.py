@@ -141,6 +141,21 @@ def test_as_a_program(here):
     }
 
 
+@pytest.mark.parametrize("how, error", [("", 1e-9), (" --sketch 1024", 0.15)])
+def test_a_zoo_that_grows_is_measured_where_it_grew(here, how, error):
+    exact = "similarity heap --base base --out exact"
+    well(exact, here)
+    few = "similarity heap/run-0 heap/run-1 heap/run-2 --base base --keep kept.npz --out few"
+    (here / "kept.npz").unlink(missing_ok=True)
+    well(few + how, here)
+    well(f"similarity heap --base base --keep kept.npz --out grown{how}", here)
+    one, other = (
+        pd.read_csv(here / out / "similarity.csv", index_col=0) for out in ("exact", "grown")
+    )
+    assert one.index.tolist() == other.index.tolist()
+    assert (one - other).abs().max(axis=None) < error
+
+
 def test_models_of_which_nothing_is_told(here):
     out = well("similarity heap --base base --out untold", here)
     groups = pd.read_csv(here / "untold" / "groups.csv")
@@ -491,6 +506,11 @@ def test_a_mistyped_folder_is_noticed_before_torch_is_imported(here, line, probl
         ),
         ("zoo other --data texts --steps 3 --batch-size 8", "zoo is a zoo of another base"),
         ("similarity nowhere --base base", "nowhere: there is no such folder"),
+        (
+            "similarity heap --base base --keep kept.csv",
+            "--keep takes a file that ends in .npz",
+        ),
+        ("similarity heap --base base --sketch 1000", "k must be a multiple of 256, not 1000"),
         ("similarity texts --base base", "texts: no checkpoint"),
         ("similarity zoo --base nowhere", "nowhere"),
         ("similarity heap/run-0 --base base", "heap/run-0: is the only checkpoint"),

@@ -121,7 +121,7 @@ def config_fields(
         return {}
     return json.loads(config.to_json_string(use_diff=False))
 
-
+# %% ../nbs/02_anatomy.ipynb #1c5aaea8
 def computing_fields(
     config,  # of transformers, or None
 ) -> dict:  # field -> value, as JSON has it; empty where there is no configuration
@@ -210,7 +210,7 @@ def _ignored(*models: nn.Module) -> frozenset:
     key = "_keys_to_ignore_on_load_unexpected"
     return frozenset(p for m in models for p in getattr(m, key, None) or ())
 
-
+# %% ../nbs/02_anatomy.ipynb #5dcecaf3
 def _automodel_names(model: nn.Module) -> set[str] | None:
     "What `AutoModel` would build for a model's configuration; None if it is that class."
     import transformers

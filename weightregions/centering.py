@@ -20,10 +20,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from .bases import MINILM, MINILM_SHA256
 from .checkpoints import Checkpoint, as_group, open_checkpoint
 from .checkpoints import Beside, plain_config, write_folder
-from .corpora import Corpus, letters
 from .identity import hash_of
 from .similarity import Gram, gram
 from .space import Layout, Weights, patch
@@ -64,7 +62,7 @@ class Centroid(WeightedSum):
 # %% ../nbs/30_centering.ipynb #d48856b8
 QUIET = Streaming(progress=False)  # a pass without a progress bar
 
-
+# %% ../nbs/30_centering.ipynb #bb813c7b
 @patch
 def state(
     self: Centroid,
@@ -195,11 +193,13 @@ def centroid(
     return _write(mean, out, like, dtype, overwrite, "", options)
 
 # %% ../nbs/30_centering.ipynb #aee1ba9e
-def _holds(zoo: Zoo, target: str | Corpus) -> tuple[pd.Series, pd.Series]:
+def _holds(zoo: Zoo, target) -> tuple[pd.Series, pd.Series]:
     "Which models of a zoo are the target's by name, and which only by their data (booleans)."
-    name, hashes = (
-        (target.name, {target.sha256}) if isinstance(target, Corpus) else (target, set())
-    )
+    from weightregions.corpora import letters  # here, for most centroids have no target
+
+    name, hashes = _name_of(target), set()
+    if not isinstance(target, str):
+        hashes = {target.sha256}
     own = zoo.models.dataset.map(letters) == letters(str(name))
     data = pd.Series(
         [read_manifest(m.path).get("data", {}).get("sha256") for m in zoo.models.itertuples()],
@@ -208,15 +208,19 @@ def _holds(zoo: Zoo, target: str | Corpus) -> tuple[pd.Series, pd.Series]:
     )
     return own, data.isin(hashes | set(data[own].dropna())) & ~own
 
+# %% ../nbs/30_centering.ipynb #8e642781
+def _name_of(target) -> str | None:
+    "The name of a dataset, or of a corpus."
+    return target if target is None or isinstance(target, str) else target.name
+
 # %% ../nbs/30_centering.ipynb #5dff412c
 def leave_out(
     zoo: Zoo,  # fine-tuned models
-    target: str
-    | Corpus,  # the dataset that is to count as unseen, by its name in the zoo or itself
+    target,  # the dataset that is to count as unseen: a `Corpus`, or its name in the zoo
 ) -> Zoo:  # the other models
     "All of a zoo but the models of one dataset, whatever name they go by."
     named, twins = _holds(zoo, target)
-    name = target if isinstance(target, str) else target.name
+    name = _name_of(target)
     if isinstance(target, str) and not named.any():
         there = ", ".join(dict.fromkeys(zoo.models.dataset))
         hint = "of one that the zoo never saw, give the Corpus itself"
@@ -250,7 +254,7 @@ def members_table(
         )
     )
 
-
+# %% ../nbs/30_centering.ipynb #29478b38
 _UNRECORDED = "not recorded: named so by its folder or table"
 
 
@@ -267,7 +271,7 @@ def _about_data(zoo: Zoo, members: pd.DataFrame) -> str:
         return f"named by their folders or table {listed}; their data are not recorded"
     return f"named {listed}; of {unknown} of them the data are not recorded"
 
-
+# %% ../nbs/30_centering.ipynb #ceeb78ef
 def require_one_base(
     members: pd.DataFrame,  # what `members_table` gave
     what: str,  # what they are for, for the message
@@ -281,26 +285,23 @@ def require_one_base(
 # %% ../nbs/30_centering.ipynb #7458e4f5
 def centroid_of(
     zoo: Zoo,  # fine-tuned models
-    target: str
-    | Corpus
-    | None = None,  # the dataset that is to be fine-tuned on next; the zoo must not hold it
+    target=None,  # what is fine-tuned on next, a `Corpus` or its name; no model may know it
     family: str | None = None,  # only the models of this task family
     saw_target: bool = False,  # allow models of the target
-    weights=None,  # a number from 0 up for each model, in the order of the table, or model -> number; None: all equal
+    weights=None,  # a number from 0 up for each model, or model -> number; None: all equal
 ) -> Centroid:
     "The centroid of a zoo's models, which must not have seen the target."
     if family is not None:
         zoo = zoo.where(family=family)
-    name = target.name if isinstance(target, Corpus) else target
+    name = _name_of(target)
     own, twins = (
         (zoo.models.model[m].tolist() for m in _holds(zoo, target))
         if target is not None
         else ([], [])
     )
     if (seen := own + twins) and not saw_target:
-        raise ValueError(
-            f"{zoo.name}: {seen[0]} has seen {name}; take leave_out(zoo, target), or say saw_target=True"
-        )
+        instead = "take leave_out(zoo, target), or say saw_target=True"
+        raise ValueError(f"{zoo.name}: {seen[0]} has seen {name}; {instead}")
     what = f"{family or zoo.name}" + (
         f" without {name}" if target is not None and not seen else ""
     )
@@ -315,7 +316,7 @@ def centroid_of(
     centroid.base = zoo.held_base
     return centroid
 
-
+# %% ../nbs/30_centering.ipynb #dcf76128
 def _about_target(name: str | None, seen: list, members: pd.DataFrame) -> str:
     "What is known of whether models have seen a dataset."
     if name is None:
@@ -369,7 +370,8 @@ def best_member(
     scores = pd.to_numeric(scores, errors="coerce")
     if scores.isna().any():
         raise ValueError(
-            f"{zoo.name}: {scores.isna().idxmax()} has no {by if isinstance(by, str) else 'score'}"
+            f"{zoo.name}: {scores.isna().idxmax()} has no"
+            f" {by if isinstance(by, str) else 'score'}"
         )
     return str(scores.idxmin() if lowest else scores.idxmax())
 
@@ -382,7 +384,7 @@ def _cell(value) -> str:
     text = f"{value:.4g}" if is_number else str(value)
     return re.sub(r"\s+", " ", text).replace("|", "\\|").replace("<", "&lt;")
 
-
+# %% ../nbs/30_centering.ipynb #fe9c9792
 def _table(rows: pd.DataFrame) -> str:
     "Rows as a table in Markdown."
     lines = [
@@ -392,7 +394,7 @@ def _table(rows: pd.DataFrame) -> str:
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-
+# %% ../nbs/30_centering.ipynb #e485b0f6
 _CITATION = """```bibtex
 @inproceedings{gueta2023knowledge,
   title     = {Knowledge is a Region in Weight Space for Fine-tuned Language Models},
@@ -407,7 +409,7 @@ _CITATION = """```bibtex
 }
 ```"""
 
-
+# %% ../nbs/30_centering.ipynb #c52fba44
 def _member_hashes(centroid: Centroid) -> pd.DataFrame:
     "The members with the hash of each one's weights, as they are read."
     members = centroid.members.copy()
@@ -446,7 +448,7 @@ def model_card(
     head = _card_head(members, start, sha256)
     return f"---\n{head}\n---\n\n" + "\n\n".join([*parts, "## Citation", _CITATION]) + "\n"
 
-
+# %% ../nbs/30_centering.ipynb #4b9e7d3d
 _OPENED_BY = (
     "A body without a head: `AutoModel` opens it, and `AutoModelForSequenceClassification`"
     " with a fresh head to be fine-tuned."
@@ -485,10 +487,12 @@ def _start_of(centroid: Centroid, members: pd.DataFrame) -> tuple:
     if recorded := _distinct(members, "base"):
         return recorded[0], _distinct(members, "base_sha256")[0]
     held = centroid.base or {}
+    from weightregions.bases import MINILM, MINILM_SHA256
+
     known = MINILM if held.get("sha256") == MINILM_SHA256 else held.get("name")
     return known, held.get("sha256")
 
-
+# %% ../nbs/30_centering.ipynb #849e9562
 def _listed(members: pd.DataFrame) -> pd.DataFrame:
     "The members as a card lists them."
     columns = {
@@ -503,16 +507,14 @@ def _listed(members: pd.DataFrame) -> pd.DataFrame:
         del columns["accuracy"]
     return members[[c for c in columns if c in members]].rename(columns=columns)
 
-
+# %% ../nbs/30_centering.ipynb #6246f73a
 _HELD = "The members do not record their start; their weights were compared with those of"
 
 # %% ../nbs/30_centering.ipynb #3335ecb1
 def save_centroid(
     centroid: Centroid,  # what to write
     folder: str | Path,  # the folder to make
-    like: Checkpoint
-    | str
-    | Path,  # the base, or another checkpoint of this kind, whose configuration and tokenizer to take
+    like,  # the base, or another checkpoint or folder whose configuration and tokenizer to take
     card: bool = True,  # write README.md, the model card
     evaluation=None,  # rows of results for the card: a DataFrame, or measure -> value
     dtype: torch.dtype = torch.float32,  # data type of the stored weights

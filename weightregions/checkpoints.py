@@ -70,7 +70,7 @@ def _check_size(raw: dict, n: int, where: str) -> None:
         if path[-1].endswith(COUNTS) and value > n and _builds(raw, path, n):
             raise ValueError(f"{where}: {path[-1]} is {value}, but there are only {n} tensors")
 
-
+# %% ../nbs/02_checkpoints.ipynb #d0de454c
 def _whole_numbers(value: dict, path: tuple = ()) -> Iterator[tuple]:
     "Path and value of the whole numbers in a configuration and in those that it holds."
     for key, inner in value.items():
@@ -95,7 +95,7 @@ def _builds(raw: dict, path: tuple, n: int) -> bool:
         sizes.append(sum(1 for _ in model.parameters()))
     return sizes[0] != sizes[1]
 
-
+# %% ../nbs/02_checkpoints.ipynb #8d2b85ed
 def _put(raw: dict, path: tuple, value: int) -> None:
     "Set one number of a configuration."
     for key in path[:-1]:
@@ -113,7 +113,7 @@ class Checkpoint(Weights):
         config,  # of transformers, or what makes it when it is asked for; None: there is none
         anatomy: Anatomy,  # what its class says about its tensors
         stored: dict,  # full name -> stored tensor
-        pooler: str = "drop",  # "drop" the pooler from the body, or "keep" it where there is one
+        pooler: str = "drop",  # "drop" the pooler from the body, or "keep" it
         folder: Path | None = None,  # the folder it was opened from
     ):
         self.name, self.source, self.folder = name, source, folder
@@ -188,7 +188,7 @@ def open_checkpoint(
     found, stored = _anatomy_and_names(raw, config, stored, short)
     return Checkpoint(name or short, where, config, found, stored, pooler, folder)
 
-
+# %% ../nbs/02_checkpoints.ipynb #0bf23049
 def _read_folder(folder: Path) -> tuple:
     "The configuration of a folder, and its stored tensors."
     file = folder / "config.json"
@@ -228,9 +228,8 @@ def _in_memory(source, name: str | None, pooler: str) -> Checkpoint:
             raw, make = config_fields(config), partial(copy.deepcopy, config)
             found, held = _anatomy_and_names(raw, make, held, name or "the state dict")
     else:
-        raise TypeError(
-            f"a checkpoint is a folder, a hub id, a module or a state dict, not a {type(state).__name__}"
-        )
+        kinds = "a folder, a hub id, a module or a state dict"
+        raise TypeError(f"a checkpoint is {kinds}, not a {type(state).__name__}")
     return Checkpoint(
         name or found.model, f"{found.model} in memory", config, found, held, pooler
     )
@@ -251,7 +250,7 @@ def _anatomy_and_names(raw: dict, config: Callable, stored: dict, who: str) -> t
         raise ValueError(f"{who}: {problem}") from None
     return found, stored
 
-
+# %% ../nbs/02_checkpoints.ipynb #b7d1e0b2
 def _holds_more(raw: dict, found: Anatomy, stored: dict) -> bool:
     "Whether a body of AutoModel's class is there, and the named class is a part of that."
     if found.model != found.base or found.model == found.whole:
@@ -260,7 +259,7 @@ def _holds_more(raw: dict, found: Anatomy, stored: dict) -> bool:
     there = {key.removeprefix(f"{whole.prefix}.") for key in stored}
     return whole.body.keys() > found.body.keys() and whole.body.keys() <= there
 
-
+# %% ../nbs/02_checkpoints.ipynb #04dde411
 @lru_cache(maxsize=64)
 def _anatomy_of(raw: str) -> Anatomy:
     "The anatomy of the class that a configuration (as JSON) names, as it was kept or anew."
@@ -287,7 +286,7 @@ def _kept_anatomy(raw: str) -> Path | None:
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()
     return Path(folder).expanduser() / "anatomy" / f"{digest}.json"
 
-
+# %% ../nbs/02_checkpoints.ipynb #60658994
 def _read_anatomy(file: Path) -> Anatomy | None:
     "The anatomy in a file; None if there is none, or it is damaged."
     try:
@@ -303,7 +302,7 @@ def _read_anatomy(file: Path) -> Anatomy | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
-
+# %% ../nbs/02_checkpoints.ipynb #84870ca0
 def _keep_anatomy(file: Path | None, known: Anatomy) -> None:
     "Write an anatomy into its file, where that can be written."
     fields = vars(known) | {"ignored": sorted(known.ignored)}
@@ -317,7 +316,7 @@ def _keep_anatomy(file: Path | None, known: Anatomy) -> None:
 
 # %% ../nbs/02_checkpoints.ipynb #7a87189b
 def _of_state(state: Mapping[str, Tensor]) -> Anatomy:
-    "The anatomy of a state dict without a configuration: everything floating is body, shared memory is a tie."
+    "The anatomy of a state dict alone: all floating tensors are body, shared memory a tie."
     first, ties = {}, {}
     for n, t in state.items():
         key = (t.data_ptr(), tuple(t.shape), t.stride()) if t.numel() else n
@@ -342,7 +341,7 @@ def open_tensors(
 # %% ../nbs/02_checkpoints.ipynb #db80aece
 SHORT_NAMES = {"minilm": "weightregions.bases:minilm"}  # word -> what gives its folder
 
-
+# %% ../nbs/02_checkpoints.ipynb #e748eb1d
 def _folder(source, revision: str | None) -> tuple[Path, str, str]:
     "The local folder of a source, its name, and where it came from."
     folder = Path(source).expanduser()
@@ -362,7 +361,7 @@ def _folder(source, revision: str | None) -> tuple[Path, str, str]:
     folder = _from_hub(str(source), revision)
     return folder, str(source), f"{source}@{folder.name}"
 
-
+# %% ../nbs/02_checkpoints.ipynb #36f404e3
 def _from_hub(repo: str, revision: str | None) -> Path:
     "The folder of a hub snapshot: configuration, tokenizer and one form of the weights."
     from huggingface_hub import snapshot_download
@@ -399,7 +398,7 @@ def read(
         return stored.read().reshape(stored.shape)
     return stored.read(start or 0, stop, out)
 
-
+# %% ../nbs/02_checkpoints.ipynb #219c91a1
 @patch
 def held(
     self: Checkpoint,
@@ -423,7 +422,7 @@ def as_weights(
     "Weights to compute with: those that are given, or the checkpoint that is named."
     return source if isinstance(source, Weights) else open_checkpoint(source)
 
-
+# %% ../nbs/02_checkpoints.ipynb #1a897693
 def as_group(
     sources: Iterable,  # weights of any kind, or what `open_checkpoint` takes
     what: str,  # what they are for, for the messages
@@ -453,7 +452,7 @@ def vocabulary(self: Checkpoint) -> str | None:
         raise ValueError(f"{file}: is no regular file")
     return _vocabulary_of(file.resolve(), file.stat().st_size, file.stat().st_mtime_ns)
 
-
+# %% ../nbs/02_checkpoints.ipynb #b413c488
 @lru_cache(maxsize=4096)
 def _vocabulary_of(file: Path, size: int, changed: int) -> str | None:
     "A digest of the tokens in a tokenizer file, by their ids; of files of the same bytes once."
@@ -465,7 +464,7 @@ def _vocabulary_of(file: Path, size: int, changed: int) -> str | None:
 
 _VOCABULARIES = {}  # digest of a tokenizer file -> of its tokens
 
-
+# %% ../nbs/02_checkpoints.ipynb #2bb05961
 def _digest_of_tokens(file: Path) -> str | None:
     "A digest of the tokens in a tokenizer file, by their ids."
     model = read_json(file).get("model")
@@ -531,7 +530,7 @@ def module_kinds(
 
 # %% ../nbs/02_checkpoints.ipynb #6761627f
 def _with_its_head(base: Checkpoint, adapter) -> tuple:
-    "Configuration and anatomy of an adapted model: with the classifier that the adapter brings."
+    "Configuration and anatomy of a model with the classifier that its adapter brings."
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as kinds
 
     shapes = {n: tuple(t.shape) for n, t in adapter.head.items()}
@@ -565,7 +564,7 @@ def _require_named(named: str, base: Checkpoint, folder: Path) -> None:
     if not same:
         raise ValueError(f"{folder}: was trained over {named}, which is not {base.name}")
 
-
+# %% ../nbs/02_checkpoints.ipynb #6506a9b8
 def _hub_name(text: str) -> str:
     "The last part of what may be a name of the hub, in small letters; empty for a path."
     match = re.fullmatch(r"(?:[\w-][\w.-]*/)?([\w-][\w.-]*)", text)
@@ -591,7 +590,7 @@ def _digest_there(folder: Path, pooler: str) -> str | None:
 def _digest_at(folder: Path, pooler: str, size: int, changed: int) -> str:
     return open_checkpoint(folder, pooler=pooler).sha256()
 
-
+# %% ../nbs/02_checkpoints.ipynb #a8069618
 def require_one_adapter_base(
     models,  # checkpoints, some of which may be adapters
 ) -> None:
@@ -618,7 +617,7 @@ def updates_of(
     changed = {n: t for n, t in model._body.items() if t is not start._body.get(n)}
     return changed if any(isinstance(t, Update) for t in changed.values()) else None
 
-
+# %% ../nbs/02_checkpoints.ipynb #753d496a
 def _is_one_file(a, b) -> bool:
     "Whether two checkpoints were opened from one folder, and have the same tensors."
     folders = getattr(a, "folder", None), getattr(b, "folder", None)
@@ -658,7 +657,7 @@ def tensors_file(
 
         yield put
 
-
+# %% ../nbs/02_checkpoints.ipynb #2ceecd8e
 def write_at(
     file: int,  # number of an open file
     weights: Tensor,  # what to write
@@ -685,7 +684,7 @@ def _header(tensors: Mapping[str, tuple]) -> tuple[bytes, dict]:
     starts = {n: 8 + len(text) + entries[n]["data_offsets"][0] for n in tensors}
     return len(text).to_bytes(8, "little") + text, starts
 
-
+# %% ../nbs/02_checkpoints.ipynb #d290bbcf
 _ORDER = "I64 F64 F32 I32 BF16 F16 I16 I8 U8 BOOL"  # in which `safetensors` writes data types
 _RANK = {DTYPES[word]: i for i, word in enumerate(_ORDER.split())}
 
@@ -722,7 +721,7 @@ class Beside:
     texts: Mapping = field(default_factory=dict)  # file name -> what to write into it
     options: Streaming = Streaming(progress=False)  # how the pass over the weights is made
 
-
+# %% ../nbs/02_checkpoints.ipynb #9a50f5a9
 def write_folder(
     body: Weights,  # to be written, in its own data types
     like: Checkpoint,  # whose tokenizer and buffers are written with it
@@ -790,7 +789,7 @@ TOKENIZER_FILES = (
     "*.tokenizer",
 )
 
-
+# %% ../nbs/02_checkpoints.ipynb #caa836bb
 def tokenizer_files(
     folder: str | Path,  # of a model
 ) -> list[Path]:  # sorted
@@ -807,7 +806,7 @@ def copy_tokenizer(
         _require_inside(file, Path(folder))
         (target / file.name).write_bytes(_without_code(file))
 
-
+# %% ../nbs/02_checkpoints.ipynb #21344bb0
 def _without_code(file: Path) -> bytes:
     "The bytes of a tokenizer's file; where it names code (auto_map), without that."
     data = read_bytes(file, _MOST)
@@ -824,7 +823,7 @@ _MOST = 2**28  # bytes of a tokenizer's file; the largest known has 35 million
 
 
 def _require_inside(file: Path, folder: Path) -> None:
-    "Refuse a file that is none, is too large, or lies elsewhere: a link may lead to the blobs of its hub snapshot."
+    "Refuse what is no file, too large, or elsewhere; a hub snapshot links to its blobs."
     home, place = folder.resolve(), file.resolve()
     blobs = [home.parent.parent / "blobs"] if home.parent.name == "snapshots" else []
     if not any(place.is_relative_to(root) for root in (home, *blobs)):
@@ -834,7 +833,7 @@ def _require_inside(file: Path, folder: Path) -> None:
     if file.stat().st_size > _MOST:
         raise ValueError(f"{file}: has more than {_MOST:,} bytes")
 
-
+# %% ../nbs/02_checkpoints.ipynb #f54ed0f8
 def plain_config(
     fields: dict,  # of a configuration
 ) -> dict:  # the others

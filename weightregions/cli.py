@@ -23,7 +23,7 @@ from . import __version__
 # %% ../nbs/52_cli.ipynb #9d2f4a60
 _COMMANDS = {}  # name -> function, its arguments
 
-
+# %% ../nbs/52_cli.ipynb #4572ebfc
 def _command(*arguments):
     "Make a function a command of the same name."
 
@@ -38,7 +38,7 @@ def _command(*arguments):
 
     return register
 
-
+# %% ../nbs/52_cli.ipynb #5423b101
 def _arg(*names, **how):
     return names, how
 
@@ -74,7 +74,7 @@ def _require_paths(options):
         if data:
             _require_data(data)
 
-
+# %% ../nbs/52_cli.ipynb #8719a90f
 def _require_data(word):
     "Refuse a word that names no source of datasets."
     if word in ("builtin", "hub") or os.path.exists(os.path.expanduser(word)):
@@ -85,7 +85,7 @@ def _require_data(word):
     if _is_offline() and not any(place.is_dir() for place in _data_caches(word)):
         raise ValueError(f"{neither}, and no dataset in the hub's cache (offline)")
 
-
+# %% ../nbs/52_cli.ipynb #b22fe115
 _HUB_DATA = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-]+)?"  # OWNER/NAME, perhaps a part
 
 
@@ -95,7 +95,7 @@ def _parted(word):
     alone = not data or os.path.exists(os.path.expanduser(word))
     return (word, None) if alone else (data, name)
 
-
+# %% ../nbs/52_cli.ipynb #e8ad2c87
 def _require_model(word):
     "Refuse a word that is neither a folder nor the name of a model on the hub."
     if word == "minilm" or os.path.exists(os.path.expanduser(word)):
@@ -119,7 +119,7 @@ def _hub_cache():
     place = at("HF_HUB_CACHE") or at("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
     return Path(os.path.expandvars(os.path.expanduser(place)))
 
-
+# %% ../nbs/52_cli.ipynb #9383ce59
 def _data_caches(word):
     "Where datasets of this id are kept, by the two libraries that keep them."
     owner, name = word.split("/")[:2]
@@ -147,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
             one.add_argument(*names, **how | {"help": how["help"] + said})
     return top
 
-
+# %% ../nbs/52_cli.ipynb #565ed88d
 _ALWAYS = (
     _flag("--json", "write one JSON object to standard output, in place of tables"),
     _flag("--quiet", "no progress bars, and no line for each file that is written"),
@@ -164,7 +164,7 @@ def _printable(c):
     "A character as it is, or its number where a terminal would obey it."
     return c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
 
-
+# %% ../nbs/52_cli.ipynb #c2e23c25
 def main(
     arguments: list[str] | None = None,  # words of the command line; None: those of the process
 ) -> int:  # exit code: 0 well, 2 something to mend, 130 interrupted, 143 ended by SIGTERM
@@ -180,7 +180,7 @@ def main(
         code = _run(options, alone)
         return code or output.code()
 
-
+# %% ../nbs/52_cli.ipynb #f5b4129c
 def _run(options, alone):
     "The exit code of a command."
     try:
@@ -206,7 +206,7 @@ class _Shown:
 
 _SHOWN = []  # of the command that runs
 
-
+# %% ../nbs/52_cli.ipynb #df8cccbc
 @contextmanager
 def _shown(options):
     "Show tables and sentences as the options ask."
@@ -226,7 +226,7 @@ def _shown(options):
         if options.quiet and bars is None:
             del os.environ["TQDM_DISABLE"]
 
-
+# %% ../nbs/52_cli.ipynb #54f70560
 def _as_json(value):
     "JSON of tables and texts; what is no finite number is null."
     import json
@@ -245,7 +245,7 @@ def _as_json(value):
 
     return json.dumps(plain(value), ensure_ascii=False, indent=1)
 
-
+# %% ../nbs/52_cli.ipynb #cb8d5970
 def _note_written(file):
     "Say that a file is written."
     _SHOWN[-1].kept.setdefault("written", []).append(str(file))
@@ -265,7 +265,7 @@ def _ignore_signals():
     for number in _ENDINGS:
         signal.signal(number, signal.SIG_IGN)
 
-
+# %% ../nbs/52_cli.ipynb #967c473b
 @contextmanager
 def _orderly_end(alone):
     "Let the first signal end the command in good order, and a second one at once."
@@ -324,7 +324,7 @@ class _Output:
         _say(f"standard output: {self.error.strerror}; all files are written")
         return 2
 
-
+# %% ../nbs/52_cli.ipynb #c09b5977
 @contextmanager
 def _kept_output(alone):
     "Output that may break, and the interpreter's own if the process is another's."
@@ -393,7 +393,7 @@ def _pretrained(word):
 
     return minilm()
 
-
+# %% ../nbs/52_cli.ipynb #f38efd1e
 def _opened(options):
     "The zoo that a command names, held against its base, and the base."
     from weightregions.checkpoints import open_checkpoint
@@ -404,14 +404,14 @@ def _opened(options):
     zoo.checkpoints()[0].require_same_start(base, sample=2**12)
     return zoo.checked(base), base
 
-
+# %% ../nbs/52_cli.ipynb #93b1732b
 def _columns_of(options):
     "The columns that the options name."
     from weightregions.corpora import Columns
 
     return Columns(options.text_column, options.pair_column, options.label_column)
 
-
+# %% ../nbs/52_cli.ipynb #44164198
 def _corpus(data, name, columns):
     "One dataset of a source; without a name the only one."
     from weightregions.corpora import load_corpora, sources
@@ -423,7 +423,7 @@ def _corpus(data, name, columns):
         )
     return next(iter(load_corpora(data, name and [name], columns=columns).values()))
 
-
+# %% ../nbs/52_cli.ipynb #e028e967
 def _by(options, models):
     "What makes a group, as asked, or as the table of models allows."
     if options.by:
@@ -456,7 +456,7 @@ def _write_left_out(zoo, file):
     elif file.exists():
         file.unlink()
 
-
+# %% ../nbs/52_cli.ipynb #77af6831
 def _show(rows, name="rows"):
     "Rows as a table on the screen."
     _SHOWN[-1].kept[name] = rows
@@ -486,7 +486,7 @@ def _plots():
 
 _DATES = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
 
-
+# %% ../nbs/52_cli.ipynb #ac977b08
 def _draw(drawn, file):
     "Write a figure and forget it."
     from matplotlib import pyplot as plt
@@ -594,7 +594,7 @@ def _build(options, corpora):
 
 # %% ../nbs/52_cli.ipynb #92e07bd4
 def _draw_similarity(cosine, models, groups, out, ending):
-    "Heat map, map and page of all models, coloured by group, or by cluster where none is known."
+    "Heat map, map and page of all models, coloured by group or cluster."
     from weightregions.clustering import embed_map
 
     plots, families = _plots(), None
@@ -607,7 +607,7 @@ def _draw_similarity(cosine, models, groups, out, ending):
         return _say("a map takes at least four models")
     _draw(plots.region_map(embed_map(cosine), groups, families), out / f"map.{ending}")
 
-
+# %% ../nbs/52_cli.ipynb #619db4d4
 def _explore(page, out, *rows):
     "Write a page to play with, where plotly is installed."
     from importlib.util import find_spec
@@ -633,28 +633,83 @@ def _clusters(options, cosine, models):
         return spectral_clusters(cosine, options.clusters), None
     return silhouette_clusters(cosine), None
 
-# %% ../nbs/52_cli.ipynb #18c5ea9d
-@_command(
+# %% ../nbs/52_cli.ipynb #bde7e0f3
+def _require_file(file):
+    "Refuse a name of a file in which nothing could be kept."
+    if file is not None and (not file.endswith(".npz") or os.path.isdir(file)):
+        raise ValueError(f"--keep takes a file that ends in .npz, not {file!r}")
+
+# %% ../nbs/52_cli.ipynb #8e7094b8
+def _cosines(options, models, base):
+    "Cosines of all pairs of models, and the lengths of their task vectors."
+    from weightregions.many import gram_in
+    from weightregions.similarity import gram
+
+    if options.sketch is not None:
+        return _estimates(options, models, base)
+    if options.keep is not None:
+        products = gram_in(options.keep, models, base, device=_device())
+        _note_written(options.keep)
+    else:
+        products = gram(models, base, device=_device())
+    return products.cosine(), products.norms()
+
+# %% ../nbs/52_cli.ipynb #a75e22a2
+def _estimates(options, models, base):
+    "The same by a sketch of the models."
+    import pandas as pd
+
+    from weightregions.many import sketch, sketch_in
+
+    k, how = options.sketch, {"device": _device()}
+    if options.keep is not None:
+        made = sketch_in(options.keep, models, base, k, **how)
+        _note_written(options.keep)
+    else:
+        made = sketch(models, base, k, **how)
+    _say(f"cosines are estimates from {k} numbers of each model, with errors of {k**-0.5:.3f}")
+    return made.cosine(), pd.Series(made.norms, list(made.names))
+
+# %% ../nbs/52_cli.ipynb #f6a390b6
+_SIMILARITY_OPTIONS = (
     _FOLDER,
     _STEPS,
     _BASE,
     _BY,
     _arg("--out", default="similarity", metavar="DIR", help="folder for tables and figures"),
     _count("--clusters", "number of clusters (default: that of the groups, or by silhouette)"),
+    _arg(
+        "--sketch",
+        type=int,
+        nargs="?",
+        const=4096,
+        metavar="K",
+        help="for hundreds of models: estimate the cosines from K numbers of each (4096), each"
+        " with an error of 1 / sqrt(K)",
+    ),
+    _arg(
+        "--keep",
+        metavar="FILE.npz",
+        help="keep what was measured in this file, and do not measure again what it holds: so a"
+        " zoo may grow",
+    ),
     _FORMAT,
 )
+
+# %% ../nbs/52_cli.ipynb #18c5ea9d
+@_command(*_SIMILARITY_OPTIONS)
 def similarity(
-    options: argparse.Namespace,  # folder, all_checkpoints, base, by, out, clusters, format
+    options: argparse.Namespace,  # folder, base, by, out, clusters, sketch, keep, format
 ):
     "Cosines between all task vectors, the clusters they make, a heat map and a map."
     from weightregions.centering import of_one_start
-    from weightregions.similarity import gram
 
+    _require_file(options.keep)
     (zoo, base), out = _opened(options), Path(options.out)
-    products = gram(of_one_start(zoo.checkpoints(), "similarity"), base, device=_device())
-    cosine, models = products.cosine(), zoo.models.set_index("model")
+    cosine, norms = _cosines(options, of_one_start(zoo.checkpoints(), "similarity"), base)
+    models = zoo.models.set_index("model")
     clusters, scores = _clusters(options, cosine, models)
-    rows = models[["dataset", "family"]].assign(norm=products.norms(), cluster=clusters)
+    rows = models[["dataset", "family"]].assign(norm=norms, cluster=clusters)
     if scores:
         rows["found"] = rows.cluster.map(scores.matching)
     _write(cosine, out / "similarity.csv", index=True, index_label="model")
@@ -671,7 +726,7 @@ def similarity(
     else:
         _tell(_of_clusters(clusters), "verdict")
 
-
+# %% ../nbs/52_cli.ipynb #f561d12f
 def _of_clusters(clusters):
     "A sentence on clusters of which nothing else is known."
     sizes = clusters.value_counts().tolist()
@@ -704,7 +759,7 @@ def _path(options, models):
     points = line(*models, [i / (n - 1) for i in range(n)])
     return "line", points, lambda plots, rows: plots.loss_line(rows, ends=ends)
 
-
+# %% ../nbs/52_cli.ipynb #c48cec7c
 def _hull(options, models):
     "The models themselves, and random points between them."
     from weightregions.traversal import Point, hull
@@ -716,8 +771,8 @@ def _hull(options, models):
     alone = [({"group": "In"}, Point((m,), (1.0,), m.name)) for m in models]
     return [*alone, *(({"group": "In'"} | at, p) for at, p in hull(models, options.hull))]
 
-# %% ../nbs/52_cli.ipynb #15e4c8fb
-@_command(
+# %% ../nbs/52_cli.ipynb #9e33dc32
+_TRAVERSE_OPTIONS = (
     _arg(
         "folder",
         nargs="+",
@@ -750,6 +805,9 @@ def _hull(options, models):
     _arg("--out", default="traverse", metavar="DIR", help="folder for rows and figure"),
     _FORMAT,
 )
+
+# %% ../nbs/52_cli.ipynb #15e4c8fb
+@_command(*_TRAVERSE_OPTIONS)
 def traverse(
     options: argparse.Namespace,  # models, base, data, columns, kind of path, rows, out
 ):
@@ -846,8 +904,8 @@ def _unseen(zoo, options):
         raise ValueError(f"{zoo.name}: all of its datasets share sentences with {name}")
     return zoo.where(dataset=kept) if near else zoo, target
 
-# %% ../nbs/52_cli.ipynb #4c28a69f
-@_command(
+# %% ../nbs/52_cli.ipynb #80f33d3b
+_CENTER_OPTIONS = (
     _FOLDER,
     _STEPS,
     _BASE,
@@ -888,6 +946,9 @@ def _unseen(zoo, options):
     _real("--density", "of ties and dare: share of the entries that stay", 0.2),
     _count("--seed", "of dare: which entries stay", 0),
 )
+
+# %% ../nbs/52_cli.ipynb #4c28a69f
+@_command(*_CENTER_OPTIONS)
 def center(
     options: argparse.Namespace,  # folder, base, out, which models, weights, dtype
 ):
@@ -1026,7 +1087,7 @@ def _require_place(folder):
         if not os.path.isfile(os.path.join(folder, name)):
             raise FileExistsError(f"{folder}: exists already")
 
-
+# %% ../nbs/52_cli.ipynb #61e1dcc8
 def _save(centroid, folder, base, dtype="float32"):
     "Write a centroid as a checkpoint, unless it is there."
     import torch
@@ -1047,8 +1108,8 @@ def _save(centroid, folder, base, dtype="float32"):
     _say(f"{folder}: is there already, of the same models; it stays as it is")
     return folder
 
-# %% ../nbs/52_cli.ipynb #0e7f4d36
-@_command(
+# %% ../nbs/52_cli.ipynb #93037e62
+_LOCATE_OPTIONS = (
     _arg("checkpoint", metavar="CHECKPOINT", help="a folder or hub id"),
     _arg("--zoo", dest="folder", nargs="+", required=True, metavar="FOLDER", help=_FOLDERS),
     _STEPS,
@@ -1057,6 +1118,9 @@ def _save(centroid, folder, base, dtype="float32"):
     _real("--alpha", "rate of false alarms: members that are called outsiders", 0.05),
     _arg("--out", default="locate.csv", metavar="FILE", help="the table"),
 )
+
+# %% ../nbs/52_cli.ipynb #0e7f4d36
+@_command(*_LOCATE_OPTIONS)
 def locate(
     options: argparse.Namespace,  # checkpoint, folder, all_checkpoints, base, by, alpha, out
 ):
@@ -1087,7 +1151,7 @@ def locate(
     first = regions[rows.region[0]].members.model.tolist()
     _tell(_place(options.checkpoint, rows, first if by == "cluster" else []), "verdict")
 
-
+# %% ../nbs/52_cli.ipynb #00d7c444
 def _place(name, rows, members):
     "Where a checkpoint lies, in a sentence."
     top = rows.iloc[0]
@@ -1101,13 +1165,13 @@ def _place(name, rows, members):
         return f"{place}; not called an outsider, but {top.note}"
     return f"{place}, and inside of it (p = {top.p:.2g})"
 
-
+# %% ../nbs/52_cli.ipynb #996b66a7
 def _is_same(path, word, folder):
     "Whether a model's path is the checkpoint that was named."
     return path == word or Path(path).is_dir() and Path(path).samefile(folder)
 
-# %% ../nbs/52_cli.ipynb #ae2710d5
-@_command(
+# %% ../nbs/52_cli.ipynb #5895956f
+_RECOMMEND_OPTIONS = (
     _FOLDER,
     _STEPS,
     _BASE,
@@ -1118,6 +1182,9 @@ def _is_same(path, word, folder):
     _arg("--out", default="recommend.csv", metavar="FILE", help="the table"),
     _arg("--write", metavar="FOLDER", help="write the start that is advised as a checkpoint"),
 )
+
+# %% ../nbs/52_cli.ipynb #ae2710d5
+@_command(*_RECOMMEND_OPTIONS)
 def recommend(
     options: argparse.Namespace,  # models, base, data, columns, rows, out, write
 ):
@@ -1141,7 +1208,7 @@ def recommend(
     shown = name if name in set(zoo.models.model) else kind
     _tell(f"{_why(rows, name)}\nadvice: start from {shown} ({where})", "advice")
 
-
+# %% ../nbs/52_cli.ipynb #73d02c40
 _MEANING = """\
 start: what to begin the fine-tuning from; kind: the pretrained model, a centroid of models, or
   one model (member); models: how many it is the average of
@@ -1170,7 +1237,7 @@ def _why(rows, name):
         )
     return f"why: {first.start} has the lowest loss, but {why}; {name} is the safe choice"
 
-
+# %% ../nbs/52_cli.ipynb #a64b33fb
 def _written(start, folder, base):
     "Where the start that is advised lies; a centroid is written if a folder is named."
     from weightregions.centering import Centroid
@@ -1179,8 +1246,8 @@ def _written(start, folder, base):
         return start.folder
     return _save(start, folder, base) if folder else "--write FOLDER makes it"
 
-# %% ../nbs/52_cli.ipynb #1d972328
-@_command(
+# %% ../nbs/52_cli.ipynb #52303b0b
+_FINETUNE_OPTIONS = (
     _arg("--start", required=True, metavar="MODEL", help="a folder, a hub id or 'minilm'"),
     _DATA,
     _TARGET,
@@ -1199,6 +1266,9 @@ def _written(start, folder, base):
     _arg("--base", metavar="MODEL", help="the pretrained model, to say the gain over it"),
     _arg("--out", default="finetuned", metavar="FOLDER", help="the checkpoint folder to make"),
 )
+
+# %% ../nbs/52_cli.ipynb #1d972328
+@_command(*_FINETUNE_OPTIONS)
 def finetune(
     options: argparse.Namespace,  # start, data, columns, method, rows, steps, seed, base, out
 ):
@@ -1225,8 +1295,8 @@ def finetune(
     if base:
         _tell(gain_text(made), "reference")
 
-# %% ../nbs/52_cli.ipynb #1eda0e1a
-@_command(
+# %% ../nbs/52_cli.ipynb #15f01786
+_STUDY_OPTIONS = (
     _arg(
         "--scale",
         default="laptop",
@@ -1252,6 +1322,9 @@ def finetune(
         "a dry run for this machine, on which a few steps of the scale's base are timed first",
     ),
 )
+
+# %% ../nbs/52_cli.ipynb #1eda0e1a
+@_command(*_STUDY_OPTIONS)
 def study(
     options: argparse.Namespace,  # scale, data, out, and whether to run or to tell the cost
 ):

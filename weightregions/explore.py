@@ -20,7 +20,6 @@ import pandas as pd
 
 from .clustering import embed_map
 from .files import write_whole
-from .plots import group_colours, one_label_per_place
 
 # %% ../nbs/47_explore.ipynb #a42ed414
 @dataclass(frozen=True)
@@ -129,6 +128,8 @@ def map_panel(
     models: pd.DataFrame,  # one row per model, indexed by name; with `dataset`, `family`
 ) -> Panel:
     "The map of all models: hover to read a model's name."
+    from weightregions.plots import group_colours  # not at the top: other panels draw nothing
+
     about = models.loc[places.index]
     families = dict(zip(about.dataset, about.family)) if "family" in about else None
     colours = group_colours(about.dataset, families)
@@ -243,6 +244,8 @@ def _made_of(x: float, y: float, corners: pd.DataFrame) -> str:
 # %% ../nbs/47_explore.ipynb #3e5ac7eb
 def _plane_traces(rows: pd.DataFrame, marks: pd.DataFrame, corners: pd.DataFrame) -> list:
     "Contours, invisible dots that answer the pointer, and the marked models."
+    from weightregions.plots import one_label_per_place
+
     text = [_made_of(x, y, corners) for x, y in zip(rows.x, rows.y)]
     points = dict(
         type="scatter",

@@ -65,7 +65,7 @@ def load_json(
 # %% ../nbs/03_loading.ipynb #0339b02b
 LEAST = 0.25  # tokens for each row of the embedding
 
-
+# %% ../nbs/03_loading.ipynb #993224e9
 def load_tokenizer(
     source,  # folder or hub id of a model
     padding: bool = False,  # refuse a tokenizer without a padding token, which batches need
@@ -156,7 +156,7 @@ _TEXTS = (
     "tokenizer.json",
 )
 
-
+# %% ../nbs/03_loading.ipynb #8e64c7c9
 @contextlib.contextmanager
 def _in_one_line(folder: Path, what: str):
     "Errors of any class as one line that names the folder, or the file in it."
@@ -171,7 +171,7 @@ def _in_one_line(folder: Path, what: str):
             f"{folder}: its {what} cannot be loaded ({type(e).__name__}: {one_line(e)})"
         ) from None
 
-
+# %% ../nbs/03_loading.ipynb #4b8dbc36
 def _blame_a_file(folder: Path, error: BaseException) -> None:
     "Raise for a file that is damaged, or that names code."
     for file in (folder / name for name in _TEXTS):
@@ -181,7 +181,7 @@ def _blame_a_file(folder: Path, error: BaseException) -> None:
 # %% ../nbs/03_loading.ipynb #9cf5c4c5
 _WHOLE = ("tokenizer.json", "tekken.json", "tokenizer.model*", "tiktoken.model")  # of any class
 
-
+# %% ../nbs/03_loading.ipynb #57d2c2ab
 def _require_files(tokenizer, folder: Path) -> None:
     "Refuse a tokenizer that was made without the files that its class reads."
     if not isinstance(tokenizer, PreTrainedTokenizerBase):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import scipy
+import scipy  # its parts are imported when they are used
 import torch
 
 from .centering import Centroid, require_one_base, members_table, shares_of
@@ -48,7 +48,7 @@ class Shape:
     dof: float  # degrees of freedom behind the spread
     units: np.ndarray | None = None  # (k,) codes of the members' units; None: each is its own
 
-
+# %% ../nbs/32_region.ipynb #e945ed96
 def shape_of(
     products: np.ndarray,  # (k, k) inner products of the members' task vectors
     units: Iterable[Hashable] | None = None,  # (k,) unit of each member; None: each is its own
@@ -90,14 +90,10 @@ def p_value(
 ) -> float:  # between 0 and 1; small if the query is no member
     "How often one more member would have a cosine as low as this."
     if not shape.spread > 1e-9:
-        raise ValueError(
-            f"the members' cosines have a spread of {shape.spread:.1g}: are they copies of one model?"
-        )
-    return float(
-        scipy.stats.t.cdf(
-            (cosine - shape.level) / (shape.spread * sqrt(1 + 1 / shape.n)), shape.dof
-        )
-    )
+        spread = f"the members' cosines have a spread of {shape.spread:.1g}"
+        raise ValueError(f"{spread}: are they copies of one model?")
+    t = (cosine - shape.level) / (shape.spread * sqrt(1 + 1 / shape.n))
+    return float(scipy.special.stdtr(shape.dof, t))  # the distribution of Student's t
 
 # %% ../nbs/32_region.ipynb #4c1dc2f5
 def pooled(
@@ -106,9 +102,9 @@ def pooled(
     "The shapes of several regions, with the spread that they have in common."
     own = [s for s in shapes.values() if s.n > 2]
     if not own:
-        raise ValueError(
-            f"no region has three units ({', '.join(map(str, list(shapes)[:8]))}): there is nothing to tell the spread from"
-        )
+        names = ", ".join(map(str, list(shapes)[:8]))
+        problem = "there is nothing to tell the spread from"
+        raise ValueError(f"no region has three units ({names}): {problem}")
     dof = sum(s.dof for s in own)
     spread = sqrt(sum(s.dof * s.spread**2 for s in own) / dof)
     return {name: replace(s, spread=spread, dof=dof) for name, s in shapes.items()}
@@ -126,7 +122,7 @@ def calibrated_p(
 _FEW = "too few models for a p-value: it takes three in one of the regions"
 _ALONE = "one model alone, which has no spread: the cosine to its task vector"
 
-
+# %% ../nbs/32_region.ipynb #791f850c
 def _judge(cosine: float, shape: Shape, alpha: float) -> tuple:
     "The p-value, whether the query is inside, whether the region has a direction, a note."
     if shape.units is None and np.isnan(shape.spread):
@@ -144,7 +140,7 @@ def _judge(cosine: float, shape: Shape, alpha: float) -> tuple:
     note = "" if directed else "no direction: a model at cosine 0 would be a member too"
     return p, bool(p >= alpha), directed, note
 
-
+# %% ../nbs/32_region.ipynb #530f262d
 def _alpha(alpha: float) -> float:
     "`alpha`, if it is a rate."
     if not 0 < alpha < 1:
@@ -268,7 +264,7 @@ class Inside:
     def __bool__(self):
         return self.inside
 
-
+# %% ../nbs/32_region.ipynb #a391a2f8
 def _against(query: Weights, base: Weights, centres: list[Weights]) -> np.ndarray:
     "Inner products of a query's task vector with the centres, over its length."
     query.require_same_space(base)
@@ -312,12 +308,11 @@ def _base_of(regions: list[Region]) -> Checkpoint:
             raise ValueError(f"the regions {first.name} and {r.name} have different bases")
     found = next((r.base for r in regions if r.base is not None), None)
     if found is None:
-        raise ValueError(
-            f"region {first.name}: its base {first.base_identity['name']} is not at hand; Region.load(folder, base) brings it"
-        )
+        problem = f"its base {first.base_identity['name']} is not at hand"
+        raise ValueError(f"region {first.name}: {problem}; Region.load(folder, base) brings it")
     return found
 
-
+# %% ../nbs/32_region.ipynb #dbdb72de
 @patch
 def contains(
     self: Region,
@@ -339,7 +334,7 @@ def _shapes(
     units: list[Hashable] | None,
     few: bool = False,
 ) -> dict[Hashable, tuple]:
-    "For every group the places of its models and their shape, spreads pooled; few: as there are."
+    "Group -> places of its models and their shape, spreads pooled; few: as there are."
     groups, found = pd.Series(groups), {}
     for group, at in groups.groupby(groups, sort=False).groups.items():
         at = at.to_numpy()
@@ -358,7 +353,7 @@ def _shapes(
         shapes |= pooled(several)
     return {group: (at, shapes[group]) for group, (at, _) in found.items()}
 
-
+# %% ../nbs/32_region.ipynb #e41e99be
 def _lone_shape(products: np.ndarray) -> Shape:
     "The shape of one model: its length, and no spread."
     one = np.ones(1)
@@ -367,28 +362,20 @@ def _lone_shape(products: np.ndarray) -> Shape:
 # %% ../nbs/32_region.ipynb #e5ba81cb
 def _with_region(zoo: Zoo, by: str) -> Zoo:
     "The models of a zoo whose group has two units; the others are left out with a warning."
-    units = zoo.models.groupby(by)["dataset" if by == "family" else "model"].transform(
-        "nunique"
-    )
-    alone, what = (
-        list(dict.fromkeys(zoo.models[by][units < 2])),
-        "dataset" if by == "family" else "model",
-    )
+    what = "dataset" if by == "family" else "model"
+    units = zoo.models.groupby(by)[what].transform("nunique")
     if (units < 2).all():
-        hint = (
-            "; models of one dataset lie together in a folder DATASET/NAME, or are listed in models.csv"
-            if by == "dataset"
-            else ""
-        )
-        raise ValueError(
-            f"{zoo.name}: a region takes at least two {what}s, and no {by} has them{hint}"
-        )
-    if alone:
-        warnings.warn(
-            f"{', '.join(map(str, alone[:3]))}{' and more' * (len(alone) > 3)}: only one {what}, and no region",
-            stacklevel=3,
-        )
+        problem = f"a region takes at least two {what}s, and no {by} has them"
+        raise ValueError(f"{zoo.name}: {problem}{_HOW_LISTED * (by == 'dataset')}")
+    if alone := list(dict.fromkeys(zoo.models[by][units < 2])):
+        names = ", ".join(map(str, alone[:3])) + " and more" * (len(alone) > 3)
+        warnings.warn(f"{names}: only one {what}, and no region", stacklevel=3)
     return zoo.keep(units > 1)
+
+
+_HOW_LISTED = (
+    "; models of one dataset lie together in a folder DATASET/NAME, or are listed in models.csv"
+)
 
 # %% ../nbs/32_region.ipynb #045abbd0
 def regions_of(
@@ -415,7 +402,7 @@ def regions_of(
         for name, (at, shape) in shapes.items()
     }
 
-
+# %% ../nbs/32_region.ipynb #3dd26677
 def clusters_of(
     found: Gram,  # inner products of the models
 ) -> list[str]:  # the cluster of each: "cluster 1", "cluster 2" and so on
@@ -442,7 +429,7 @@ def locate(
     ]
     return _ranked(rows)
 
-
+# %% ../nbs/32_region.ipynb #4158ef0f
 def _ranked(rows: list) -> pd.DataFrame:
     "Regions in order of the query's cosine to their centres."
     columns = ["region", "cosine", "level", "p", "inside", "directed", "note"]
@@ -490,7 +477,7 @@ def _about(self: Region) -> dict:
         "shape": numbers,
     }
 
-
+# %% ../nbs/32_region.ipynb #4c6707e5
 def _digest(value) -> str:
     "A hash of one field."
     text = json.dumps(json.loads(as_json({"": value})), sort_keys=True)
@@ -499,7 +486,7 @@ def _digest(value) -> str:
 # %% ../nbs/32_region.ipynb #c354af29
 _LARGEST = 2**26  # bytes of a region.json: a hundred thousand members have less
 
-
+# %% ../nbs/32_region.ipynb #e288e80c
 def _read_about(file: Path) -> dict:
     "The object in a region.json: a regular file of bounded size."
     mode = file.stat()
@@ -515,7 +502,7 @@ def _read_about(file: Path) -> dict:
         raise ValueError(f"{file}: not a region, but a JSON {type(about).__name__}")
     return about
 
-
+# %% ../nbs/32_region.ipynb #e4f9cd00
 def _number(value, at_least=-np.inf) -> bool:
     "Whether a value is a finite number."
     right_type = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -555,7 +542,7 @@ def _member_faults(members):
     if len(set(map(str, names))) < len(names):
         yield "members: a model is listed twice"
 
-
+# %% ../nbs/32_region.ipynb #e858ea79
 def _shape_faults(shape, members):
     "Names of the fields of the shape that are not what they must be."
     fields = {"n", "length", "level", "spread", "dof"}
@@ -575,7 +562,7 @@ def _shape_faults(shape, members):
 # %% ../nbs/32_region.ipynb #8b78ee81
 _FIELDS = ("name", "base", "members", "shape", "centre", "digests")
 
-
+# %% ../nbs/32_region.ipynb #1d7a8fc0
 def _strange(about: dict):
     "Names of the fields that are missing or are not what they must be."
     yield from (field for field in _FIELDS if field not in about)
@@ -590,7 +577,7 @@ def _strange(about: dict):
     yield from _member_faults(about.get("members"))
     yield from _shape_faults(about.get("shape"), about.get("members"))
 
-
+# %% ../nbs/32_region.ipynb #30648e38
 def _fault(about: dict) -> str | None:
     "The field that is missing or changed, by the most precise name there is."
     digests, found = about.get("digests"), list(_strange(about))
@@ -612,10 +599,8 @@ def load_region(
         raise FileNotFoundError(f"{folder}: no region is there (region.json is missing)")
     about = _read_about(folder / "region.json")
     if (fault := _fault(about)) is not None:
-        raise ValueError(
-            f"{folder}/region.json: not a region that was saved here, {fault} is missing or was "
-            "changed; save the region again"
-        )
+        problem = f"{fault} is missing or was changed; save the region again"
+        raise ValueError(f"{folder}/region.json: not a region that was saved here, {problem}")
     rows = pd.DataFrame(about["members"])
     units = rows.pop("unit").to_numpy() if "unit" in rows else None
     members, numbers = rows[["model", "norm", "cosine", "loo"]], dict(about["shape"])
@@ -635,9 +620,8 @@ def load_region(
     if base is not None:
         base = as_weights(base)
         if base.sha256() != identity["sha256"]:
-            raise ValueError(
-                f"region {name}: {base.name} is not its base {identity['name']}, the weights differ"
-            )
+            problem = f"{base.name} is not its base {identity['name']}, the weights differ"
+            raise ValueError(f"region {name}: {problem}")
     return Region(name, identity, centre, shape, members, base)
 
 # %% ../nbs/32_region.ipynb #167212ed
@@ -670,7 +654,7 @@ def locate_from_gram(
             rows.append(_located(name, groups[q], seen, top))
     return pd.DataFrame(rows)
 
-
+# %% ../nbs/32_region.ipynb #26fbfa67
 def locate_unseen(
     found: Gram,  # inner products of the models
     groups: Iterable[Hashable],  # region of each model, in their order
@@ -697,7 +681,7 @@ def _directions(found: Gram, part) -> np.ndarray:
         raise ValueError(f"{zero[0]} did not move from the base: it has no direction")
     return products
 
-
+# %% ../nbs/32_region.ipynb #99fc9c40
 def _nearest(products, q: int, kept: list, groups: list, units, alpha: float):
     "The region, of those that the models `kept` make, whose centre is nearest to model `q`."
     units = None if units is None else [units[i] for i in kept]
@@ -723,7 +707,7 @@ def _listed(found: Gram, groups, units) -> tuple:
             raise ValueError(f"{len(values)} {what} for {len(found.names)} models")
     return groups, units
 
-
+# %% ../nbs/32_region.ipynb #4f5f64da
 def _located(name, group, seen: bool, top) -> dict:
     "The row of one model, by the region that comes first."
     outside = None if top.inside is pd.NA else not top.inside

@@ -218,13 +218,19 @@ def _as_label(label) -> Hashable:
     return tuple(map(_as_label, label)) if isinstance(label, list) else label
 
 # %% ../nbs/04_similarity.ipynb #0dca45f8
-def with_base(checkpoints: Iterable, base, least: int = 2) -> list[Weights]:
+def with_base(
+    checkpoints: Iterable,  # models, or what `as_weights` takes
+    base,  # the pretrained model, or what `as_weights` takes
+    least: int = 2,  # the fewest models that do
+) -> list[Weights]:  # the models, and their base last
     "Enough models of different names in the space of the base, and behind them the base."
     base = as_weights(base)
     return [*as_group(checkpoints, "similarity", least, base), base]
 
 # %% ../nbs/04_similarity.ipynb #4ac9c214
-def base_first(models: Sequence[Weights]) -> list[Weights]:
+def base_first(
+    models: Sequence[Weights],  # with their base last
+) -> list[Weights]:  # with their base first
     "Models in the order in which a fault is looked for: one of the base is a fault of all."
     return [models[-1], *models[:-1]]
 

@@ -26,7 +26,7 @@ from torch import Tensor
 def patch(
     f: Callable,  # a function whose first argument is annotated with a class
 ):
-    "Make `f` a method of the class that annotates its first argument; outside, nothing changes."
+    "Make `f` a method of the class that annotates its first argument."
     cls = next(iter(f.__annotations__.values()))
     f.__qualname__ = f"{cls.__name__}.{f.__name__}"
     setattr(cls, f.__name__, f)
@@ -114,13 +114,9 @@ def select(
     which: Iterable[str] | Callable[[str], bool],  # names to keep, or a predicate on names
 ) -> Layout:
     "The layout of some of the tensors, in the same order; at least one must match."
-    keep = (
-        set(filter(which, self.names))
-        if callable(which)
-        else {which}
-        if isinstance(which, str)
-        else set(which)
-    )
+    if callable(which):
+        which = filter(which, self.names)
+    keep = {which} if isinstance(which, str) else set(which)
     if unknown := sorted(keep - set(self.names)):
         raise ValueError(f"{_short(unknown)}: not in {self}")
     if not keep:
@@ -159,23 +155,19 @@ def layer_of(
     at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     if at is None:
         return "embeddings"
-    two_stacks = (
-        parts[at - 1] != "layer"
-    )  # BERT's relatives have one, and write `encoder.layer.3`
-    stack = (
-        "decoder"
-        if "decoder" in parts[:at]
-        else "encoder"
-        if "encoder" in parts[:at] and two_stacks
-        else "layer"
-    )
+    two_stacks = parts[at - 1] != "layer"  # BERT's relatives write `encoder.layer.3`
+    stack = "layer"
+    if "decoder" in parts[:at]:
+        stack = "decoder"
+    elif "encoder" in parts[:at] and two_stacks:
+        stack = "encoder"
     return f"{stack} {int(parts[at])}"
 
 # %% ../nbs/00_space.ipynb #eccfe865
 def kind_of(
     name: str,  # dotted name of a tensor
 ) -> str:
-    "What a tensor does: `bias`, `norm`, `attention`, `feed-forward`, or `embeddings` outside layers."
+    "What a tensor does: `bias`, `norm`, `attention`, `feed-forward`, else `embeddings`."
     low = name.lower()
     if low.endswith("bias"):
         return "bias"
@@ -254,7 +246,7 @@ def is_finite(
     "Whether a tensor holds no NaN and no infinity, in one pass."
     return t.numel() == 0 or all(map(isfinite, torch.stack(t.aminmax()).tolist()))
 
-
+# %% ../nbs/00_space.ipynb #b7d1e0b1
 def equal_when_rounded(
     a: Tensor,  # weights
     b: Tensor,  # weights of the same shape
@@ -263,7 +255,7 @@ def equal_when_rounded(
     dtype = max(a.dtype, b.dtype, key=lambda d: torch.finfo(d).eps)
     return torch.equal(a.to(dtype), b.to(dtype))
 
-
+# %% ../nbs/00_space.ipynb #a881ebb6
 def narrowed(
     tensor: Tensor,  # weights
     dtype: torch.dtype,  # another data type
@@ -296,7 +288,7 @@ def state(
     "All tensors, in memory."
     return {n: narrowed(t, dtype or t.dtype, self.name, n) for n, t in self.tensors()}
 
-
+# %% ../nbs/00_space.ipynb #16a6e9e8
 @patch
 def sha256(self: Weights) -> str:
     "A digest of names, shapes, data types and bytes."
@@ -350,7 +342,7 @@ def require_same_space(
     if None not in tokens and tokens[0] != tokens[1]:
         raise ValueError(f"{self.name} has other tokens in its vocabulary than {what}")
 
-
+# %% ../nbs/00_space.ipynb #9518b210
 @patch
 def is_same_space(
     self: Weights,
@@ -369,7 +361,7 @@ def vocabulary(self: Weights) -> str | None:
     "A digest of the tokens and their ids, where they are known."
     return None
 
-
+# %% ../nbs/00_space.ipynb #e20dc32b
 def _require_same_config(who: str, mine: dict, what: str, theirs: dict) -> None:
     "Raise unless two configurations are of one architecture and compute alike."
     one, other = mine["model_type"], theirs["model_type"]
@@ -493,7 +485,7 @@ def unflatten(
 # %% ../nbs/00_space.ipynb #f577a005
 BLOCK = 2**18  # weights that are held in float64 at a time
 
-
+# %% ../nbs/00_space.ipynb #892172ef
 def dot(
     a: Tensor,  # flat vector
     b: Tensor,  # flat vector of the same length
@@ -511,7 +503,7 @@ def dot(
 # %% ../nbs/00_space.ipynb #9a9258af
 LEAST_COSINE = 0.5  # between weight matrices: below, two models have not the same start
 
-
+# %% ../nbs/00_space.ipynb #0a882490
 @patch
 def require_same_start(
     self: Weights,
@@ -547,7 +539,7 @@ def refuse_stranger(
         raise ValueError(f"{who} and {what} come from different pretrained models: {how}")
     raise ValueError(f"{who} was not fine-tuned from {what}: {how}")
 
-
+# %% ../nbs/00_space.ipynb #0dd1a714
 def _matrix_cosine(a: Weights, b: Weights, sample: int | None) -> float:
     "The cosine between the weight matrices of two models, or between the beginnings of each."
     sums = np.zeros(3)
@@ -615,7 +607,7 @@ def _made(vector: Tensor, layout: Layout) -> TaskVector:
         object.__setattr__(tv, field, value)
     return tv
 
-
+# %% ../nbs/00_space.ipynb #284afb25
 def _first(vector: Tensor, layout: Layout) -> str:
     "The first tensor in which a flat vector is not finite, or the largest one."
     parts = {
@@ -626,7 +618,7 @@ def _first(vector: Tensor, layout: Layout) -> str:
             return name
     return max(parts, key=lambda name: float(parts[name].abs().max()))
 
-
+# %% ../nbs/00_space.ipynb #4e7f9817
 def _products(a: TaskVector, b: TaskVector) -> float:
     "The inner product of two task vectors of one layout; an overflow is named."
     if not isfinite(product := dot(a.vector, b.vector)):
@@ -652,7 +644,7 @@ def __add__(self: TaskVector, other: TaskVector) -> TaskVector:
         else _made(self.vector + _same(self, other), self.layout)
     )
 
-
+# %% ../nbs/00_space.ipynb #e886363f
 @patch
 def __sub__(self: TaskVector, other: TaskVector) -> TaskVector:
     return (
@@ -661,7 +653,7 @@ def __sub__(self: TaskVector, other: TaskVector) -> TaskVector:
         else _made(self.vector - _same(self, other), self.layout)
     )
 
-
+# %% ../nbs/00_space.ipynb #f2354d84
 @patch
 def __mul__(self: TaskVector, weight: float) -> TaskVector:
     if not isinstance(weight, Real):
@@ -675,7 +667,7 @@ def __mul__(self: TaskVector, weight: float) -> TaskVector:
 def __truediv__(self: TaskVector, weight: float) -> TaskVector:
     return self * (1 / weight) if isinstance(weight, Real) else NotImplemented
 
-
+# %% ../nbs/00_space.ipynb #66405f45
 @patch
 def __neg__(self: TaskVector) -> TaskVector:
     return self * -1

@@ -165,7 +165,7 @@ def weights_file(
         )
     raise FileNotFoundError(f"{folder}: no weights ({', '.join(READERS)})")
 
-
+# %% ../nbs/01_stored.ipynb #478277b8
 def stored_tensors(
     folder: Path,  # of a checkpoint
 ) -> dict:  # full name -> Stored or InMemoryTensor

@@ -23,7 +23,7 @@ from .stored import reading
 # %% ../nbs/01_streaming.ipynb #2275a8e6
 MEMORY = 7.5e8  # bytes that the buffers of all threads take: with Python and torch beside, 1 GB
 
-
+# %% ../nbs/01_streaming.ipynb #0e95199e
 @dataclass(frozen=True)
 class Streaming:
     "How a pass over weights is made."
@@ -53,7 +53,7 @@ def stretches(
         for i in range(0, size, block)
     )
 
-
+# %% ../nbs/01_streaming.ipynb #f7a19eb7
 def widest_dtype(
     models: Sequence[Weights],  # of any data types
 ) -> torch.dtype:
@@ -61,7 +61,7 @@ def widest_dtype(
     dtypes = {dtype for m in models for dtype in m.layout.dtypes}
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
-
+# %% ../nbs/01_streaming.ipynb #f18ce1f4
 def block_size(
     models: Sequence[Weights],  # that a thread reads
     chunk: int = 1,  # a block is a multiple of it
@@ -105,7 +105,7 @@ def read(
         model.read(name, start, stop, out=row)
     return rows
 
-
+# %% ../nbs/01_streaming.ipynb #27f1c90d
 @patch
 def views(
     self: Buffer,
@@ -155,7 +155,7 @@ def in_order(
     with _single_threaded(), reading.stay_open(), ThreadPoolExecutor(len(buffers)) as pool:
         yield from pool.map(one, tasks)
 
-
+# %% ../nbs/01_streaming.ipynb #cc35309d
 @contextmanager
 def _single_threaded():
     "One thread for each BLAS or torch call inside, since the calls themselves run in parallel."

@@ -22,7 +22,7 @@ from .streaming import Buffer, block_size
 STRETCH = 2**16  # weights of each model that are added up at a time: they fit the cache
 ROOM = 2**22  # weights of all models together that are read from files at a time
 
-
+# %% ../nbs/02_sums.ipynb #1360b378
 def combine(
     tensors: Sequence[Tensor],  # flat, of one data type and device
     weights: Sequence[float],  # one for each; they sum to one, or there is but one
@@ -53,7 +53,7 @@ BITS = {
     torch.bfloat16: torch.int16,
 }
 
-
+# %% ../nbs/02_sums.ipynb #5a8e3bde
 def are_alike(
     tensors: Sequence[Tensor],  # of any data types
 ) -> bool:
@@ -66,7 +66,7 @@ def are_alike(
         for t in tensors[1:]
     )
 
-
+# %% ../nbs/02_sums.ipynb #5760f278
 def wide_dtype(
     dtypes: Iterable[torch.dtype],  # of weights that are added up
 ) -> torch.dtype:
@@ -81,7 +81,7 @@ def all_held(
     "Whether a tensor need not be read from a file for any of some models."
     return all(m.held(name) is not None for m in models)
 
-
+# %% ../nbs/02_sums.ipynb #4009b317
 def pieces(
     models: Sequence[Weights],  # of one space
     name: str,  # a tensor
@@ -96,7 +96,7 @@ def pieces(
         j = min(i + step, span.stop)
         yield i - span.start, [_piece(m, name, i, j) for m in models]
 
-
+# %% ../nbs/02_sums.ipynb #82dcb468
 def _piece(model: Weights, name: str, start: int, stop: int) -> Tensor:
     "Some weights of a tensor, without a copy where they lie in memory."
     if (tensor := model.held(name)) is None:
@@ -191,7 +191,7 @@ def _mean(whole: WeightedSum, out: Tensor, name: str, span: range) -> None:
         j = min(i + block, len(span))
         _add_block(whole, out[i:j], name, span.start + i, span.start + j, buffer)
 
-
+# %% ../nbs/02_sums.ipynb #8d04e3c8
 def _add_block(
     whole: WeightedSum, out: Tensor, name: str, start: int, stop: int, buffer: Buffer
 ) -> None:

@@ -88,7 +88,7 @@ def keep(
     part.held_to, part.held_base, part.start = self.held_to, self.held_base, self.start
     return part
 
-
+# %% ../nbs/14_zoo.ipynb #e9bcc991
 @patch
 def where(
     self: Zoo,
@@ -137,7 +137,7 @@ COLUMNS = [
     "revision",
 ]
 
-
+# %% ../nbs/14_zoo.ipynb #8078a563
 def read_manifest(
     folder: str | Path,  # of a model
 ) -> dict:  # empty where there is none, or one of another tool
@@ -160,7 +160,7 @@ def _any_json(file: Path):
             return None
         raise
 
-
+# %% ../nbs/14_zoo.ipynb #a23894eb
 def _row(manifest: dict) -> dict:
     "The part of a table's row that a manifest knows."
     return (
@@ -183,7 +183,7 @@ def _is_name(value) -> bool:
     except ValueError:
         return False
 
-
+# %% ../nbs/14_zoo.ipynb #b3be1777
 def _is_count(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**12
 
@@ -217,7 +217,7 @@ _MANIFEST = {
 }
 _ZOO = {key: _MANIFEST[key] for key in ("base.name", "base.sha256")}
 
-
+# %% ../nbs/14_zoo.ipynb #119b3368
 def _checked_fields(value: dict, fields: dict, file: Path) -> dict:
     "An object whose fields are what they must be."
     for key, (fits, what) in fields.items():
@@ -259,19 +259,19 @@ def _listed(table: Path) -> pd.DataFrame:
         rows[column] = _numbers(rows, column, table)
     return rows.assign(revision=rows.get("revision", ""))[COLUMNS]
 
-
+# %% ../nbs/14_zoo.ipynb #cd009165
 _SPANS = dict(
     accuracy=(0, 1), loss=(0, 1e6), majority=(0, 1), n_train=(0, 1e12), n_test=(0, 1e12)
 )
 
 
 def _dataset(name: str, local: bool) -> str:
-    "What stands for a model's dataset where nothing says it: a folder's name, or its hub id."
+    "What stands for a model's dataset where nothing says it: its first folder, or its hub id."
     if not local:
         return name
     return Path(name).parent.name if Path(name).is_absolute() else Path(name).parts[0]
 
-
+# %% ../nbs/14_zoo.ipynb #4f067f2b
 def _table(table: Path) -> pd.DataFrame:
     "The cells of a CSV file, as text."
     text = io.StringIO(read_text(table, _MOST).removeprefix("\ufeff"))
@@ -299,7 +299,7 @@ def _check_columns(rows: pd.DataFrame, table: Path) -> None:
     if len(twice):
         raise ValueError(f"{table}: {twice.iloc[0]} is listed twice")
 
-
+# %% ../nbs/14_zoo.ipynb #ef31a758
 def _check_models(rows: pd.DataFrame, table: Path) -> None:
     "Refuse a row whose model is not there, or whose names could not be shown."
     for i, row in rows.iterrows():
@@ -318,7 +318,7 @@ def _check_models(rows: pd.DataFrame, table: Path) -> None:
                 check_name(row[column], f"{where}: {column}")
         _require_there(row, table, where)
 
-
+# %% ../nbs/14_zoo.ipynb #41ca198c
 def _check_once(rows: pd.DataFrame, table: Path) -> None:
     "Refuse a folder that two rows name, each in another way."
     places = rows.path.map(os.path.abspath)
@@ -348,7 +348,7 @@ def _seeds(rows: pd.DataFrame, table: Path) -> pd.Series:
         raise ValueError(f"{where}: the seed {wrong.iloc[0]!r} is no number")
     return rows.seed.astype(int)
 
-
+# %% ../nbs/14_zoo.ipynb #2a5d8df1
 def _numbers(rows: pd.DataFrame, column: str, table: Path) -> pd.Series:
     "A column of numbers; not a number where a cell is empty."
     cells = rows.get(column, pd.Series("", rows.index))
@@ -479,7 +479,7 @@ _STATE = (  # of a Trainer, beside the weights
     "sampler*",
 )
 
-
+# %% ../nbs/14_zoo.ipynb #70c47434
 def _matches(name: str, patterns: tuple) -> bool:
     "Whether a file's name has one of these forms."
     return any(fnmatch(name, pattern) for pattern in patterns)
@@ -507,7 +507,7 @@ def _what_is_in(folder: Path, adapters: bool = False) -> str | None:
         return f"weights under a name that is not read ({stray[0]})"
     return "config.json without weights" if _is_model_config(folder / "config.json") else None
 
-
+# %% ../nbs/14_zoo.ipynb #79196481
 def _is_model_config(file: Path) -> bool:
     "Whether a file looks like the configuration of a model."
     if not file.is_file():
@@ -529,7 +529,7 @@ def _folders(folder: Path, top: Path, depth: int = 4) -> list[Path]:
             all_folders += _folders(inner, top, depth - 1)
     return all_folders
 
-
+# %% ../nbs/14_zoo.ipynb #f6c59173
 def _leads_back(folder: Path, top: Path) -> bool:
     "Whether a folder is a link to what is looked at anyway."
     if not folder.is_symlink():
@@ -537,7 +537,7 @@ def _leads_back(folder: Path, top: Path) -> bool:
     target, top = folder.resolve(), top.resolve()
     return target.is_relative_to(top) or top.is_relative_to(target)
 
-
+# %% ../nbs/14_zoo.ipynb #6f941c80
 def _with_weights(root: Path, adapters: bool = False) -> dict[Path, str]:
     "The folders with weights at and below `root`, and why one is no checkpoint."
     folders = (root, *_folders(root, root))
@@ -563,7 +563,7 @@ def _below(root: Path, all_checkpoints: bool, adapters: bool = False) -> tuple[d
     kept, steps = _last_steps(kept, models, all_checkpoints)
     return {path: models[path] for path in kept}, left_out + same + steps
 
-
+# %% ../nbs/14_zoo.ipynb #2bfe7fde
 def _relative(folder: Path, root: Path) -> str:
     "The name of a folder below another."
     return root.resolve().name if folder == root else folder.relative_to(root).as_posix()
@@ -573,7 +573,7 @@ def _is_hidden(folder: Path, root: Path) -> bool:
     "Whether a part of a folder's name starts with a dot."
     return any(part.startswith(".") for part in folder.relative_to(root).parts)
 
-
+# %% ../nbs/14_zoo.ipynb #e3a042f5
 def _misplaced(folder: Path, root: Path, models: Iterable[Path]) -> str:
     "Why a checkpoint is no model of the folder `root`, by its place; empty if it is one."
     outer = next((m for m in models if m in folder.parents), None)
@@ -601,7 +601,7 @@ def _last_steps(kept: list, names: dict, all_checkpoints: bool) -> tuple[list, l
     why = "a step of a run, of which only the last model is taken (--all-checkpoints takes all)"
     return [f for f in kept if f not in early], [(names[f], why) for f in early]
 
-
+# %% ../nbs/14_zoo.ipynb #56a5e165
 def _once(paths: Iterable, names: dict) -> tuple[list, list]:
     "Paths without those that lead to the files of another, and these."
     first, same = {}, []
@@ -645,7 +645,7 @@ def _each(paths: list, all_checkpoints: bool, adapters: bool = False) -> tuple[d
     kept, same = _once(models, models)
     return {p: models[p] for p in kept}, left_out + same
 
-
+# %% ../nbs/14_zoo.ipynb #785b83b4
 def _of_run(path, all_checkpoints: bool, adapters: bool = False) -> tuple[list, list]:
     "A checkpoint or hub id as it is; of the folder of a run its steps."
     if not Path(path).is_dir() or (reason := _what_is_in(Path(path), adapters)) == "":
@@ -679,7 +679,7 @@ def _gathered(models: dict) -> pd.DataFrame:
     numbers = table.groupby("dataset").cumcount() + 1
     return table.assign(seed=table.seed.fillna(numbers).astype(int))
 
-
+# %% ../nbs/14_zoo.ipynb #7309ba77
 def _check_shown(name: str, where: str) -> None:
     "Refuse a folder's name that no table, figure or page can show."
     if not name.isprintable():  # half a surrogate pair is not, nor is a newline
@@ -692,7 +692,7 @@ def _lines(left_out: pd.DataFrame) -> list[str]:
     groups = plain.groupby(left_out.reason, sort=False)
     return [f"left out: {', '.join(names)}: {reason}" for reason, names in groups]
 
-
+# %% ../nbs/14_zoo.ipynb #6dd99b29
 def _warn(zoo: Zoo) -> Zoo:
     "Warn of what a zoo leaves out."
     for line in _lines(zoo.left_out):
@@ -749,13 +749,13 @@ def checked(
     zoo.held_to, zoo.held_base = sha256, {"name": _public_name(base), "sha256": sha256}
     return zoo
 
-
+# %% ../nbs/14_zoo.ipynb #93c8593b
 def _public_name(base: Checkpoint) -> str:
     "A hub id, or the name of a folder, but not where it lies."
     hub = re.fullmatch(r"([^@]+)@[0-9a-f]{40}", str(base.source))
     return hub[1] if hub else base.name
 
-
+# %% ../nbs/14_zoo.ipynb #105e6ae9
 @patch
 def _without_base(self: Zoo, base: Checkpoint) -> Zoo:
     "The models that are not the base; it is named with a warning."
@@ -796,7 +796,7 @@ def require_base(
                 " the models started from"
             )
 
-
+# %% ../nbs/14_zoo.ipynb #638c136c
 def _no_move(checkpoint: Checkpoint, base: Checkpoint) -> str:
     "Why a model is the base; empty if it is another."
     checkpoint.require_same_space(base)

@@ -90,6 +90,17 @@ class Bench:
             "device": device,
         }
 
+    def process(self, words, root):
+        "A process of Python with the package of a checkout: its seconds and its peak."
+        for left in self.work.glob("told*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        env = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(root)}
+        run = alone(
+            [sys.executable, *words], env=os.environ | env | {"CUDA_VISIBLE_DEVICES": ""}
+        )
+        times = {"process": run.seconds, "process_cpu": run.cpu_seconds}
+        return times | {"peak_mb": run.peak_mb, "device": "cpu"}
+
     def compute(self, way, script="ways.py", **arguments):
         "One measurement on the device that was asked for."
         return self.call(way, script, **arguments, device=self.device)
@@ -418,6 +429,37 @@ def zoo(b):
     )
 
 
+PROGRAM = "import sys; from weightregions.cli import main; sys.exit(main())"
+
+
+def command_lines(models, base, out):
+    "Name -> what Python is called with."
+    run, known = ["-c", PROGRAM], ["--base", base, "--out", str(out / "told")]
+    typo = PROGRAM.replace("main())", "main() != 2)")
+    return {
+        "a mistyped folder": ["-c", typo, "similarity", "no/such/folder", *known],
+        "similarity": [*run, "similarity", *models, *known],
+        "center": [*run, "center", *models, *known],
+        "locate": [*run, "locate", models[0], "--zoo", *models, *known[:-1], f"{out}/told.csv"],
+        "import weightregions.zoo": ["-c", "import weightregions.zoo"],
+    }
+
+
+def commands(b):
+    "Processes of commands on seven checkpoints, of this checkout and perhaps another."
+    base = _base(b)
+    made = b.call("noisy", base=base, folder=str(b.work / "noisy"), n=7)
+    checkouts = {"weightregions": HERE.parent.parent}
+    if b.a.before:
+        checkouts["before"] = b.a.before
+    for name, words in command_lines(made["models"], base, b.work).items():
+        ways = {s: lambda root=root: b.process(words, root) for s, root in checkouts.items()}
+        ways["floor, importing torch"] = lambda: b.process(["-c", "import torch"], HERE)
+        found, floor = b.rounds(ways), "floor, importing torch"
+        kind = {"clock": "process_cpu", "n": 7, "params": made["params"]}
+        b.add(f"process: {name}", found, floor, **kind)
+
+
 def _base(b):
     "The encoder that is probed and fine-tuned."
     from ways import base_model
@@ -433,6 +475,7 @@ PARTS = {
     "growth": growth,
     "probe": probe,
     "zoo": zoo,
+    "commands": commands,
 }
 
 
@@ -490,6 +533,7 @@ def main():
         default="",
         help="the interpreter that mergekit and loss-landscapes are installed for",
     )
+    p.add_argument("--before", default="", help="another checkout, whose commands are measured")
     p.add_argument("--store", default="", help="the folder to put checkpoints in")
     p.add_argument(
         "--clock",

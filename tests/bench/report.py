@@ -297,11 +297,30 @@ def memory_goals(rows: pd.DataFrame) -> list[Goal]:
     return goals
 
 
+COMMANDS = {"a mistyped folder": 0.3, "similarity": 4.5, "center": 3, "locate": 5}
+
+
+def command_goals(rows: pd.DataFrame) -> list[Goal]:
+    "Seconds of the processor that commands take, of seven checkpoints of MiniLM's size."
+    spent = {name: _value(rows, f"process: {name}", OURS) for name in COMMANDS}
+    goals = [
+        Goal(f"{name}, a process: at most {most} s of the processor", spent[name], "<=", most)
+        for name, most in COMMANDS.items()
+    ]
+    name = "process: import weightregions.zoo"
+    ratio = _value(rows, name, OURS) / _value(rows, name, OURS, "floor_seconds")
+    goals.append(Goal("import weightregions.zoo: at most 1.3 times torch", ratio, "<=", 1.3))
+    before = {n: _value(rows, f"process: {n}", "before") / spent[n] for n in COMMANDS}
+    known = {n: value for n, value in before.items() if not isnan(value)}
+    return goals + [Goal(f"{n}: times faster than before", v) for n, v in known.items()]
+
+
 def goals(
     rows: pd.DataFrame,  # with the columns of FIELDS
 ) -> pd.DataFrame:  # goal, measured, met
     "What was aimed at, and what was measured."
     every = [*similarity_goals(rows), *other_goals(rows), *memory_goals(rows)]
+    every += command_goals(rows)
     return pd.DataFrame([goal.row() for goal in every])
 
 

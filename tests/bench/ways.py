@@ -96,6 +96,19 @@ def write(folder, size, first, stop):
     }
 
 
+def noisy(base, folder, n):
+    "Copies of a model, moved a little in every weight of a body."
+    from weightregions.checkpoints import open_checkpoint, write_checkpoint
+
+    begin, start = now(), open_checkpoint(base)
+    models = [str(Path(folder) / f"m{i}") for i in range(n)]
+    for i, model in enumerate(models):
+        rng = torch.Generator().manual_seed(i)
+        moved = {k: t + 2e-3 * torch.randn(t.shape, generator=rng) for k, t in start.tensors()}
+        write_checkpoint(moved, start, model, head="drop")
+    return took(begin) | {"models": models, "params": start.layout.numel}
+
+
 def first_layers(checkpoint, layers):
     "The first layers of a checkpoint as weights of their own."
     from weightregions.space import Weights, layer_of
