@@ -322,7 +322,7 @@ def _card(claim, rows, missing):
 def _exception(rows, row):
     "A test that came out otherwise than the shown one."
     if row.verdict == NOT_HERE:
-        label, others = "But so", rows[rows.verdict.isin([HOLDS, IN_PART])]
+        label, others = "It does hold", rows[rows.verdict.isin([HOLDS, IN_PART])]
     else:
         label, others = "Not so", rows[rows.verdict == NOT_HERE]
     if others.empty:

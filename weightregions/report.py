@@ -265,7 +265,7 @@ figure:not(:has([src*=hero])) { max-width: 46rem }
 figure { margin: 1.5rem 0 } figure img, .output_png img { max-width: 100%; height: auto;
   background: #fff; border-radius: 6px; padding: .4rem; box-sizing: border-box }
 .output_subarea, .wide, .highlight { overflow-x: auto; max-width: 100% }
-table { border-collapse: collapse; font-size: .88rem } th, td { padding: .3rem .7rem;
+table { border-collapse: collapse; border: 0; font-size: .88rem } th, td { padding: .3rem .7rem;
   border: 0; border-bottom: 1px solid var(--rule); text-align: right; vertical-align: top;
   font-variant-numeric: tabular-nums }
 th:first-child, td:first-child { text-align: left }
