@@ -260,7 +260,7 @@ body { margin: 0 auto; max-width: 66rem; padding: 0 1rem 3rem; background: var(-
 a { color: var(--link) } h1 { line-height: 1.2 } h2 { margin-top: 2.2rem }
 p, li, dl { max-width: 48rem } figcaption, .muted { color: var(--muted) }
 figure:not(:has([src*=hero])) { max-width: 46rem }
-.hero { overflow-x: auto } @media (max-width: 600px) { .hero img { width: 46rem;
+.hero { overflow-x: auto } @media (max-width: 600px) { .hero img { width: 38rem;
   max-width: none !important } }
 figure { margin: 1.5rem 0 } figure img, .output_png img { max-width: 100%; height: auto;
   background: #fff; border-radius: 6px; padding: .4rem; box-sizing: border-box }
