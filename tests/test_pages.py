@@ -263,6 +263,16 @@ def test_axe_finds_nothing_serious_in_the_book(browser, book, page):
     visit.page.close()
 
 
+def test_no_page_is_wider_than_a_phone(browser, book):
+    page, wide = browser.new_page(viewport={"width": 390, "height": 800}), {}
+    for file in book.rglob("*.html"):
+        page.goto(file.as_uri())
+        over = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+        wide |= {file.name: over} if over > 0 else {}
+    page.close()
+    assert not wide
+
+
 def test_code_fits_the_page(browser, book):
     scrolls, blocks = 0, 0
     page = browser.new_page(viewport={"width": 1280, "height": 900})

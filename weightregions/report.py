@@ -274,6 +274,7 @@ pre { font-size: .82rem; white-space: pre-wrap } .anchor-link { display: none }
 details.code { margin: .5rem 0; color: var(--muted) }
 details.code .highlight { background: #f4f6f8; color: #1b1f24; padding: .1rem .8rem }
 summary { cursor: pointer } math[display=block] { overflow-x: auto; max-width: 100% }
+@media (max-width: 600px) { p:has(> math) { overflow: auto hidden } }
 """
 
 # %% ../nbs/48_report.ipynb #03d29485
