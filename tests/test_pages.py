@@ -267,7 +267,9 @@ def test_no_page_is_wider_than_a_phone(browser, book):
     page, wide = browser.new_page(viewport={"width": 390, "height": 800}), {}
     for file in book.rglob("*.html"):
         page.goto(file.as_uri())
-        over = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+        over = page.evaluate(
+            "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        )
         wide |= {file.name: over} if over > 0 else {}
     page.close()
     assert not wide

@@ -173,6 +173,7 @@ def with_anchors(
         name = html.unescape(match[2]).lower().replace(" ", "-")
         return match[1] + re.sub(r"[^\w-]", "", name) + '"'
 
+    page = re.sub(r'<a class="anchor-link".*?</a>', "", page)
     return re.sub(r'(<h\d id=")([^"]*)"', named, page)
 
 
