@@ -170,11 +170,13 @@ def with_anchors(
     "Headings whose anchors are called as in the book: small letters, digits and hyphens."
 
     def named(match):
-        name = html.unescape(match[2]).lower().replace(" ", "-")
-        return match[1] + re.sub(r"[^\w-]", "", name) + '"'
+        text = html.unescape(re.sub(r"<[^>]+>", "", match["text"])).strip()
+        name = re.sub(r"[^\w-]", "", text.lower().replace(" ", "-"))
+        return f'<h{match["level"]} id="{name}">{match["text"]}</h{match["level"]}>'
 
     page = re.sub(r'<a class="anchor-link".*?</a>', "", page)
-    return re.sub(r'(<h\d id=")([^"]*)"', named, page)
+    heading = r'<h(?P<level>\d) id="[^"]*">(?P<text>.*?)</h(?P=level)>'
+    return re.sub(heading, named, page, flags=re.S)
 
 
 def without_gaps(
