@@ -329,6 +329,14 @@ def test_pages_have_a_title_a_description_and_an_icon(book):
         assert "favicon.svg" in text, page
 
 
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "nbs").rglob("[!_.]*.ipynb")), ids=lambda f: f.stem
+)
+def test_no_notebook_holds_a_widget(file):
+    text = file.read_text(encoding="utf-8")
+    assert "application/vnd.jupyter.widget" not in text, "its page would ask the network"
+
+
 def headings(book):
     "The heading of every page that is a notebook."
     for file in (ROOT / "nbs").rglob("[!_.]*.ipynb"):
@@ -354,8 +362,8 @@ def test_a_page_of_the_story_opens_with_its_box(browser, book, page):
     box = visit.page.locator("dl.facts").first
     assert box.is_visible() and "What was found" in box.inner_text()
     assert "See the verdict" not in box.inner_text()
-    code = visit.page.locator("div.highlight:visible").first.bounding_box()
-    assert code is None or box.bounding_box()["y"] < code["y"]
+    code = visit.page.locator("div.cell_input:visible").all()
+    assert all(box.bounding_box()["y"] < cell.bounding_box()["y"] for cell in code)
     assert "<td>NaN</td>" not in visit.page.content()
     visit.page.close()
 
