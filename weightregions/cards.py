@@ -318,7 +318,7 @@ def _card(claim, rows, missing):
     words = f"{others} The one shown: {shown}" if mixed else f"{_upper(shown)} {others}"
     return Card(claim, verdict_of(verdicts), words.strip() + _exception(rows, row), row)
 
-
+# %% ../nbs/47_cards.ipynb #f3a61c84
 def _exception(rows, row):
     "A test that came out otherwise than the shown one."
     if row.verdict == NOT_HERE:

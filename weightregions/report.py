@@ -140,7 +140,7 @@ def render(
     head = dict(title=html.escape(title), says=html.escape(subtitle), icon=ICON)
     return NOTEBOOK.format(**head, style=STYLE + code, body=body)
 
-
+# %% ../nbs/48_report.ipynb #c0b7712e
 def _for_readers(cell):
     "The source of a cell as a page shows it: prose with formulas, code without directives."
     if cell.cell_type == "markdown":
@@ -233,7 +233,7 @@ _PAPERMILL = dict(
     extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
 )
 
-
+# %% ../nbs/48_report.ipynb #91d2e6ba
 def run_notebooks(
     files: list,  # study notebooks
     out: Path,  # the study's folder
@@ -410,7 +410,7 @@ def _figure(out, name):
     "The file of a figure."
     return out / "figures" / f"{name}.png"
 
-
+# %% ../nbs/48_report.ipynb #d59a3f10
 def _links(out):
     "A link to each rendered notebook."
     pages = sorted((out / "notebooks").glob("*.html"), key=natural_key)

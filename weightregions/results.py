@@ -328,7 +328,7 @@ def _shown(self: Study, notebook: str, table: pd.DataFrame) -> pd.DataFrame:
     shown.insert(shown.columns.get_loc("ours") + 1, "short training", keys.map(before.ours))
     return _without_gaps(shown.assign(**{"short verdict": keys.map(before.verdict)}))
 
-
+# %% ../nbs/46_results.ipynb #a7c93d15
 def _without_gaps(table: pd.DataFrame) -> pd.DataFrame:
     "Three decimals for all figures, and nothing where nothing was measured."
     table = table.round(3)
