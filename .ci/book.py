@@ -188,6 +188,8 @@ def dress(nb, page, path, homes):
             cell = nbformat.v4.new_markdown_cell(prose("\n\n".join(shown)))
         elif not cell.source:
             cell.metadata["tags"], cell.source = ["remove-input"], "pass"
+        elif page.startswith("study/"):  # a reader comes for what was found
+            cell.metadata["tags"] = ["hide-input"]
         anchors = "".join(f'<span id="{name}"></span>' for name in cell.get("defines", []))
         if anchors:
             cells.append(nbformat.v4.new_markdown_cell(anchors))

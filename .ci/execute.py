@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbdev.clean import nbdev_clean
 from nbdev.doclinks import nbglob
-from pages import CFG, ROOT, directives, is_widget
+from pages import CFG, ROOT, directives, without_widgets
 
 
 class Client(NotebookClient):
@@ -52,9 +52,7 @@ def execute(path, flags, timeout):
         resources={"metadata": {"path": str(path.parent)}},
         extra_arguments=["--IPKernelApp.log_level=ERROR"],
     ).execute()
-    for cell in nb.cells:
-        if "outputs" in cell:
-            cell.outputs = [out for out in cell.outputs if not is_widget(out)]
+    without_widgets(nb)
     nbformat.write(nb, path)
     nbdev_clean.__wrapped__(str(path))
     return time.time() - start

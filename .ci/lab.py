@@ -14,7 +14,7 @@ from jupyter_server.services.contents.largefilemanager import AsyncLargeFileMana
 from nbdev.clean import clean_jupyter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from pages import is_machinery, is_widget  # noqa: E402 (the folder is known only now)
+from pages import is_machinery, without_widgets  # noqa: E402 (the folder is known only now)
 
 HERE = Path(__file__).resolve().parent
 os.environ["IN_TEST"] = "1"  # read by nbdev_export in the kernels, which does nothing then
@@ -65,12 +65,11 @@ def leave_nothing(model, **how):
     clean_jupyter(model=model, **how)
     if model["type"] != "notebook":
         return
+    without_widgets(model["content"])
     for cell in model["content"]["cells"]:
-        if cell["cell_type"] == "code":
-            cell["outputs"] = [out for out in cell["outputs"] if not is_widget(out)]
-            for out in cell["outputs"]:
-                if "<iframe" in "".join(out.get("data", {}).get("text/html", "")):
-                    del out["data"]["text/html"]  # a page with a library of four megabytes
+        for out in cell.get("outputs", []):
+            if "<iframe" in "".join(out.get("data", {}).get("text/html", "")):
+                del out["data"]["text/html"]  # a page with a library of four megabytes
 
 
 c.ServerApp.contents_manager_class = Folded  # noqa: F821 (Jupyter hands in `c`)

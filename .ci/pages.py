@@ -50,8 +50,16 @@ def _aside(node):
     return name.startswith("test_") or name in ("use_theme", "small_figures")
 
 
-def is_widget(output):
-    "Whether an output, such as a progress bar, lives only as long as its kernel."
+def without_widgets(nb):
+    "Take out of a notebook what lives only as long as its kernel, such as progress bars."
+    nb["metadata"].pop("widgets", None)
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"] = [out for out in cell["outputs"] if not _is_widget(out)]
+
+
+def _is_widget(output):
+    "Whether an output is a place for a widget."
     return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
 
 

@@ -26,7 +26,7 @@ from weightregions.explore import (
     region_panel,
     similarity_page,
 )
-from weightregions.report import write_page
+from weightregions.report import render, write_page
 
 pytestmark = [pytest.mark.xdist_group("pages"), pytest.mark.timeout(600)]
 
@@ -208,6 +208,7 @@ def test_the_script_is_written_once(tmp_path):
 
 # --- the book ---------------------------------------------------------------------------------
 
+STORY = [f.stem for f in sorted((ROOT / "nbs" / "study").glob("[!_]*.ipynb"))]
 PAGES = [
     "index",
     "study/c7_c11_lines",
@@ -260,6 +261,18 @@ def test_axe_finds_nothing_serious_in_the_book(browser, book, page):
     grave = [v for v in found if v["impact"] in ("serious", "critical")]
     assert not grave, [(v["id"], v["nodes"][0]["html"][:200]) for v in grave]
     visit.page.close()
+
+
+def test_no_page_is_wider_than_a_phone(browser, book):
+    page, wide = browser.new_page(viewport={"width": 390, "height": 800}), {}
+    for file in book.rglob("*.html"):
+        page.goto(file.as_uri())
+        over = page.evaluate(
+            "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        )
+        wide |= {file.name: over} if over > 0 else {}
+    page.close()
+    assert not wide
 
 
 def test_code_fits_the_page(browser, book):
@@ -316,6 +329,45 @@ def test_pages_have_a_title_a_description_and_an_icon(book):
         assert "favicon.svg" in text, page
 
 
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "nbs").rglob("[!_.]*.ipynb")), ids=lambda f: f.stem
+)
+def test_no_notebook_holds_a_widget(file):
+    text = file.read_text(encoding="utf-8")
+    assert "application/vnd.jupyter.widget" not in text, "its page would ask the network"
+
+
+def headings(book):
+    "The heading of every page that is a notebook."
+    for file in (ROOT / "nbs").rglob("[!_.]*.ipynb"):
+        page = file.relative_to(ROOT / "nbs").with_suffix(".html")
+        text = (book / page).read_text(encoding="utf-8")
+        yield file.stem, re.sub(r"<[^>]+>|#$", "", re.search(r"<h1>(.*?)</h1>", text, re.S)[1])
+
+
+def test_headings_of_pages_are_more_than_a_word(book):
+    short = [name for name, title in headings(book) if len(title.split()) < 3]
+    assert sorted(short) == ["glossary", "index"]
+
+
+def test_chapters_on_concepts_lead_to_the_glossary(book):
+    for page in concepts():
+        text = (book / f"{page}.html").read_text(encoding="utf-8")
+        assert re.search(r'href="glossary\.html#[\w-]+"', text), page
+
+
+@pytest.mark.parametrize("page", STORY)
+def test_a_page_of_the_story_opens_with_its_box(browser, book, page):
+    visit = Reading(browser, book / "study" / f"{page}.html", 1280)
+    box = visit.page.locator("dl.facts").first
+    assert box.is_visible() and "What was found" in box.inner_text()
+    assert "See the verdict" not in box.inner_text()
+    code = visit.page.locator("div.cell_input:visible").all()
+    assert all(box.bounding_box()["y"] < cell.bounding_box()["y"] for cell in code)
+    assert "<td>NaN</td>" not in visit.page.content()
+    visit.page.close()
+
+
 def test_machinery_is_folded(book):
     text = (book / "22_traversal.html").read_text(encoding="utf-8")
     assert text.count("tag_hide-input") >= 5
@@ -352,6 +404,48 @@ def test_the_page_of_a_study_is_whole(browser, a_study, width, scheme):
     assert visit.page.locator("article.card").count() == 13
     early = a_study.name == "early"
     assert (visit.page.get_by_text("The study is running").count() == 1) == early
+    found = Axe().run(visit.page).response["violations"]
+    grave = [v for v in found if v["impact"] in ("serious", "critical")]
+    assert not grave, [(v["id"], v["nodes"][0]["html"][:200]) for v in grave]
+    visit.page.close()
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    "The pages of a study's notebooks, as they lie in its folder."
+    folder = tmp_path_factory.mktemp("rendered") / "notebooks"
+    folder.mkdir()
+    (folder.parent / "index.html").write_text("<title>study</title>")
+    for name in (*(f"study/{page}" for page in STORY), "glossary"):
+        page = render(ROOT / "nbs" / f"{name}.ipynb")
+        (folder / f"{Path(name).name}.html").write_text(page, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("page", [*STORY, "glossary"])
+def test_rendered_notebooks_are_whole(browser, rendered, page, width):
+    visit = Reading(
+        browser, rendered / f"{page}.html", width, "dark" if width < 500 else "light"
+    )
+    assert not visit.errors and not visit.remote() and visit.overflow() <= 0
+    assert all(visit.page.eval_on_selector_all("img", "is => is.map(i => i.alt)"))
+    text = visit.page.content()
+    assert "<td>NaN</td>" not in text and "#| " not in text
+    if page != "glossary":
+        assert visit.page.locator("dl.facts").first.is_visible()
+    visit.page.close()
+
+
+def test_links_of_rendered_notebooks_resolve(rendered):
+    test_links_and_anchors_of_the_book_resolve(rendered)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious_in_a_rendered_notebook(browser, rendered, scheme):
+    from axe_playwright_python.sync_playwright import Axe
+
+    visit = Reading(browser, rendered / "c7_c11_lines.html", 1280, scheme)
     found = Axe().run(visit.page).response["violations"]
     grave = [v for v in found if v["impact"] in ("serious", "critical")]
     assert not grave, [(v["id"], v["nodes"][0]["html"][:200]) for v in grave]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAME', 'TASK', 'SIZE', 'STARTS', 'LINES', 'HULL', 'CENTRE', 'CLAIMS', 'GROUPS', 'TELLING', 'NOTHING', 'PLURAL',
            'SIGNS', 'CARD_STYLE', 'COLUMNS', 'Claim', 'in_words', 'unit_of', 'as_figure', 'as_interval', 'verdict_of',
-           'headline', 'reason', 'others_say', 'Card', 'cards_of', 'summary', 'span_of', 'dot', 'card_html',
+           'headline', 'reason', 'others_say', 'Card', 'cards_of', 'span_of', 'dot', 'summary', 'card_html',
            'cards_html', 'cards_markdown', 'Cards', 'claims_table', 'folded', 'facts_html', 'Box']
 
 # %% ../nbs/47_cards.ipynb #9c17dba2
@@ -318,11 +318,11 @@ def _card(claim, rows, missing):
     words = f"{others} The one shown: {shown}" if mixed else f"{_upper(shown)} {others}"
     return Card(claim, verdict_of(verdicts), words.strip() + _exception(rows, row), row)
 
-
+# %% ../nbs/47_cards.ipynb #f3a61c84
 def _exception(rows, row):
     "A test that came out otherwise than the shown one."
     if row.verdict == NOT_HERE:
-        label, others = "But so", rows[rows.verdict.isin([HOLDS, IN_PART])]
+        label, others = "It does hold", rows[rows.verdict.isin([HOLDS, IN_PART])]
     else:
         label, others = "Not so", rows[rows.verdict == NOT_HERE]
     if others.empty:
@@ -333,20 +333,6 @@ def _exception(rows, row):
 def _upper(text):
     "A sentence with its first letter in upper case."
     return text[0].upper() + text[1:]
-
-# %% ../nbs/47_cards.ipynb #7e92d4ab
-def summary(
-    cards: list[Card],  # see `cards_of`
-) -> list[str]:  # the counts, then one sentence or two for each claim that fails
-    "How many claims came out how, and which fail, with the reason."
-    counts = {v: [c.verdict for c in cards].count(v) for v in PLURAL}
-    parts = [f"{n} {PLURAL[v][n > 1]}" for v, n in counts.items() if n]
-    if not parts:
-        return []
-    counted = " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
-    first = f"Of the paper's {len(cards)} claims, {counted}."
-    failed = [card for card in cards if card.verdict == NOT_HERE]
-    return [first, *(f"Not here: {c.claim.short} ({c.claim.id}). {c.reason}" for c in failed)]
 
 # %% ../nbs/47_cards.ipynb #5c66cefb
 SIGNS = {
@@ -398,6 +384,28 @@ def dot(
         f'<svg class="dot" viewBox="0 0 220 28" role="img" aria-label="{alt}">'
         f'<path class="axis" d="M8 14H212"/>{"".join(marks)}</svg>'
     )
+
+# %% ../nbs/47_cards.ipynb #7e92d4ab
+def summary(
+    cards: list[Card],  # see `cards_of`
+) -> list[str]:  # the counts, then a sentence or two for each claim that fails
+    "How many claims came out how, which hold, and which fail for what reason."
+    parts = [text for verdict in PLURAL if (text := _counted(cards, verdict))]
+    if not parts:
+        return []
+    counts = " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+    sign, failed = SIGNS[NOT_HERE][1], [c for c in cards if c.verdict == NOT_HERE]
+    return [
+        f"Of the paper's {len(cards)} claims, {counts}.",
+        *(f"{sign} Not found: {c.claim.short} ({c.claim.id}). {c.reason}" for c in failed),
+    ]
+
+
+def _counted(cards, verdict):
+    "How many claims have a verdict, and which, if it is a clear one of a few."
+    names = [card.claim.short for card in cards if card.verdict == verdict]
+    which = f" ({'; '.join(names)})" if verdict in (HOLDS, NOT_HERE) and len(names) < 5 else ""
+    return f"{len(names)} {PLURAL[verdict][len(names) > 1]}{which}" if names else ""
 
 # %% ../nbs/47_cards.ipynb #3df37cb5
 def card_html(

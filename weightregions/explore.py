@@ -116,7 +116,7 @@ def heat_panel(
         layout,
     )
 
-
+# %% ../nbs/47_explore.ipynb #3b64f8d1
 def _middles(datasets: pd.Series, names: list) -> dict:
     "Where the names of datasets stand: beside the model in the middle of each."
     places = pd.Series(names).groupby(datasets.to_numpy()).apply(lambda n: n.iloc[len(n) // 2])
@@ -570,7 +570,7 @@ def _html(
         f"{''.join(map(_section, self.panels))}</main><script>{behaviour}</script></body></html>"
     )
 
-
+# %% ../nbs/47_explore.ipynb #e8a05d27
 def _frame(self: Page) -> str:
     "The page in a frame of its own, plotly's script inside, for JupyterLab."
     script = f"<script>{_plotly_script()}</script>"

@@ -149,7 +149,7 @@ def render(
     head = dict(title=html.escape(title), says=html.escape(subtitle), icon=ICON)
     return NOTEBOOK.format(**head, style=STYLE + code, body=body)
 
-
+# %% ../nbs/48_report.ipynb #c0b7712e
 def _for_readers(cell):
     "The source of a cell as a page shows it: prose with formulas, code without directives."
     if cell.cell_type == "markdown":
@@ -179,10 +179,13 @@ def with_anchors(
     "Headings whose anchors are called as in the book: small letters, digits and hyphens."
 
     def named(match):
-        name = html.unescape(match[2]).lower().replace(" ", "-")
-        return match[1] + re.sub(r"[^\w-]", "", name) + '"'
+        text = html.unescape(re.sub(r"<[^>]+>", "", match["text"])).strip()
+        name = re.sub(r"[^\w-]", "", text.lower().replace(" ", "-"))
+        return f'<h{match["level"]} id="{name}">{match["text"]}</h{match["level"]}>'
 
-    return re.sub(r'(<h\d id=")([^"]*)"', named, page)
+    page = re.sub(r'<a class="anchor-link".*?</a>', "", page)
+    heading = r'<h(?P<level>\d) id="[^"]*">(?P<text>.*?)</h(?P=level)>'
+    return re.sub(heading, named, page, flags=re.S)
 
 
 def without_gaps(
@@ -239,7 +242,7 @@ _PAPERMILL = dict(
     extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
 )
 
-
+# %% ../nbs/48_report.ipynb #91d2e6ba
 def run_notebooks(
     files: list,  # study notebooks
     out: Path,  # the study's folder
@@ -269,12 +272,12 @@ body { margin: 0 auto; max-width: 66rem; padding: 0 1rem 3rem; background: var(-
 a { color: var(--link) } h1 { line-height: 1.2 } h2 { margin-top: 2.2rem }
 p, li, dl { max-width: 48rem } figcaption, .muted { color: var(--muted) }
 figure:not(:has([src*=hero])) { max-width: 46rem }
-.hero { overflow-x: auto } @media (max-width: 600px) { .hero img { width: 46rem;
+.hero { overflow-x: auto } @media (max-width: 600px) { .hero img { width: 38rem;
   max-width: none !important } }
 figure { margin: 1.5rem 0 } figure img, .output_png img { max-width: 100%; height: auto;
   background: #fff; border-radius: 6px; padding: .4rem; box-sizing: border-box }
 .output_subarea, .wide, .highlight { overflow-x: auto; max-width: 100% }
-table { border-collapse: collapse; font-size: .88rem } th, td { padding: .3rem .7rem;
+table { border-collapse: collapse; border: 0; font-size: .88rem } th, td { padding: .3rem .7rem;
   border: 0; border-bottom: 1px solid var(--rule); text-align: right; vertical-align: top;
   font-variant-numeric: tabular-nums }
 th:first-child, td:first-child { text-align: left }
@@ -283,6 +286,7 @@ pre { font-size: .82rem; white-space: pre-wrap } .anchor-link { display: none }
 details.code { margin: .5rem 0; color: var(--muted) }
 details.code .highlight { background: #f4f6f8; color: #1b1f24; padding: .1rem .8rem }
 summary { cursor: pointer } math[display=block] { overflow-x: auto; max-width: 100% }
+@media (max-width: 600px) { p:has(> math) { overflow: auto hidden } }
 """
 
 # %% ../nbs/48_report.ipynb #03d29485
@@ -417,7 +421,7 @@ def _figure(out, name):
     "The file of a figure."
     return out / "figures" / f"{name}.png"
 
-
+# %% ../nbs/48_report.ipynb #d59a3f10
 def _links(out):
     "A link to each rendered notebook."
     pages = sorted((out / "notebooks").glob("*.html"), key=natural_key)

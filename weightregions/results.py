@@ -282,6 +282,27 @@ def short(self: Study):  # a Study, or None
     folder = self.folder / "short"
     return Study(folder) if (folder / "about.json").exists() else None
 
+# %% ../nbs/46_results.ipynb #a7c93d15
+def _without_gaps(table: pd.DataFrame) -> pd.DataFrame:
+    "Three decimals for all figures, and nothing where nothing was measured."
+    table = table.round(3)
+    for column in table.columns[table.isna().any()]:
+        form = "{:.0f}" if column == "n" else "{:.3f}"
+        table[column] = [_as_text(value, form) for value in table[column]]
+    return table
+
+
+def _as_text(value, form: str) -> str:
+    "A word as it is, a number in the form of its column; nothing for a gap."
+    if pd.isna(value):
+        return ""
+    return value if isinstance(value, str) else form.format(value)
+
+
+def _without_details(measure: str) -> str:
+    "What was measured, without what differs from run to run: counts, ranges and remarks."
+    return re.sub(r" \(\d.*?\)|;.*", "", measure)
+
 # %% ../nbs/46_results.ipynb #7f16b4fb
 @patch
 def _shown(self: Study, notebook: str, table: pd.DataFrame) -> pd.DataFrame:
@@ -297,22 +318,6 @@ def _shown(self: Study, notebook: str, table: pd.DataFrame) -> pd.DataFrame:
     keys = shown.claim + shown.measure.map(_without_details)
     shown.insert(shown.columns.get_loc("ours") + 1, "short training", keys.map(before.ours))
     return _without_gaps(shown.assign(**{"short verdict": keys.map(before.verdict)}))
-
-# %% ../nbs/46_results.ipynb #b7a1c5e9
-def _without_gaps(table: pd.DataFrame) -> pd.DataFrame:
-    "Three decimals for all figures, and nothing where nothing was measured."
-    table = table.round(3)
-    for column in table.columns[table.isna().any()]:
-        form = "{:.0f}" if column == "n" else "{:.3f}"
-        table[column] = [_as_text(value, form) for value in table[column]]
-    return table
-
-
-def _as_text(value, form: str) -> str:
-    "A word as it is, a number in the form of its column; nothing for a gap."
-    if pd.isna(value):
-        return ""
-    return value if isinstance(value, str) else form.format(value)
 
 # %% ../nbs/46_results.ipynb #3567f3fb
 def strength_of(
@@ -391,8 +396,3 @@ def _as_measured(file):
     if "was changed" in (fault := why_not(file)):
         raise ValueError(f"{file} {fault}: run the study again, which measures it anew")
     return file
-
-# %% ../nbs/46_results.ipynb #f9f155ec
-def _without_details(measure: str) -> str:
-    "What was measured, without what differs from run to run: counts, ranges and remarks."
-    return re.sub(r" \(\d.*?\)|;.*", "", measure)
