@@ -119,10 +119,10 @@ def recommend(
     rows = pd.DataFrame(rows).assign(pooling=pooling, penalty=penalty)
     return _ranked(rows, judged, n_boot, seed)
 
-# %% ../nbs/36_advice.ipynb #b2cddd29
+# %% ../nbs/36_advice.ipynb #31f79734
 SURE = 0.975  # share of bootstrap draws
 
-
+# %% ../nbs/36_advice.ipynb #b2cddd29
 def advised(
     ranking: pd.DataFrame,  # of `recommend`, or some rows of it
 ) -> str:  # name of a start

@@ -99,10 +99,10 @@ def tiny_tokenizer(
         bpe.save_model(folder)
         return load_tokenizer(folder, kind=RobertaTokenizerFast, model_max_length=128)
 
-# %% ../nbs/13_bases.ipynb #ee8c1010
+# %% ../nbs/13_bases.ipynb #d031ad2e
 _SIZES = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
 
-
+# %% ../nbs/13_bases.ipynb #ee8c1010
 def tiny_base(
     out: Path,  # folder for the checkpoint; left alone if it is there
     seed: int = 0,  # of weights and training: another seed is another start

@@ -210,10 +210,10 @@ def fate(
     chance = int.from_bytes(digest[1:5], "big") / 2**32
     return "train" if digest[0] % 4 else "test", chance, digest[5]
 
-# %% ../nbs/08_builtin.ipynb #16411be6
+# %% ../nbs/08_builtin.ipynb #fd3985f0
 MAX_ROWS = 10_000  # rows of one split that every built-in grammar can give
 
-
+# %% ../nbs/08_builtin.ipynb #16411be6
 def generate(
     name: str,  # a key of BUILTIN
     n_train: int,  # rows of the train split, 0 to MAX_ROWS

@@ -30,11 +30,11 @@ from .files import append_line, read_bytes, write_whole
 from .jobs import alone
 from .space import patch
 
-# %% ../nbs/24_comparison.ipynb #27680044
+# %% ../nbs/24_comparison.ipynb #9376e78b
 GRANULARITIES = ("dataset", "task", "general")
 GROUPS = ("In", "In'", "Ex")  # in the order of tables and figures
 
-
+# %% ../nbs/24_comparison.ipynb #27680044
 @dataclass(frozen=True, repr=False)
 class Groups:
     "Which models are In, which are Ex, and on which datasets both are measured."

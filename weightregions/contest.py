@@ -29,10 +29,10 @@ from .starting import RATES, Search, compare_starts, forget_replaced
 from .walks import leading
 from .zoo import Zoo
 
-# %% ../nbs/43_contest.ipynb #60a5c0ec
+# %% ../nbs/43_contest.ipynb #edf16144
 _SEARCH = Search(rates=(2e-3, 8e-3), evaluations=5, patience=2, at_most=100)
 
-
+# %% ../nbs/43_contest.ipynb #60a5c0ec
 @dataclass(frozen=True)
 class StartExperiment:
     "How starts are compared in a study."
@@ -169,12 +169,12 @@ def regret(
         table.append(row | {"within": bool(lost[name] <= 1)})
     return pd.DataFrame(table)
 
-# %% ../nbs/43_contest.ipynb #45b36615
+# %% ../nbs/43_contest.ipynb #d55a3855
 RULES = {"regret": "as advised"} | {
     name: name for name in ("lowest loss", "always centroid", "always pretrained")
 }
 
-
+# %% ../nbs/43_contest.ipynb #45b36615
 def rule_by_halves(
     table: pd.DataFrame,  # of `regret`: target, size, and a column of regrets per rule
 ) -> pd.DataFrame:  # one row per half: rule chosen there, targets, mean regret, share within 1

@@ -78,11 +78,11 @@ def save_continued(
         write_whole(part / "README.md", continued_card(made))
     return folder
 
-# %% ../nbs/35_continuing.ipynb #a5eb94c1
+# %% ../nbs/35_continuing.ipynb #8fe4603c
 _WHAT = {"all": "all weights", "bitfit": "biases and head", "head": "the head alone"}
 _WHAT["lora"] = "LoRA's matrices and the head, merged into the weights"
 
-
+# %% ../nbs/35_continuing.ipynb #a5eb94c1
 def continued_card(
     made: Continued,  # of `continue_from`
 ) -> str:  # Markdown with a YAML head

@@ -32,10 +32,10 @@ from .space import patch
 from .registry import dev_rows, entry_of, hub_entries, hub_names, hub_table
 from .registry import revision_of
 
-# %% ../nbs/10_corpora.ipynb #fcfa171c
+# %% ../nbs/10_corpora.ipynb #7a634911
 SURROGATE = re.compile("[\ud800-\udfff]")
 
-
+# %% ../nbs/10_corpora.ipynb #fcfa171c
 def text_fault(
     text,  # what should be a text
 ) -> str | None:  # what is wrong with it; None: nothing
@@ -410,13 +410,11 @@ def pick_columns(
     check_columns(header, where, [picked["text"], picked["label"]])
     return {ours: theirs for ours, theirs in picked.items() if theirs}
 
-# %% ../nbs/10_corpora.ipynb #e519ea7b
+# %% ../nbs/10_corpora.ipynb #df0b4c7b
 NUMBER = re.compile("0|-?[1-9][0-9]{0,999}")  # what an integer is when it is written
-
-
 NO_LABEL = ("-1", "-1.0")
 
-
+# %% ../nbs/10_corpora.ipynb #e519ea7b
 def as_text(
     label,  # as a reader gave it
 ):  # a text; None: there is none; what is neither text nor number stays as it is
@@ -494,10 +492,10 @@ def labelled(
     warnings.warn(f"{message}, and are left out", stacklevel=2)
     return rows[~without]
 
-# %% ../nbs/10_corpora.ipynb #501a1681
+# %% ../nbs/10_corpora.ipynb #1663788e
 SPLITS = ("test", "validation", "dev", "valid", "val")  # what tests, the first that is there
 
-
+# %% ../nbs/10_corpora.ipynb #501a1681
 def find_split(
     folder: Path,  # of one dataset
     *stems: str,  # file names without ending; the first that exists counts
@@ -601,10 +599,10 @@ def corpus(
             raise ValueError(f"{where}: {len(rows)} rows, but datasets.json says {count}")
     return self.of_frames(frames, wheres)
 
-# %% ../nbs/10_corpora.ipynb #3c56ddaf
+# %% ../nbs/10_corpora.ipynb #c120aca7
 HELD = 0.2  # of the rows of each class, which test where nothing else does
 
-
+# %% ../nbs/10_corpora.ipynb #3c56ddaf
 def hold_out(
     rows: pd.DataFrame,  # with labels as integers
     where: str,  # dataset and file, for the messages
@@ -840,10 +838,10 @@ def from_hub_id(
     draft = Draft(check_name(name.split("/")[-1]), "unknown", None, f"hub {name}")
     return of_splits(draft, data, columns)
 
-# %% ../nbs/10_corpora.ipynb #0f121eea
+# %% ../nbs/10_corpora.ipynb #ecfc9a84
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
-
+# %% ../nbs/10_corpora.ipynb #0f121eea
 def sources(
     source,  # see `load_corpora`
     seed: int,  # of the built-in sentences
@@ -1110,10 +1108,10 @@ def _read(name: str, path, family: str, source: str, columns: Columns) -> Corpus
         return read_corpus(path, family, source=source, columns=columns)
     return Draft(check_name(name), family, None, source).corpus(path, columns=columns)
 
-# %% ../nbs/10_corpora.ipynb #7649087f
+# %% ../nbs/10_corpora.ipynb #236ca44f
 _SPLIT = re.compile(rf"(.+)[-_.](train|{'|'.join(SPLITS)})")
 
-
+# %% ../nbs/10_corpora.ipynb #7649087f
 def _dataset_paths(folder: Path) -> dict:
     "The datasets of a folder: name -> its folder, or its files of train and test."
     if is_saved(folder) or _is_dataset(folder):

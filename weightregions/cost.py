@@ -186,10 +186,10 @@ class Outline:
     test: range  # as many as test rows
     tokens: float  # of a training row, on average
 
-# %% ../nbs/51_cost.ipynb #a1ccf798
+# %% ../nbs/51_cost.ipynb #7c6a12a7
 PIECES = 1.3  # word pieces per word of English, about
 
-
+# %% ../nbs/51_cost.ipynb #a1ccf798
 def outline_of(
     corpus: Corpus,  # to be looked at
     max_length: int = 250,  # tokens a row is cut to

@@ -69,11 +69,11 @@ def gpus_here() -> list:  # their names, as CUDA_VISIBLE_DEVICES has them; empty
     numbers = [str(i) for i in range(torch.cuda.device_count())]
     return [name for name in names if name] or numbers
 
-# %% ../nbs/11_jobs.ipynb #4212c19d
+# %% ../nbs/11_jobs.ipynb #2693fa7c
 # what limits the threads of a process
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
-
+# %% ../nbs/11_jobs.ipynb #4212c19d
 def places(
     n: int,  # jobs at a time
     gpus: list,  # the GPUs that they share, as `gpus_here` names them; [""] hides all
@@ -472,11 +472,11 @@ def _connected():
             signal.signal(signal.SIGTERM, before)
     return ray
 
-# %% ../nbs/11_jobs.ipynb #5d3a9c41
+# %% ../nbs/11_jobs.ipynb #d75df56d
 STARTS = 3  # how often a Ray cluster of this machine is started before that counts as a failure
 SLOW = 300  # seconds that the node of such a cluster may take to report
 
-
+# %% ../nbs/11_jobs.ipynb #5d3a9c41
 def start_ray(
     **settings,  # for `ray.init`
 ):

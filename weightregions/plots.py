@@ -30,7 +30,7 @@ from PIL import Image
 from .clustering import Scores
 from .comparison import require_columns
 
-# %% ../nbs/40_plots.ipynb #e35d4f31
+# %% ../nbs/40_plots.ipynb #e6b42ceb
 FIGURE = {"figure.dpi": 90, "savefig.dpi": 135, "figure.figsize": (7.5, 4.5)}
 FIGURE |= {"figure.constrained_layout.use": True, "font.size": 11, "legend.frameon": False}
 TITLE = {"size": 13, "weight": "bold", "location": "left", "pad": 10}
@@ -38,7 +38,7 @@ SIZES = {"axes.labelsize": 11, "xtick.labelsize": 10, "ytick.labelsize": 10}
 SIZES |= {"legend.fontsize": 10, "legend.title_fontsize": 10}
 SPINES = {"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#777777"}
 
-
+# %% ../nbs/40_plots.ipynb #e35d4f31
 def use_theme() -> None:
     "Set the look of all figures."
     title = {f"axes.title{key}": value for key, value in TITLE.items()}
@@ -283,10 +283,10 @@ def loss_line(
     _legend(ax)
     return ax
 
-# %% ../nbs/40_plots.ipynb #625a5720
+# %% ../nbs/40_plots.ipynb #bf4eb093
 TICKS = (-127, -31, -7, -3, -1, 0, 1, 2, 4, 8, 32, 128)
 
-
+# %% ../nbs/40_plots.ipynb #625a5720
 def edges(
     rows: pd.DataFrame,  # measured rows: columns x, y, and line where there are several
     x: str = "alpha",  # column of the place, 0 at the first end and 1 at the second

@@ -22,11 +22,11 @@ def hub_entries() -> dict:  # name -> entry
     text = (files("weightregions") / "hub_datasets.json").read_text("utf-8")
     return {entry["name"]: entry for entry in json.loads(text)}
 
-# %% ../nbs/09_registry.ipynb #77964362
+# %% ../nbs/09_registry.ipynb #2cf9d2f1
 # datasets of the authors' 36 that the registry does not have
 LEFT_OUT = {"stsb": "it predicts a number from 0 to 5, not a class"}
 
-
+# %% ../nbs/09_registry.ipynb #77964362
 def entry_of(
     name: str,  # of a dataset of the registry
 ) -> dict:  # its entry
@@ -37,11 +37,11 @@ def entry_of(
         raise ValueError(f"no dataset {name!r} in hub: there are {', '.join(hub_entries())}")
     return hub_entries()[name]
 
-# %% ../nbs/09_registry.ipynb #1c6798f2
+# %% ../nbs/09_registry.ipynb #c82d7821
 _CLUSTERED = "cb wnli qnli copa boolq multirc qqp sst2 wic rte mnli mrpc cola wsc"
 SAME_DATASET = tuple(_CLUSTERED.split())  # clustered by dataset, in the authors' order
 
-
+# %% ../nbs/09_registry.ipynb #1c6798f2
 def hub_names(
     family: str | None = None,  # "general", "nli", "sentiment", "topic" or "twitter"; None: all
     extras: bool = False,  # also datasets that the authors do not use
@@ -105,11 +105,11 @@ def hub_checks() -> pd.DataFrame:  # one row per dataset, one column per field
     }
     return pd.DataFrame(known).T.fillna("").rename_axis("name")
 
-# %% ../nbs/09_registry.ipynb #8e510922
+# %% ../nbs/09_registry.ipynb #cbea9d8b
 # how a revision is known that is no whole commit
 UNPINNED = {"branch": "a branch that moves", "short": "the newest is taken"}
 
-
+# %% ../nbs/09_registry.ipynb #8e510922
 def revision_of(
     entry: dict,  # of the registry
 ) -> str | None:  # commit or branch to load; None: the newest

@@ -26,10 +26,10 @@ from .verdicts import AUTHORS, CLAIM_COLUMNS, OURS, constant_loss
 from .verdicts import without_verdicts
 from .walks import TraversalBudget, of_pooling, read_paths
 
-# %% ../nbs/46_results.ipynb #e6e7444b
+# %% ../nbs/46_results.ipynb #27bfc736
 ABOUT = dict(scale=str, data=str, base=dict, recipe=dict, seeds=int, datasets=dict)
 
-
+# %% ../nbs/46_results.ipynb #e6e7444b
 class Study:
     "The rows and claims of one run, on disk."
 

@@ -268,11 +268,11 @@ def gains(
         sd=("gain", "std"),
     ).reset_index()
 
-# %% ../nbs/34_starting.ipynb #90989eff
+# %% ../nbs/34_starting.ipynb #78520e12
 # mean gain of the centroid in the paper's tables 2 and 3, points; in table 2 it wins 9 of 12
 PAPER_GAINS = {"all": 4.03, "1000": 10.66}
 
-
+# %% ../nbs/34_starting.ipynb #90989eff
 def sign_flips(
     d: np.ndarray,  # (n,) differences of pairs
     n: int = 10_000,  # random draws of signs, where there are more than that
@@ -544,10 +544,10 @@ def _rows(store: Measurements, tasks: dict) -> dict:
         numbers[key] = i
     return numbers
 
-# %% ../nbs/34_starting.ipynb #a8d6ebdc
+# %% ../nbs/34_starting.ipynb #f691d6ea
 PAIRED = ["target", "size", "method", "seed"]  # what two starts must have in common
 
-
+# %% ../nbs/34_starting.ipynb #a8d6ebdc
 def _checked(rows: pd.DataFrame, base: str) -> pd.DataFrame:
     "Rows that can be paired: sizes as text, a finite accuracy, none of them twice."
     require_columns(rows, ("target", "start", "size", "seed", "accuracy"), "the rows")

@@ -18,13 +18,13 @@ from .clustering import Gap, Scores
 from .comparison import PB
 from .starting import sign_flips
 
-# %% ../nbs/45_verdicts.ipynb #0bd2bf7d
+# %% ../nbs/45_verdicts.ipynb #678728f2
 HOLDS, IN_PART, NOT_HERE = "holds", "holds in part", "does not hold here"
 TOO_FEW, NOT_MEASURABLE = "too few to tell", "not measurable"
 SURE = 0.05  # a p-value below this is more than chance
 TOO_SMALL = ("tiny",)  # scales whose models are too small to judge the paper by
 
-
+# %% ../nbs/45_verdicts.ipynb #0bd2bf7d
 def verdict(
     met: bool,  # whether the paper's figure, or the stated criterion, is reached
     p: float,  # probability of a result like ours by chance
@@ -98,12 +98,12 @@ def of_gains(
     p = sign_flips(gains) if gains.mean() > 0 else 1.0
     return Quantity(gains.mean(), *interval, p, len(gains), unit, least_of_signs(len(gains)))
 
-# %% ../nbs/45_verdicts.ipynb #6a225139
+# %% ../nbs/45_verdicts.ipynb #29ef36d9
 CLAIM_COLUMNS = ["claim", "measure", "paper", "ours", "low", "high", "p", "n", "unit"]
 CLAIM_COLUMNS += ["criterion", "verdict", "models"]
 OURS, AUTHORS = "of this run", "of the authors"
 
-
+# %% ../nbs/45_verdicts.ipynb #6a225139
 def claim_row(
     claim: str,  # "C1" to "C13"
     measure: str,  # what was measured

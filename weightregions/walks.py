@@ -85,10 +85,10 @@ def one_each(
     first = models.sort_values("seed", kind="stable").drop_duplicates("dataset")
     return first.loc[models.index.intersection(first.index, sort=False)]
 
-# %% ../nbs/42_walks.ipynb #bd9a605d
+# %% ../nbs/42_walks.ipynb #3224f2e0
 TASKS = ("nli", "sentiment")  # the tasks that are compared, where they have two datasets
 
-
+# %% ../nbs/42_walks.ipynb #bd9a605d
 def granularities(
     models: pd.DataFrame,  # one row per model, indexed by name: dataset, family, seed, n_train
     budget: TraversalBudget,  # how far the study goes
@@ -146,14 +146,14 @@ def lines_of(
         lines["general"] = (pairs(models, near, far, budget.lines), targets)
     return lines
 
-# %% ../nbs/42_walks.ipynb #d87d521d
+# %% ../nbs/42_walks.ipynb #e6a28c0b
 PERTURBED = {  # kind of path -> what the perturbations keep of a task vector
     "perturbations": "model",
     "perturbations per tensor": "tensor",
     "perturbations per spectrum": "spectrum",
 }
 
-
+# %% ../nbs/42_walks.ipynb #d87d521d
 def plan_paths(
     models: pd.DataFrame,  # one row per model, indexed by name: dataset, family, seed, n_train
     budget: TraversalBudget,  # how far to go
@@ -276,11 +276,11 @@ def of_pooling(
         raise ValueError(f"nothing was measured by the {wanted} token")
     return rows[rows.pooling == wanted].reset_index(drop=True)
 
-# %% ../nbs/42_walks.ipynb #39134abf
+# %% ../nbs/42_walks.ipynb #1a7c8424
 LISTS = ["ends", "members", "targets"]
 PATH_COLUMNS = ["path", "kind", "granularity", "trait", *LISTS]
 
-
+# %% ../nbs/42_walks.ipynb #39134abf
 def path_table(
     paths: list,  # of PathSpec, from `plan_paths`
     groups: list,  # of Groups, from `granularities`
