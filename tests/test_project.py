@@ -481,7 +481,6 @@ LONG_LINES = {
     "nbs/study/c8_c10_hull.ipynb": 3,
     "nbs/study/locate.ipynb": 2,
     "nbs/study/original_matrices.ipynb": 1,
-    "tests/bench/adapters.py": 3,
     "tests/test_checkpoints.py": 1,
     "tests/test_cli.py": 4,
     "tests/test_pins.py": 4,
