@@ -1,5 +1,5 @@
-"""Adapters of a large decoder: compared and averaged by their factors, beside merging each first
-and beside PEFT. Called by the bench as `ways.py` is.
+"""Adapters of a large decoder: compared and averaged by their factors, beside merging each
+first and beside PEFT. Called by the bench as `ways.py` is.
 
 The shapes are those of a decoder with 1.1 billion weights (22 layers, 2048 wide). The base is
 written once in bfloat16, the adapters in float32, all with random numbers. Merging is measured
