@@ -1,16 +1,16 @@
 # weightregions. `make help` lists what can be made; every target installs what it needs into .venv by itself.
 
 # As in `make study SCALE=tiny OUT=first-look`:
-#   SCALE   tiny | laptop | full | paper
+#   SCALE   tiny | laptop | full | paper | lora
 #   DATA    builtin | hub | a folder of datasets; not given: hub at scale paper, else builtin
-#   OUT     where a study leaves its models, rows and reports
+#   OUT     where a study leaves its models, rows and reports; INTO where `make record` keeps rows
 #   TESTS   what `make test` runs; JOBS in how many processes
 #   FLAGS   flagged notebook cells to run as well, such as "slow cuda"
 #   PYTHON  the interpreter that makes .venv
 # and of `make bench`:
 #   SIZE    base | small checkpoints
 #   DEVICE  cpu | cuda; BASE  minilm | random weights, for probe and zoo
-#   ONLY    ceiling similarity average line growth probe zoo commands, or some of them
+#   ONLY    ceiling similarity average line growth probe zoo commands adapters, or some of them
 #   BEFORE  another checkout, whose commands are measured beside ours
 #   ROUNDS  measurements of each way; CLOCK wall | cpu
 #   ROWS    the file of rows
@@ -18,6 +18,7 @@
 SCALE  ?= laptop
 DATA   ?=
 OUT    ?= out
+INTO   ?= nbs/study/recorded
 TESTS  ?= tests
 JOBS   ?= 2
 FLAGS  ?=
@@ -47,10 +48,11 @@ study: .venv ## measure all claims of the paper: SCALE, DATA, OUT
 	$(call say,studying at scale $(SCALE)$(if $(DATA), on $(DATA) data); everything goes to $(OUT))
 	$(BIN)/weightregions study --scale "$(SCALE)" $(if $(DATA),--data "$(DATA)") --out "$(OUT)"
 
-record: ## keep the rows of a study as the run that the study notebooks show: OUT
+record: ## keep the rows of a study as the run that the study notebooks show: OUT, INTO
 	test -f "$(OUT)/rows/starts.csv"
-	rm -rf nbs/study/recorded/rows nbs/study/recorded/claims
-	cp -r "$(OUT)/rows" "$(OUT)/about.json" nbs/study/recorded/
+	rm -rf "$(INTO)/rows" "$(INTO)/claims"
+	cp -r "$(OUT)/rows" "$(OUT)/about.json" "$(INTO)/"
+	$(if $(filter-out nbs/study/recorded,$(INTO)),cp -r "$(OUT)/claims" "$(INTO)/")
 
 test: .venv ## run every notebook and every test: TESTS, JOBS, FLAGS
 	$(call say,testing $(TESTS) in $(JOBS) processes: each notebook is one test)

@@ -42,7 +42,8 @@ from weightregions.many import cross_similarity, extend
 from weightregions.results import Study
 from weightregions.scales import SCALES
 from weightregions.similarity import gram
-from weightregions.study import begin, fine_tune_all, measure, start
+from weightregions.study import begin, fine_tune_all, measure
+from weightregions.study import start as base_of
 from weightregions.traversal import ScratchModel, average, line
 from weightregions.updates import Update
 from weightregions.zoo import open_zoo
@@ -487,7 +488,7 @@ def test_without_a_base_adapters_are_left_out(heap, tmp_path):
     assert len(open_zoo(tmp_path, base=heap / "base")) == 3
 
 
-# --- zoos of adapters that are trained here ----------------------------------------------------
+# --- zoos of adapters that are trained here ---------------------------------------------------
 
 BUILD = """
 import sys; from pathlib import Path
@@ -574,7 +575,7 @@ def test_a_study_of_adapters_has_its_rows(tmp_path):
     recipe = replace(scale.recipe, steps=3, trains="lora", rank=2)
     scale = replace(scale, name="lora", recipe=recipe, seeds=3, sizes=(), started=0)
     corpora = load_corpora("builtin", ["films", "meals", "headlines"], n_train=60, n_test=20)
-    base = start("tiny", tmp_path)
+    base = base_of("tiny", tmp_path)
     begin(tmp_path, scale, "builtin", base, corpora)
     fine_tune_all(tmp_path, scale, base, corpora, workers=1)
     measure(tmp_path, scale, base)

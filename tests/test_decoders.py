@@ -26,8 +26,9 @@ from weightregions.checkpoints import copy_tokenizer, open_checkpoint
 from weightregions.cli import main
 from weightregions.corpora import load_corpora
 from weightregions.finetuning import Recipe, train
-from weightregions.probing import Probing, Target, pooling_of
-from weightregions.traversal import ScratchModel
+from weightregions.loading import load_tokenizer
+from weightregions.probing import Probing, Target, TextLoss, pooling_of
+from weightregions.traversal import ScratchModel, line, traverse
 
 transformers.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -131,3 +132,44 @@ def test_a_tokenizer_without_padding_is_one_line(world, words, tmp_path):
     with pytest.raises(ValueError, match="no padding token|embeddings") as e:
         train(tmp_path / "base", corpus, Recipe(steps=2, batch_size=4), 1)
     assert "\n" not in str(e.value)
+
+
+CAUSAL = ("llama", "llama, tied", "qwen", "gemma")
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_the_loss_of_the_next_token_along_a_line(kind, words, tmp_path):
+    "What transformers says of each text alone; a tied head moves with the embeddings."
+    folder, n = words
+    torch.manual_seed(0)
+    model = KINDS[kind](n)
+    model.save_pretrained(tmp_path / "0")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    model.save_pretrained(tmp_path / "1")
+    ends = [open_checkpoint(tmp_path / i) for i in "01"]
+    texts = load_corpora("builtin", ["films"], 20, 20)["films"].test.text[:7].tolist()
+    metric = TextLoss(texts, folder, max_length=12, batch_size=3)
+    rows = traverse(line(*ends, [0.0, 0.5, 1.0]), metric, ScratchModel(ends[0], head="keep"))
+    tokenizer, lost, tokens = load_tokenizer(folder), 0.0, 0
+    first = type(model).from_pretrained(tmp_path / "0").eval()
+    for text in texts:
+        ids = tokenizer(text, truncation=True, max_length=12, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            lost += first(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    assert rows.tokens.tolist() == [tokens] * 3
+    assert rows.loss[0] == pytest.approx(lost / tokens, rel=1e-4)
+    assert rows.loss.nunique() == 3
+
+
+def test_texts_that_a_causal_model_cannot_read_are_one_line(words):
+    folder, n = words
+    with pytest.raises(ValueError, match="a text of two tokens or more"):
+        TextLoss([], folder)
+    metric = TextLoss(["a good film"], folder)
+    with pytest.raises(ValueError, match="another vocabulary"):
+        metric(KINDS["llama"](4))
+    with pytest.raises(ValueError, match="has no head that predicts tokens"):
+        metric(KINDS["llama-head"](n))

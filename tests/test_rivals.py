@@ -2,15 +2,30 @@
 seeds, adapters, bad members."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
+from weightregions.bases import tiny_base
+from weightregions.building import build_zoo
 from weightregions.checkpoints import open_checkpoint, write_checkpoint
 from weightregions.cli import main
-from weightregions.rivals import RIVALS, RivalSettings, rival
+from weightregions.corpora import load_corpora
+from weightregions.finetuning import Recipe
+from weightregions.rivals import (
+    ALONE,
+    MERGES,
+    PAIRED_MERGES,
+    RIVALS,
+    RivalSettings,
+    compare_rivals,
+    rival,
+    rival_table,
+)
 from weightregions.traversal import ScratchModel
+from weightregions.zoo import open_zoo
 
 transformers.logging.set_verbosity_error()
 SMALL = dict(
@@ -176,3 +191,24 @@ def test_center_writes_what_a_method_makes(world, tmp_path, capsys):
     assert "density is a share" in capsys.readouterr().err
     assert main(["center", *folders, *said, str(tmp_path / "s"), "--method", "slerp"]) == 2
     assert "between two models, not 5" in capsys.readouterr().err
+
+
+def test_merges_of_half_a_zoo_are_measured_on_the_other_half(tmp_path):
+    names = ["films", "meals", "headlines", "questions"]
+    corpora = load_corpora("builtin", names, n_train=60, n_test=40)
+    base = str(tiny_base(tmp_path / "base", steps=2))
+    build_zoo(tmp_path / "zoo", base, corpora, Recipe(steps=3, learning_rate=2e-3), [1, 2], 1)
+    close = pd.DataFrame({"a": ["films"], "b": ["headlines"], "share": [0.3]})
+    how = (open_zoo(tmp_path / "zoo"), corpora, base, tmp_path, close, (40, 40))
+    rows = compare_rivals(*how)
+    assert set(rows[rows.half == 1].target).isdisjoint(rows[(rows.half == 2)].target)
+    for half in (1, 2):
+        here = rows[rows.half == half]
+        assert set(here.target).isdisjoint(here[here.kind == "model"].point)
+    assert {"films", "headlines"} in [set(rows[rows.half == h].target) for h in (1, 2)]
+    table = rival_table(rows)
+    assert set(table.point) == {*MERGES, *PAIRED_MERGES, *ALONE} - {"mean", "mean of two"}
+    assert (table.targets == 4).all() and (table.low <= table.saved + 1e-9).all()
+    before = [f.read_bytes() for f in sorted(tmp_path.glob("half-*.jsonl"))]
+    assert compare_rivals(*how).equals(rows)  # from its files, point by point
+    assert [f.read_bytes() for f in sorted(tmp_path.glob("half-*.jsonl"))] == before

@@ -34,8 +34,11 @@ def factor_cosines(
     adapters: Iterable[Checkpoint],  # of one rank and one set of modules, over one base
 ) -> pd.DataFrame:  # one row per pair: a, b, and cosines of products, A, B, and A beside B
     "Cosines of the products, and of the stored matrices, which mislead."
-    adapters = list(adapters)
-    base, updates = _updates_of_all(adapters)
+    base = getattr((adapters := list(adapters))[0], "base", None)
+    updates = [base and updates_of(a, base) for a in adapters]
+    for a, changed in zip(adapters, updates):
+        if not changed:
+            raise ValueError(f"{a.name} is no adapter over the base of {adapters[0].name}")
     if len({tuple((n, getattr(u, "rank", 0)) for n, u in c.items()) for c in updates}) > 1:
         raise ValueError(
             "stored matrices are compared of adapters of one rank and set of modules"

@@ -359,7 +359,7 @@ def with_lora(
 
 
 def _require_modules(model, modules: tuple) -> None:
-    "Refuse modules that a model has not, and a model of which none is known where none is named."
+    "Refuse modules that a model has not, and a kind of model that PEFT has no choice for."
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
 
     kind, names = model.config.model_type, [n for n, _ in model.base_model.named_modules()]

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['POOLINGS', 'PENALTY', 'PENALTIES', 'pooling_of', 'poolings_of', 'buckets', 'Split', 'Target', 'encode', 'encode_all',
            'Probe', 'fit_probe', 'choose_penalty', 'generalized_loss', 'generalized_losses', 'Probing',
-           'probe_settings', 'constant_answer', 'head_loss', 'sgd_probe']
+           'probe_settings', 'constant_answer', 'head_loss', 'TextLoss', 'sgd_probe']
 
 # %% ../nbs/20_probing.ipynb #79588c62
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf, nan
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 from torch.nn.utils.rnn import pad_sequence
@@ -692,6 +694,60 @@ def _check_classes(model, target: Target) -> None:
             f"{name} has the classes {', '.join(classes)},"
             f" target {target.name} has them in the order {', '.join(target.labels)}"
         )
+
+# %% ../nbs/20_probing.ipynb #268ea8b6
+class TextLoss:
+    "The loss of the next token on some texts, as a metric: of a causal model it gives a row."
+
+    def __init__(
+        self,
+        texts: Iterable[str],  # what to predict
+        tokenizer,  # of the models, or the folder or hub id that holds it
+        max_length: int = 128,  # tokens a text is cut to
+        batch_size: int = 16,  # texts in a forward pass
+    ):
+        if isinstance(tokenizer, (str, Path)):
+            tokenizer = load_tokenizer(tokenizer)
+        cut = dict(truncation=True, max_length=max_length)
+        ids = [tokenizer(text, **cut)["input_ids"] for text in texts]
+        self.ids = sorted((row for row in ids if len(row) > 1), key=len)
+        self.batch_size = batch_size
+        if not self.ids:
+            raise ValueError("the loss of the next token takes a text of two tokens or more")
+
+    def __repr__(self):
+        digest = hashlib.sha256(str(self.ids).encode()).hexdigest()[:12]
+        return f"TextLoss({len(self.ids)} texts, {digest})"
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        model,  # a transformers causal model, with its head
+    ) -> dict:  # loss: nats a token; tokens: how many were predicted
+        "Measure a point."
+        if model.get_output_embeddings() is None:
+            raise ValueError(f"{type(model).__name__} has no head that predicts tokens")
+        if (most := max(map(max, self.ids))) >= (
+            n := model.get_input_embeddings().num_embeddings
+        ):
+            raise ValueError(
+                f"token {most} of the texts, and the model has {n}: another vocabulary"
+            )
+        loss, tokens = 0.0, 0
+        for i in range(0, len(self.ids), self.batch_size):
+            ids, seen = _padded(self.ids[i : i + self.batch_size], model.device)
+            logits = model(input_ids=ids, attention_mask=seen).logits[:, :-1].float()
+            wanted = ids[:, 1:].masked_fill(seen[:, 1:] == 0, -100)
+            loss += F.cross_entropy(logits.transpose(1, 2), wanted, reduction="sum").item()
+            tokens += int((wanted != -100).sum())
+        return {"loss": loss / tokens, "tokens": tokens}
+
+
+def _padded(rows: list, device) -> tuple:  # (rows, longest) ids, and 1 where there is a token
+    "Rows of ids as a batch, filled up on the right."
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    seen = pad_sequence([torch.ones_like(torch.tensor(row)) for row in rows], batch_first=True)
+    return ids.to(device), seen.to(device)
 
 # %% ../nbs/20_probing.ipynb #129c8076
 def sgd_probe(

@@ -132,6 +132,8 @@ FULL = Scale(
     ),
     contest=StartExperiment(sample=1000, budgets=(400, 1500)),
 )
+
+# %% ../nbs/44_scales.ipynb #cce132a2
 LORA_RATE = 2e-3  # chosen once, on the held-back rows of SST-2 and TREC
 LORA = Scale(
     "lora",
@@ -142,7 +144,7 @@ LORA = Scale(
     n_train=1200,
     n_test=200,
     started=0,
-    budget=LAPTOP.budget,
+    budget=replace(LAPTOP.budget, same=3, lines=2, beyond=3, grid=3, perturbed=1),
     contest=replace(LAPTOP.contest, targets=6, sizes=(None,)),
 )
 SCALES = {scale.name: scale for scale in (TINY, LAPTOP, FULL, PAPER, LORA)}

@@ -35,8 +35,10 @@ from report import (
 
 HERE = Path(__file__).resolve().parent
 SIZES = {
-    "base": dict(n=12, grown=(4, 8, 16, 32), layers=(3, 6, 12), points=8, sentences=500),
-    "small": dict(n=4, grown=(2, 4, 6), layers=(1, 2), points=4, sentences=50),
+    "base": dict(
+        n=12, grown=(4, 8, 16, 32), layers=(3, 6, 12), points=8, sentences=500, adapters=200
+    ),
+    "small": dict(n=4, grown=(2, 4, 6), layers=(1, 2), points=4, sentences=50, adapters=6),
 }
 
 
@@ -460,6 +462,34 @@ def commands(b):
         b.add(f"process: {name}", found, floor, **kind)
 
 
+def adapters(b):
+    """LoRA adapters of a decoder compared, and their centre. On disk, for merged models are
+    large; the centre on two layers, for PEFT decomposes whole matrices."""
+    rank, few = 16, 8
+    with tempfile.TemporaryDirectory(dir=b.a.store or None) as work:
+        all_layers, two = f"{work}/all", f"{work}/two"
+
+        def call(way, folder, **arguments):
+            return lambda: b.call(way, script="adapters.py", folder=folder, **arguments)
+
+        about = dict(size=b.a.size, n=b.size["adapters"], rank=rank)
+        params = call("write", all_layers, **about)()["params"]
+        ways = {
+            "weightregions": call("compare", all_layers, n=b.size["adapters"]),
+            "merge each with PEFT, then compare": call("merge_and_compare", all_layers, n=2),
+        }
+        b.add("similarity of adapters", b.rounds(ways, 1), n=b.size["adapters"], params=params)
+        shutil.rmtree(all_layers)
+        params = call("write", two, **about | dict(n=few, layers=2))()["params"]
+        ways = {
+            "weightregions, exact": call("centre", two, n=few, rank=None),
+            "PEFT, cat": call("add_weighted", two, n=few, how="cat", rank=rank),
+            f"weightregions, rank {rank}": call("centre", two, n=few, rank=rank),
+            f"PEFT, svd, rank {rank}": call("add_weighted", two, n=few, how="svd", rank=rank),
+        }
+        b.add("centre of adapters, 2 layers", b.rounds(ways), n=few, params=params)
+
+
 def _base(b):
     "The encoder that is probed and fine-tuned."
     from ways import base_model
@@ -476,6 +506,7 @@ PARTS = {
     "probe": probe,
     "zoo": zoo,
     "commands": commands,
+    "adapters": adapters,
 }
 
 

@@ -267,6 +267,7 @@ def other_goals(rows: pd.DataFrame) -> list[Goal]:
     error = _value(rows, average, OURS, "error")
     share = _value(rows, point, OURS) / _value(rows, point, "an evaluation")
     adam = _value(rows, "the probe", "a layer") / _value(rows, "the probe", OURS)
+    adapters = _value(rows, "similarity of adapters", OURS, n=200)
     mergekit = "average: at least 3 times faster than mergekit, process against process"
     return [
         Goal("average: at most 2 times the floor", ours / floor, "<=", 2),
@@ -275,6 +276,7 @@ def other_goals(rows: pd.DataFrame) -> list[Goal]:
         Goal("average: float32 rounding at most", error, "<=", 1.2e-7),
         Goal("a point: at most 1 % of an evaluation, in %", 100 * share, "<=", 1),
         Goal("the probe: at least 10 times faster than by Adam", adam, ">=", 10),
+        Goal("similarity of adapters: 200 of 1.1 B weights within 120 s", adapters, "<=", 120),
     ]
 
 
@@ -284,6 +286,7 @@ def memory_goals(rows: pd.DataFrame) -> list[Goal]:
     zoo = next((o for o in rows.operation if o.startswith(zoo)), zoo)
     peaks = rows[rows.subject.str.startswith(OURS)].groupby("operation").peak_mb.max()
     operations = ["similarity", "similarity, growing", "average of 5", "the probe"]
+    operations += ["similarity of adapters"]
     own = f"at most {MOST} MB of its own"
     goals = [
         Goal(f"{o}: {own}", float(peaks.get(o, nan)), "<=", MOST) for o in [*operations, zoo]
