@@ -1025,7 +1025,7 @@ def _save_rival(centroid, base, options):
 
 # %% ../nbs/52_cli.ipynb #b7d1e0ab
 def _once(folder, write):
-    "Write a folder, unless a former run has; what it would write tells whether that is the same."
+    "Write a folder, unless a former run has written just that."
     from tempfile import TemporaryDirectory
 
     from weightregions.files import remove_leftovers
