@@ -77,14 +77,14 @@ def a_page(names=("films", "meals")):
                 line=line,
                 target=target,
                 alpha=alphas,
-                loss=level + 0.01 * np.abs(alphas),
+                loss=level + depth * np.abs(alphas),
                 accuracy=0.7,
             )
         )
-        for line, target, level in (
-            ("a and b", names[0], 0.4),
-            ("a and b", names[1], 0.6),
-            ("a and c", names[1], 0.5),
+        for line, target, level, depth in (
+            ("a and b", names[0], 0.4, 0.01),  # the deepest: shown first
+            ("a and b", names[1], 0.6, 0.008),
+            ("a and c", names[1], 0.5, 0.008),
         )
     )
     grid = pd.DataFrame([(x, y) for x in (0, 1, 2) for y in (0, 1, 2)], columns=["x", "y"])
