@@ -21,6 +21,7 @@ from weightregions.rivals import (
     RIVALS,
     RivalSettings,
     compare_rivals,
+    measurable_targets,
     rival,
     rival_table,
 )
@@ -209,6 +210,9 @@ def test_merges_of_half_a_zoo_are_measured_on_the_other_half(tmp_path):
     table = rival_table(rows)
     assert set(table.point) == {*MERGES, *PAIRED_MERGES, *ALONE} - {"mean", "mean of two"}
     assert (table.targets == 4).all() and (table.low <= table.saved + 1e-9).all()
+    assert set(measurable_targets(rows)) <= set(names) and (rows.constant > 0).all()
+    assert measurable_targets(rows.assign(constant=9.0)) != []
+    assert measurable_targets(rows.assign(constant=0.0)) == []
     before = [f.read_bytes() for f in sorted(tmp_path.glob("half-*.jsonl"))]
     assert compare_rivals(*how).equals(rows)  # from its files, point by point
     assert [f.read_bytes() for f in sorted(tmp_path.glob("half-*.jsonl"))] == before

@@ -529,7 +529,12 @@ _RECIPE = (
     ),
     _count("--rank", "rank of LoRA's matrices", 8),
     _real("--alpha", "LoRA's products are multiplied by alpha / rank", 16.0),
-    _arg("--modules", metavar="A,B", help="modules that LoRA changes (default: PEFT's choice)"),
+    _arg(
+        "--modules",
+        default=(),
+        metavar="A,B",
+        help="modules that LoRA changes (default: PEFT's choice)",
+    ),
     _MAX_LENGTH,
     _count("--rows", "training rows, a stratified draw (default: all)"),
 )
@@ -574,7 +579,7 @@ def _build(options, corpora):
     from weightregions.zoo import open_zoo
 
     fields, lora = Recipe.__dataclass_fields__, (options.rank, options.alpha, options.modules)
-    if options.trains != "lora" and lora != (8, 16, None):
+    if options.trains != "lora" and lora != (8, 16, ()):
         raise ValueError("--rank, --alpha and --modules are of --trains lora")
     options.modules = options.modules.split(",") if options.modules else ()
     recipe = Recipe(**{k: v for k, v in vars(options).items() if k in fields})

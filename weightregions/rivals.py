@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RIVALS', 'MERGES', 'PAIRED_MERGES', 'ALONE', 'MadeTensor', 'RivalSettings', 'rival', 'halves', 'compare_rivals',
-           'rival_table']
+           'rival_table', 'measurable_targets']
 
 # %% ../nbs/38_rivals.ipynb #c76f96e2
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ from .checkpoints import Checkpoint, open_checkpoint, require_one_adapter_base
 from .comparison import sharing
 from .corpora import at_most
 from .finetuning import default_device, one_thread
-from .probing import Probing, Target
+from .probing import Probing, Target, constant_answer
 from .similarity import gram
 from .space import BLOCK
 from .starting import sign_flips
@@ -277,7 +277,9 @@ def compare_rivals(
     folder: str | Path,  # where rows are kept, point by point
     shared: pd.DataFrame,  # a, b, share: datasets with common sentences
     rows: tuple = (200, 300),  # training rows of the probes, and test rows, at most
-) -> pd.DataFrame:  # one row per point and target: half, kind, point, target, loss, accuracy
+) -> (
+    pd.DataFrame
+):  # one row per point and target: half, kind, point, target, loss, accuracy, constant
     "The generalized loss of all merges, and of the models that they are made of."
     zoo = zoo.where(seed=min(zoo.models.seed)).checked(base)
     start, found = open_checkpoint(base, name="base"), []
@@ -289,8 +291,10 @@ def compare_rivals(
         file = Path(folder) / f"half-{i + 1}.jsonl"
         with one_thread(default_device()):
             scratch = ScratchModel(start, device=default_device())
-            found.append(traverse(points, Probing(targets), scratch, file).assign(half=i + 1))
-    columns = ["half", "kind", "point", "target", "loss", "accuracy"]
+            measured = traverse(points, Probing(targets), scratch, file)
+        known = {t.name: _constant(t) for t in targets}
+        found.append(measured.assign(half=i + 1, constant=measured.target.map(known)))
+    columns = ["half", "kind", "point", "target", "loss", "accuracy", "constant"]
     return pd.concat(found, ignore_index=True)[columns]
 
 
@@ -304,6 +308,11 @@ def _merged(members: Mapping, start) -> list:
             made = some if method is None else [rival(method, some, start, settings)]
             points.append(({"kind": "merge"}, average(made, name=name)))
     return points
+
+
+def _constant(target: Target) -> float:  # nats
+    "The loss on a target of a constant answer."
+    return constant_answer(target.train.labels, target.test.labels, len(target.labels))
 
 # %% ../nbs/38_rivals.ipynb #6b833705
 def rival_table(
@@ -330,3 +339,11 @@ def rival_table(
 
 
 ALONE = ("best model", "a model, on average", "pretrained model")  # beside the merges
+
+
+def measurable_targets(
+    rows: pd.DataFrame,  # of `compare_rivals`
+) -> list:  # names
+    "The targets on which the probe at the mean, or at the base, beats a constant answer."
+    known = rows[rows.point.isin(["mean", "base"]) & (rows.loss < rows.constant)].target
+    return list(dict.fromkeys(known))

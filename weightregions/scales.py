@@ -144,7 +144,7 @@ LORA = Scale(
     n_train=1200,
     n_test=200,
     started=0,
-    budget=replace(LAPTOP.budget, same=3, lines=2, beyond=3, grid=3, perturbed=1),
+    budget=replace(LAPTOP.budget, same=3, lines=2, grid=3, perturbed=1),
     contest=replace(LAPTOP.contest, targets=6, sizes=(None,)),
 )
 SCALES = {scale.name: scale for scale in (TINY, LAPTOP, FULL, PAPER, LORA)}
