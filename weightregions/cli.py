@@ -75,6 +75,9 @@ def _require_paths(options):
             _require_data(data)
 
 # %% ../nbs/52_cli.ipynb #8719a90f
+_HUB_DATA = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-]+)?"  # OWNER/NAME, perhaps a part
+
+
 def _require_data(word):
     "Refuse a word that names no source of datasets."
     if word in ("builtin", "hub") or os.path.exists(os.path.expanduser(word)):
@@ -86,9 +89,6 @@ def _require_data(word):
         raise ValueError(f"{neither}, and no dataset in the hub's cache (offline)")
 
 # %% ../nbs/52_cli.ipynb #b22fe115
-_HUB_DATA = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-]+)?"  # OWNER/NAME, perhaps a part
-
-
 def _parted(word):
     "DATA:NAME in two; of a folder or file alone, or a hub id, no name."
     data, _, name = word.rpartition(":")
