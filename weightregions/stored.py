@@ -199,7 +199,7 @@ def _shards(index: Path) -> dict[str, str]:
     for shard in sorted(set(where.values())):
         if PurePosixPath(shard).name != shard or shard in ("", "..") or "\\" in shard:
             inside = ".." not in PurePosixPath(shard).parts and shard[:1] not in ("", "/")
-            where_to = "in a folder below, not beside it" if inside else "outside of the folder"
+            where_to = "not beside it" if inside else "outside of the folder"
             raise ValueError(f"{index}: shard {shard!r} lies {where_to}")
         if not (index.parent / shard).is_file():
             raise FileNotFoundError(f"{index}: shard {shard!r} is missing")

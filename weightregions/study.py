@@ -132,7 +132,7 @@ def first_look(
     if (out / "rows" / "similarity_main.csv").exists():
         return
     say("a first look at the models so far")
-    zoo = open_zoo(out / "zoo")
+    zoo = open_zoo(out / "zoo", base=base)
     cosines = gram(zoo.checkpoints(), open_checkpoint(base)).cosine()
     seeds = f"the other seeds (the first {FIRST} of each dataset are shown)"
     write_page(out, (seeds, *STAGES), (zoo.models.set_index("model"), cosines))
