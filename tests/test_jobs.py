@@ -254,9 +254,7 @@ def killed_in_a_step(*job):
     return building._job(*job)
 
 
-@pytest.mark.parametrize(
-    "backend", ["processes", pytest.param("ray", marks=[needs_ray, pytest.mark.slow])]
-)
+@every_backend
 def test_workers_killed_while_they_fine_tune_leave_the_same_bytes(
     tmp_path, base, corpora, zoo_alone, backend, monkeypatch, request, tried
 ):
