@@ -186,7 +186,7 @@ def test_a_region_and_its_answers_are_the_same(zoo):
 
 
 def test_the_recorded_claims_are_the_same():
-    "A new recording changes this pin, or what a claim is judged on, or how it is worded."
+    "This pin changes with a new recording, with targets of a claim and with its words."
     claims = Study(RECORDED).claims().to_csv(index=False, float_format="%.4g")
     assert claims == (RECORDED / "claims.csv").read_text(encoding="utf-8")
     assert PINS["claims"] == digest(claims)
