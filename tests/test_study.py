@@ -361,7 +361,6 @@ def test_square_is_the_inverse_of_pairs():
     assert m.loc["z", "y"] == m.loc["y", "z"] == 0.3
 
 
-@pytest.mark.slow
 def test_data_of_ones_own(tmp_path):
     """Two short datasets of no known family: what they cannot tell is left out or has no
     verdict, and the rest is there."""
