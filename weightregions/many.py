@@ -20,8 +20,8 @@ from .checkpoints import as_weights, updates_of
 from .files import whole_file
 from .identity import hash_of
 from .similarity import CHUNK, Gram, base_first, gram, kept_names, load_gram
-from .similarity import product_cells, read_arrays, rounded_models, with_base
-from .similarity import write_arrays
+from .similarity import places_of, product_cells, read_arrays, rounded_models
+from .similarity import with_base, write_arrays
 from .space import Weights, checked_sum, patch
 from .streaming import Streaming, stream, task_vectors
 
@@ -178,9 +178,7 @@ def select(
 ) -> Sketch:
     "Some of the models."
     names = tuple(names)
-    if unknown := [n for n in names if n not in self.names]:
-        raise ValueError(f"no model is called {unknown[0]!r}")
-    at = [self.names.index(n) for n in names]
+    at = places_of(names, self.names)
     hashes = tuple(self.hashes[i] for i in at) if self.hashes else ()
     return replace(
         self, names=names, values=self.values[at], norms=self.norms[at], hashes=hashes
