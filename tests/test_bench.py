@@ -227,7 +227,7 @@ def test_ways_to_a_zoo_differ_in_what_they_name(ways, tmp_path, monkeypatch):
             seen.append(
                 (
                     torch.get_num_threads(),
-                    finetuning.BucketTrainer._get_train_sampler is Trainer._get_train_sampler,
+                    finetuning.Bucketed._get_train_sampler is Trainer._get_train_sampler,
                     recipe.dtype,
                     workers,
                 )

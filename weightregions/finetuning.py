@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOOK', 'GAIN', 'CHOICES', 'ALIKE', 'Recipe', 'default_device', 'fast_bfloat16', 'Tokenized', 'BucketSampler',
-           'set_trainable', 'padding_of', 'with_head', 'zero_head', 'with_lora', 'BucketTrainer', 'trainer_for',
-           'evaluate', 'one_thread', 'train']
+           'set_trainable', 'padding_of', 'with_head', 'zero_head', 'with_lora', 'Bucketed', 'trainer_for', 'evaluate',
+           'one_thread', 'train']
 
 # %% ../nbs/12_finetuning.ipynb #c9fc3410
 import contextlib, math, tempfile, unicodedata, warnings
@@ -15,14 +15,7 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 from torch.utils.data import Sampler
-from transformers import (
-    DataCollatorWithPadding,
-    EarlyStoppingCallback,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import DataCollatorWithPadding
 
 from .jobs import ranks
 from .loading import load_classifier, load_config, load_tokenizer, quiet
@@ -370,8 +363,8 @@ def _require_modules(model, modules: tuple) -> None:
             raise ValueError(f"{kind} has no module {module} for LoRA to change")
 
 # %% ../nbs/12_finetuning.ipynb #f59a098a
-class BucketTrainer(Trainer):
-    "A Trainer with batches of rows of like length, and a learning rate for the head."
+class Bucketed:
+    "What a Trainer gets: batches of rows of like length, and a learning rate for the head."
 
     head_rate = None  # AdamW's peak learning rate for the head; None: the body's
 
@@ -408,8 +401,14 @@ def trainer_for(
     device: str = "cpu",  # "cpu" or "cuda"
     held=None,  # rows that tell when to stop, as the recipe says; None: it runs to its end
     **arguments,  # further TrainingArguments
-) -> BucketTrainer:  # to be run by `train()`
+) -> object:  # a Trainer, to be run by its `train()`
     "A trainer that follows a recipe, keeps nothing on disk and prints nothing."
+    # slow to import, and needed only to train
+    from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
+
+    class BucketTrainer(Bucketed, Trainer):
+        "A Trainer with batches of rows of like length."
+
     args = TrainingArguments(
         output_dir=scratch,
         seed=seed,
@@ -547,6 +546,8 @@ def train(
     device: str | None = None,  # "cpu" or "cuda"; None: cuda where there is one
 ) -> tuple:  # the fine-tuned model, its tokenizer and its metrics on the test split
     "Fine-tune `base` on `corpus`; with epochs or patience the metrics hold the steps taken."
+    from transformers import set_seed
+
     device = default_device(device)
     rows = corpus.train if recipe.rows is None else corpus.subsample(recipe.rows, seed=0).train
     at = recipe.held(len(rows))

@@ -23,7 +23,6 @@ import scipy
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
-from transformers import TrainerCallback, set_seed
 
 from .checkpoints import open_checkpoint
 from .comparison import Measurements, remove_rows, require_columns
@@ -127,6 +126,8 @@ def classifier_from(
     seed: int,  # of the head
 ) -> tuple:  # a sequence classifier and the start's tokenizer
     "The body of `start` under a fresh head that depends on the seed only."
+    from transformers import set_seed
+
     with quiet():
         tokenizer = load_tokenizer(start, padding=True)
         settings = dict(problem_type="single_label_classification")
@@ -360,7 +361,7 @@ def _in_steps(recipe: Recipe) -> None:
         )
 
 # %% ../nbs/34_starting.ipynb #19118c93
-class _Watch(TrainerCallback):
+class _Watch:
     "Looks at the validation part every few steps, and keeps the best weights."
 
     def __init__(self, data, tokenizer, rate, every, patience):
@@ -404,12 +405,17 @@ class _Fitting:
 # %% ../nbs/34_starting.ipynb #a31a5148
 def _run(fitting: _Fitting, rate: float) -> _Watch:
     "Train once at one rate; what the watch saw."
+    from transformers import TrainerCallback
+
+    class Watch(_Watch, TrainerCallback):
+        "One that a Trainer calls."
+
     search, f = fitting.search, fitting
     steps = search.steps(f.recipe, len(f.rows))
     head_rate = rate if f.method == "head" else f.recipe.head_rate
     recipe = replace(f.recipe, steps=steps, learning_rate=rate, head_rate=head_rate)
     every = max(1, steps // search.evaluations)
-    watch = _Watch(f.held, f.tokenizer, rate, every, search.patience)
+    watch = Watch(f.held, f.tokenizer, rate, every, search.patience)
     collate = DataCollatorWithPadding(f.tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = trainer_for(f.model, f.rows, collate, recipe, f.seed, scratch, f.device)

@@ -574,9 +574,7 @@ def zoo(
     batches = (
         nullcontext()
         if like_length
-        else patch.object(
-            finetuning.BucketTrainer, "_get_train_sampler", Trainer._get_train_sampler
-        )
+        else patch.object(finetuning.Bucketed, "_get_train_sampler", Trainer._get_train_sampler)
     )
     begin = now(device)
     with threads, batches:
