@@ -19,7 +19,7 @@ from pages import CFG, NBS, ROOT, directives, from_root, links, visible
 from sphinx.cmd.build import main as sphinx
 
 from weightregions.explore import study_page
-from weightregions.report import without_gaps
+from weightregions.report import with_columns, without_gaps
 from weightregions.results import Study
 
 HERE = Path(__file__).resolve().parent / "book"
@@ -127,7 +127,9 @@ def with_words(out, path, prose):
         out["data"] = {"text/html": image}
     elif "text/html" in data:
         page = re.sub(r'href="([^":]+)\.ipynb', r'href="\1.html', data["text/html"])
-        out["data"] = {"text/html": page if "NaN" in prose else without_gaps(page)}
+        out["data"] = {
+            "text/html": with_columns(page if "NaN" in prose else without_gaps(page))
+        }
     return out
 
 

@@ -98,7 +98,8 @@ class Bench:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         env = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(root)}
         run = alone(
-            [sys.executable, *words], env=os.environ | env | {"CUDA_VISIBLE_DEVICES": ""}
+            [sys.executable, "-P", *words],  # the current folder has a package of that name too
+            env=os.environ | env | {"CUDA_VISIBLE_DEVICES": ""},
         )
         times = {"process": run.seconds, "process_cpu": run.cpu_seconds}
         return times | {"peak_mb": run.peak_mb, "device": "cpu"}
