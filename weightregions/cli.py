@@ -607,10 +607,11 @@ def _draw_similarity(cosine, models, groups, out, ending):
         families = dict(zip(models.dataset, models.family))
     heat = plots.similarity_heatmap(cosine, groups, families, "group")
     _draw(heat, out / f"similarity.{ending}")
-    _explore("similarity_page", out, cosine, groups)
-    if len(cosine) < 4:
+    places = embed_map(cosine) if len(cosine) >= 4 else None
+    _explore("similarity_page", out, cosine, groups, places)
+    if places is None:
         return _say("a map takes at least four models")
-    _draw(plots.region_map(embed_map(cosine), groups, families), out / f"map.{ending}")
+    _draw(plots.region_map(places, groups, families), out / f"map.{ending}")
 
 # %% ../nbs/52_cli.ipynb #619db4d4
 def _explore(page, out, *rows):

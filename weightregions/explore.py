@@ -651,12 +651,13 @@ def _verdicts(location: pd.DataFrame) -> dict:
 def similarity_page(
     cosine: pd.DataFrame,  # cosines, models as rows and as columns
     groups: pd.Series,  # dataset of each model, or the cluster it was found in
+    places: pd.DataFrame | None = None,  # of `embed_map`; None: it is called
 ) -> Page:
     "Who points the same way, among a reader's own models."
     models = groups.rename("dataset").to_frame()
     panels = [heat_panel(cosine, models)]
     if len(cosine) >= 4:
-        panels.append(map_panel(embed_map(cosine), models))
+        panels.append(map_panel(embed_map(cosine) if places is None else places, models))
     return Page("Who resembles whom", [*panels, region_panel(cosine, groups)])
 
 
