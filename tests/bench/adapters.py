@@ -108,6 +108,9 @@ def merge_and_compare(folder, n):
 
 def centre(folder, n, rank):
     "The centroid of n adapters as an adapter on disk; exact where the rank is None."
+    from peft import PeftModel  # noqa: F401  all ways have imported it when they begin
+    from transformers import LlamaForCausalLM  # noqa: F401
+
     from weightregions.adapters import adapter_centroid, save_adapter
 
     begin = now()
