@@ -10,7 +10,7 @@
 # and of `make bench`:
 #   SIZE    base | small checkpoints
 #   DEVICE  cpu | cuda; BASE  minilm | random weights, for probe and zoo
-#   ONLY    ceiling similarity average line growth probe zoo commands adapters, or some of them
+#   ONLY    ceiling similarity average merges line growth probe zoo commands adapters, or some of them
 #   BEFORE  another checkout, whose commands are measured beside ours
 #   ROUNDS  measurements of each way; CLOCK wall | cpu
 #   ROWS    the file of rows

@@ -4,6 +4,7 @@ keeps its rows, and faults. Nothing is timed here."""
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from math import isnan, nan
@@ -213,6 +214,22 @@ def test_a_base_of_random_weights_is_probed(ways, tmp_path, device):
     assert (
         found[0]["objective"] < found[1]["objective"] and len({f["params"] for f in found}) == 1
     )
+
+
+def test_a_merge_and_how_far_another_is_from_it(ways, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    ways.write(str(tmp_path), "small", 0, 3)
+    start, *models = (str(tmp_path / f"0{i}") for i in range(3))
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ways.merge_by("ties", models, start, ours)
+    assert ways.apart(ours, ours) == {"error": 0}
+    shutil.copytree(ours, theirs)
+    weights = load_file(theirs / "model.safetensors")
+    n = sum(t.numel() for t in weights.values())
+    weights["embeddings.word_embeddings.weight"][0, 0] += 1e-3
+    save_file(weights, theirs / "model.safetensors", metadata={"format": "pt"})
+    assert ways.apart(theirs, ours) == {"error": 1 / n}
 
 
 def test_ways_to_a_zoo_differ_in_what_they_name(ways, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from functools import partial
 from math import nan
 from pathlib import Path
 from statistics import median
@@ -287,6 +288,38 @@ def average(b):
     )
 
 
+METHODS = {  # of the package -> what mergekit calls it, and is told
+    "task-arithmetic": dict(method="task_arithmetic"),
+    "slerp": dict(method="slerp", each={}, t=0.5),
+    "ties": dict(method="ties", each={"weight": 1.0, "density": 0.2}),
+    "model-stock": dict(method="model_stock", each={}),
+}
+
+
+def merges(b):
+    "Other methods than the mean, and the share of weights that mergekit has otherwise."
+    models, start = b.models(4)
+    for method, told in METHODS.items():
+        members = models[:2] if method == "slerp" else models[:4]
+        base = members[0] if method == "slerp" else start
+        outs, errors = {s: str(b.work / s) for s in ("ours", "theirs")}, {}
+
+        def call(subject, way):
+            shutil.rmtree(outs[subject], ignore_errors=True)
+            return way(out=outs[subject])
+
+        ours = partial(b.call, "merge_by", method=method, models=members, base=start)
+        theirs = partial(b.peer, "merge", models=members, base=base, **told)
+        ways = {
+            "weightregions": partial(call, "ours", ours),
+            "mergekit": partial(call, "theirs", theirs),
+        }
+        found = b.rounds(ways)
+        if not isinstance(found["mergekit"], str):
+            errors["mergekit"] = b.error("apart", outs["theirs"], ours=outs["ours"])
+        b.add(f"merge by {method}", found, None, errors, n=len(members))
+
+
 def line(b):
     (first, second, *_), start = b.models(b.size["n"])
     points, errors = b.size["points"], {}
@@ -502,6 +535,7 @@ PARTS = {
     "ceiling": ceiling,
     "similarity": similarity,
     "average": average,
+    "merges": merges,
     "line": line,
     "growth": growth,
     "probe": probe,

@@ -7,16 +7,20 @@ import time
 from pathlib import Path
 
 
-def merge(models, out):
-    "mergekit's linear merge of some checkpoints, all with the same weight."
+def merge(models, out, method="linear", base=None, each=None, **parameters):
+    """mergekit's merge of some checkpoints, all with the same weight; `each` holds what it is
+    told of every model, the other parameters belong to the whole."""
     from mergekit.config import MergeConfiguration
     from mergekit.merge import MergeOptions, run_merge
 
+    each = {"weight": 1.0} if each is None else each
     config = MergeConfiguration.model_validate(
         {
-            "merge_method": "linear",
+            "merge_method": method,
             "dtype": "float32",
-            "models": [{"model": m, "parameters": {"weight": 1.0}} for m in models],
+            "base_model": base,
+            "models": [{"model": m, "parameters": each} for m in models],
+            "parameters": parameters,
         }
     )
     begin = time.perf_counter(), time.process_time()

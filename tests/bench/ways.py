@@ -343,6 +343,28 @@ def average_error(out, models):
     return {"error": worst}
 
 
+def merge_by(method, models, base, out):
+    "The package's point of another method than the mean, written as a checkpoint."
+    from weightregions.checkpoints import open_checkpoint, write_checkpoint
+    from weightregions.rivals import rival
+
+    begin = now()
+    point = rival(method, models, base)
+    write_checkpoint(dict(point.tensors()), open_checkpoint(models[0]), out, head="drop")
+    return took(begin)
+
+
+def apart(out, ours):
+    "Share of the weights that differ by more than 1e-5 of the largest of their tensor."
+    from weightregions.checkpoints import open_checkpoint
+
+    found, other, differ = open_checkpoint(out), open_checkpoint(ours), 0
+    for name in found.layout.names:
+        a, b = found.read(name), other.read(name)
+        differ += int(((a - b).abs() > 1e-5 * b.abs().max()).sum())
+    return {"error": differ / found.layout.numel}
+
+
 # --- (c): a point on a line -------------------------------------------------------------------
 
 
