@@ -305,7 +305,8 @@ table { border-collapse: collapse; border: 0; font-size: .88rem } th, td { paddi
   font-variant-numeric: tabular-nums }
 th:first-child, td:first-child, tbody th { text-align: left }
 table.dataframe thead th:first-child, table.dataframe thead tr + tr th:nth-child(2) {
-  text-align: left } table.dataframe tbody tr th { vertical-align: top }
+  text-align: left }
+table.dataframe tbody tr th:nth-child(n) { vertical-align: top }
 blockquote { margin: 1rem 0; padding-left: 1rem; border-left: 4px solid var(--rule) }
 pre { font-size: .82rem; white-space: pre-wrap } .anchor-link { display: none }
 details.code { margin: .5rem 0; color: var(--muted) }
