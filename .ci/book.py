@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -23,7 +24,6 @@ from weightregions.report import with_columns, without_gaps
 from weightregions.results import Study
 
 HERE = Path(__file__).resolve().parent / "book"
-SOURCE = ROOT / "_proc"
 EXPLORE = '<p><a href="explore.html">Explore the recorded run, by pointer</a></p>\n\n'
 DEFINES = (ast.FunctionDef, ast.ClassDef)
 
@@ -236,11 +236,10 @@ def reference(pages, defined):
     return "\n".join(text) + "\n"
 
 
-def build(dest):
-    "Write the pages to _proc/, let Sphinx make HTML of them in `dest`; Sphinx's exit code."
-    shutil.rmtree(SOURCE, ignore_errors=True)
-    shutil.copytree(HERE, SOURCE, ignore=shutil.ignore_patterns("contents.md", "__pycache__"))
-    pages = notebooks()
+def write_pages(source, pages):
+    "Write what Sphinx reads to `source`: the book's settings, and a page for each notebook."
+    leave_out = shutil.ignore_patterns("contents.md", "__pycache__")
+    shutil.copytree(HERE, source, ignore=leave_out, dirs_exist_ok=True)
     defined = {page: defined_in(path) for page, path in pages.items()}
     homes = {name: page for page, names in defined.items() for name in names}
     for page, path in pages.items():
@@ -249,20 +248,24 @@ def build(dest):
             install = [c.source.startswith("## Install") for c in nb.cells].index(True)
             nb.cells.insert(install, nbformat.v4.new_markdown_cell(EXPLORE))
             nb.cells.append(nbformat.v4.new_markdown_cell(contents(pages)))
-        file = SOURCE / f"{page}.ipynb"
+        file = source / f"{page}.ipynb"
         file.parent.mkdir(exist_ok=True)
         nbformat.write(nb, file)
-    (SOURCE / "reference.md").write_text(reference(pages, defined), encoding="utf-8")
+    (source / "reference.md").write_text(reference(pages, defined), encoding="utf-8")
+
+
+def build(dest):
+    "Make the book in `dest` with Sphinx, by way of a folder of this build alone; the exit code."
+    pages = notebooks()
     shutil.rmtree(dest, ignore_errors=True)
-    try:
-        options = ["-W", "--keep-going", "-q", "-b", "html", "-d", str(SOURCE / ".doctrees")]
-        code = sphinx([*options, str(SOURCE), str(dest)])
-        describe(dest, pages)
-        study_page(Study(NBS / "study" / "recorded"), "index.html").write(dest)
-        return code
-    finally:
-        for left in (SOURCE, dest.parent / "jupyter_execute"):
-            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="_proc_", dir=ROOT) as source:
+        write_pages(Path(source), pages)
+        options = ["-W", "--keep-going", "-q", "-b", "html", "-d", f"{source}/.doctrees"]
+        code = sphinx([*options, source, str(dest)])
+    shutil.rmtree(dest.parent / "jupyter_execute", ignore_errors=True)
+    describe(dest, pages)
+    study_page(Study(NBS / "study" / "recorded"), "index.html").write(dest)
+    return code
 
 
 if __name__ == "__main__":
