@@ -474,6 +474,14 @@ def test_a_mistyped_folder_is_noticed_before_torch_is_imported(here, line, probl
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_threads_that_wait_leave_the_cores_to_others(here, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    line = ["similarity", str(here / "nowhere"), "--base", str(here / "base")]
+    assert main(line) == 2 and os.environ["OMP_WAIT_POLICY"] == "passive"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert main(line) == 2 and os.environ["OMP_WAIT_POLICY"] == "active"
+
+
 @pytest.mark.parametrize(
     "line, problem",
     [

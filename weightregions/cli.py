@@ -171,6 +171,7 @@ def main(
     "Run one command."
     options = parser().parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
     alone = arguments is None
     if alone:
         atexit.register(_ignore_signals)  # the first to be registered is the last to be called

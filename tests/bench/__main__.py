@@ -522,6 +522,12 @@ def adapters(b):
             f"PEFT, svd, rank {rank}": call("add_weighted", two, n=few, how="svd", rank=rank),
         }
         b.add("centre of adapters, 2 layers", b.rounds(ways), n=few, params=params)
+        n = b.size["sentences"]
+        ways = {
+            "weightregions": call("between", two, points=b.size["points"]),
+            f"an evaluation of {n} sentences": call("evaluation", two, sentences=n),
+        }
+        b.add("a point between adapters, 2 layers", b.rounds(ways), n=2, params=params)
 
 
 def _base(b):

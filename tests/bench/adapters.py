@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from peers import took
 from safetensors.torch import save_file
-from ways import now
+from ways import each, now
 
 SHAPE = dict(
     vocab_size=32000,
@@ -133,6 +133,30 @@ def add_weighted(folder, n, how, rank):
     model.add_weighted_adapter(names, [1 / n] * n, "centre", how, svd_rank=rank)
     model.save_pretrained(root / "peft", selected_adapters=["centre"])
     return took(begin) | {"n": n}
+
+
+def between(folder, points):
+    "One scratch model, refilled in place at each point between two adapters."
+    from weightregions.traversal import ScratchModel, line
+
+    base, adapters = opened(folder, 2)
+    places = [i / points for i in range(points + 1)]
+    return each([p for _, p in line(*adapters, places)], ScratchModel(base).load, "cpu")
+
+
+def evaluation(folder, sentences):
+    "The base encodes sentences of 24 tokens."
+    from weightregions.traversal import ScratchModel
+
+    base, _ = opened(folder, 0)
+    model = ScratchModel(base).load(base)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, model.config.vocab_size, (sentences, 24), generator=generator)
+    begin = now()
+    with torch.inference_mode():
+        for batch in ids.split(50):
+            model(batch)
+    return took(begin)
 
 
 if __name__ == "__main__":

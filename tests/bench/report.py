@@ -268,6 +268,8 @@ def other_goals(rows: pd.DataFrame) -> list[Goal]:
     share = _value(rows, point, OURS) / _value(rows, point, "an evaluation")
     adam = _value(rows, "the probe", "a layer") / _value(rows, "the probe", OURS)
     adapters = _value(rows, "similarity of adapters", OURS, n=200)
+    between = "a point between adapters, 2 layers"
+    small = _value(rows, between, OURS) / _value(rows, between, "an evaluation")
     mergekit = "average: at least 3 times faster than mergekit, process against process"
     return [
         Goal("average: at most 2 times the floor", ours / floor, "<=", 2),
@@ -275,6 +277,7 @@ def other_goals(rows: pd.DataFrame) -> list[Goal]:
         Goal("average: the same, call against call", call),
         Goal("average: float32 rounding at most", error, "<=", 1.2e-7),
         Goal("a point: at most 1 % of an evaluation, in %", 100 * share, "<=", 1),
+        Goal(f"{between}: at most 1 % of an evaluation, in %", 100 * small, "<=", 1),
         Goal("the probe: at least 10 times faster than by Adam", adam, ">=", 10),
         Goal("similarity of adapters: 200 of 1.1 B weights within 120 s", adapters, "<=", 120),
     ]
