@@ -329,7 +329,7 @@ def _exception(rows, row):
         return ""
     return f" {label}: {in_words(others.iloc[0].measure)}, {reason(others.iloc[0])}."
 
-
+# %% ../nbs/47_cards.ipynb #34c03dae
 def _upper(text):
     "A sentence with its first letter in upper case."
     return text[0].upper() + text[1:]
@@ -400,7 +400,7 @@ def summary(
         *(f"{sign} Not found: {c.claim.short} ({c.claim.id}). {c.reason}" for c in failed),
     ]
 
-
+# %% ../nbs/47_cards.ipynb #87ff9d55
 def _counted(cards, verdict):
     "How many claims have a verdict, and which, if it is a clear one of a few."
     names = [card.claim.short for card in cards if card.verdict == verdict]

@@ -66,7 +66,7 @@ def _with_accuracy(name: str, models: pd.DataFrame) -> str:
     accuracy = models.at[name, "accuracy"] if "accuracy" in models else np.nan
     return name if pd.isna(accuracy) else f"{name} (accuracy {accuracy:.1%})"
 
-
+# %% ../nbs/47_explore.ipynb #375bfb9b
 def _numbers(values: np.ndarray) -> list:
     "Numbers for JSON, in four digits; what is not finite becomes null."
     rounded = [[float(f"{v:.4g}") if np.isfinite(v) else None for v in row] for row in values]
@@ -179,7 +179,7 @@ def _depth(curve: dict) -> float:
         return -np.inf
     return (known[0][1] + known[-1][1]) / 2 - min(inside)
 
-
+# %% ../nbs/47_explore.ipynb #0e889327
 def _curve(part: pd.DataFrame, pretrained: float | None) -> dict:
     "One measured curve, in the order of alpha."
     part = part.drop_duplicates("alpha").sort_values("alpha")
@@ -582,7 +582,7 @@ def _frame(self: Page) -> str:
         'style="border:0"></iframe>'
     )
 
-
+# %% ../nbs/47_explore.ipynb #e6d2a040
 def _repr(self: Page) -> str | None:
     "The page where JupyterLab runs the kernel; elsewhere nothing, so that a file stays small."
     return self.to_frame() if "JPY_SESSION_NAME" in os.environ else None

@@ -275,7 +275,7 @@ def run_notebooks(
     ran = Parallel(n_jobs=2, prefer="threads")(delayed(run_notebook)(f, out) for f in files)
     return [file.stem for file, well in zip(files, ran) if not well]
 
-
+# %% ../nbs/48_report.ipynb #be44bab5
 def _glossary(out):
     "Render the glossary that the pages of a study lead to."
     page = out / "notebooks" / "glossary.html"
@@ -579,7 +579,7 @@ def say(
     "Tell what the study is doing, with the time of day."
     print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
-
+# %% ../nbs/48_report.ipynb #db026b79
 class Clock(dict):
     "Seconds that each part of a run took."
 

@@ -291,7 +291,7 @@ def _without_gaps(table: pd.DataFrame) -> pd.DataFrame:
         table[column] = [_as_text(value, form) for value in table[column]]
     return table
 
-
+# %% ../nbs/46_results.ipynb #6a2ba95c
 def _as_text(value, form: str) -> str:
     "A word as it is, a number in the form of its column; nothing for a gap."
     if pd.isna(value):

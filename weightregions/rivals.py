@@ -79,7 +79,7 @@ def _moved(members: Sequence, base, name: str, start: int, stop: int) -> Tensor:
         m.read(name, start, stop, out=row)
     return rows.sub_(_of(base, name, start, stop))
 
-
+# %% ../nbs/38_rivals.ipynb #d68475ba
 def _of(model, name: str, start: int, stop: int) -> Tensor:
     "A stretch of a model in float64."
     return model.read(name, start, stop, out=torch.empty(stop - start, dtype=torch.float64))
