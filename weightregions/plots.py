@@ -787,10 +787,11 @@ def _ink(colour) -> tuple:
 
 # %% ../nbs/40_plots.ipynb #80bb1f65
 def _above(places: pd.DataFrame) -> pd.Series:
-    "The point above the median of a group, as high as the nearest three quarters of it."
+    "The point above the median of a group, as high as its models that lie together."
     centre = places.median()
     near = ((places - centre) ** 2).sum(axis=1)
-    return pd.Series({"x": centre.x, "y": places.y[near <= near.quantile(0.75)].max()})
+    most = 4 * near.quantile(0.75, interpolation="lower")  # twice as far as three quarters
+    return pd.Series({"x": centre.x, "y": places.y[near <= most].max()})
 
 # %% ../nbs/40_plots.ipynb #93af18bd
 def _mark_models(ax: Axes, marks: pd.DataFrame) -> None:
