@@ -24,7 +24,7 @@ from weightregions.results import Study
 
 HERE = Path(__file__).resolve().parent / "book"
 SOURCE = ROOT / "_proc"
-EXPLORE = '<p><a href="explore.html">Explore the recorded run on an interactive page</a></p>\n\n'
+EXPLORE = '<p><a href="explore.html">Explore the recorded run interactively</a></p>\n\n'
 DEFINES = (ast.FunctionDef, ast.ClassDef)
 
 

@@ -417,7 +417,7 @@ def one_label_per_place(
 
 # %% ../nbs/40_plots.ipynb #ef64e5c6
 def plane_map(
-    rows: pd.DataFrame,  # measured rows: columns x, y (distance in weight space) and loss
+    rows: pd.DataFrame,  # measured rows: columns x, y (distance of weights) and loss
     marks: pd.DataFrame | None = None,  # columns name, x, y: models to mark
     target: str | None = None,  # which target's rows; None: the only one
     loss: str = "loss",  # column of what the colours show
@@ -804,7 +804,7 @@ def _mark_models(ax: Axes, marks: pd.DataFrame) -> None:
 
 # %% ../nbs/40_plots.ipynb #03e34e48
 def _natural(name) -> list:
-    "A key that sorts `layer 10` after `layer 9`; the whole model, embeddings, all layers first."
+    "A key that sorts `layer 10` after `layer 9`, and both after the whole model."
     first = ("whole model", "embeddings", "all layers")
     place = first.index(name) if name in first else len(first)
     words = re.split(r"(\d+)", str(name))
