@@ -529,7 +529,7 @@ def hero_words(
         "they were fine-tuned on (the squares on the diagonal): how alike the directions are "
         "in which fine-tuning moved two models; "
         f"{within_words(matrix, groups, 'cosine', 'dataset')}. Right: the loss on straight "
-        f"lines through two models, lower is better; {inside.min():.3f} at its lowest between "
+        f"lines through two models, lower is better: {inside.min():.3f} at its lowest between "
         f"them, {ends:.3f} at the models{start} and {far:.3f} far outside, on average."
     )
 
@@ -934,10 +934,11 @@ def _check_groups(groups: pd.Series) -> None:
 
 def _name_targets(ax: Axes, targets: Sequence) -> None:
     "The targets under the axis, slanted where they are many; a single one is named elsewhere."
-    names = [_plain(t) for t in targets] if len(targets) > 1 else []
+    names = [_plain(t) for t in targets] if len(targets) > 1 else [""]
     crowded = len("  ".join(map(str, targets))) > 64
     slanted = dict(rotation=40, ha="right", rotation_mode="anchor") if crowded else {}
-    ax.set_xticks(range(len(names)), names, **slanted)
+    ax.set_xticks(range(len(targets)), names, **slanted)
+    ax.tick_params(axis="x", length=3.5 if len(targets) > 1 else 0)
 
 # %% ../nbs/40_plots.ipynb #3b0f7112
 def _strips(ax: Axes, rows: pd.DataFrame, y: str, targets: Sequence) -> None:
