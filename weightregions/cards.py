@@ -475,7 +475,8 @@ html[data-theme=dark] .cards { --ok: #6fd29b; --part: #e9b75a; --no: #ff9c9c; --
 .dot .ours { fill: var(--hue) }
 .dot .paper { stroke: var(--text); stroke-width: 1.8 }
 .claims-table { overflow-x: auto } .claims-table table { border-collapse: collapse }
-.claims-table th, .claims-table td { text-align: left; padding: .3rem .7rem;
+.claims-table td:nth-child(2) { min-width: 14rem }
+.claims-table th, .claims-table td { text-align: left; padding: .3rem .5rem;
   border-bottom: 1px solid #8884; vertical-align: top }
 .claims-table .number { text-align: right; white-space: nowrap;
   font-variant-numeric: tabular-nums }

@@ -96,7 +96,7 @@ def heat_panel(
         y=names,
         z=_numbers(values),
         colorscale="Viridis",
-        colorbar=dict(title="cosine", thickness=12),
+        colorbar=dict(title=dict(text="cosine"), thickness=12),
         hovertemplate="%{y}<br>%{x}<br>cosine %{z:.3f}<extra></extra>",
     )
     axis = dict(showticklabels=False, ticks="", constrain="domain")
@@ -108,7 +108,7 @@ def heat_panel(
     same, other = _within_and_between(values, models.loc[order, "dataset"].to_numpy())
     return Panel(
         "heat-map",
-        "Who points the same way",
+        "Which models point the same way",
         "Models of one dataset stand together: a bright square on the diagonal is a region.",
         f"heat map of the cosines of {len(order)} models; on average {same} within a dataset, "
         f"{other} between datasets",
@@ -217,15 +217,15 @@ def line_panel(
     layout = quiet_layout(
         height=380,
         margin=dict(l=60, r=20, t=10, b=50),
-        xaxis=dict(title="alpha (0 and 1: the two models)", zeroline=False),
-        yaxis=dict(title="loss", rangemode="normal"),
+        xaxis=dict(title=dict(text="alpha (0 and 1: the two models)"), zeroline=False),
+        yaxis=dict(title=dict(text="loss (nats)"), rangemode="normal"),
         shapes=[dict(type="rect", yref="paper", y0=0, y1=1, line=dict(width=0), opacity=0.12)],
     )
     return Panel(
         "line",
-        "Walk along a line",
-        "Between 0 and 1 lie averages of the two models; dotted: the pretrained model. "
-        "The page opens with the deepest basin.",
+        "The loss along a line",
+        "Move the slider. Between 0 and 1 lie averages of the two models; the dotted line is the "
+        "pretrained model. The page opens with the deepest basin.",
         f"loss along {len(curves)} lines; the lowest of all is {lowest.loss:.3f}, "
         f"at alpha {lowest.alpha:.3g} of {lowest.line}",
         [dict(type="scatter", mode="lines+markers"), dict(type="scatter", mode="markers")],
@@ -261,7 +261,7 @@ def _plane_traces(rows: pd.DataFrame, marks: pd.DataFrame, corners: pd.DataFrame
             color=rows.loss.round(4).tolist(),
             colorscale="Viridis",
             reversescale=True,
-            colorbar=dict(title="loss", thickness=12),
+            colorbar=dict(title=dict(text="loss"), thickness=12),
         ),
         hovertemplate="loss %{marker.color:.3f}<br>%{text}<extra></extra>",
     )
@@ -297,7 +297,7 @@ def plane_panel(
     "The loss on a plane: hover to read the loss and the weights of the three models."
     rows = rows[np.isfinite(rows.loss.astype(float))]
     corners = marks.iloc[:3]
-    axis = dict(zeroline=False, title="norm of weights")
+    axis = dict(zeroline=False, title=dict(text="distance in weight space"))
     layout = quiet_layout(
         height=520,
         margin=dict(l=60, r=10, t=20, b=50),
@@ -308,7 +308,7 @@ def plane_panel(
     return Panel(
         "plane",
         "The plane through three models",
-        "The loss from above: white dots are models, bright is low.",
+        "Bright is low. White dots are models; a foot is the point of the plane nearest to one.",
         f"loss at {len(rows)} points of a plane; the lowest is {best.loss:.3f}, "
         f"at {_made_of(best.x, best.y, corners)}",
         _plane_traces(rows, marks, corners),
@@ -328,7 +328,9 @@ def region_panel(
     bars = {str(n): _bars(row, groups[n], verdicts.get(n)) for n, row in near.iterrows()}
     right = sum(b["nearest"] == str(groups[name]) for name, b in bars.items())
     said = f"for {right} of {len(bars)} models the nearest dataset is their own"
-    hint = "The longest bar is the region it points to; dark: its own dataset."
+    hint = (
+        "Bars are mean cosines to the models of each dataset; the strong colour is its dataset."
+    )
     return _bars_panel(hint, said, "mean cosine", bars)
 
 
@@ -340,7 +342,7 @@ def _bars_panel(hint: str, summary: str, axis: str, bars: dict) -> Panel:
         hint,
         summary,
         [dict(type="bar", orientation="h")],
-        quiet_layout(margin=dict(l=160, r=20, t=10, b=50), xaxis=dict(title=axis)),
+        quiet_layout(margin=dict(l=160, r=20, t=10, b=50), xaxis=dict(title=dict(text=axis))),
         {"model": list(bars)},
         {"bars": bars, "first": next(iter(bars))},
     )
@@ -606,8 +608,7 @@ def study_page(
         panels += _walk_panels(study)
     located = _verdicts(study.rows("location")) if _has(study, "location") else {}
     panels.append(region_panel(cosine, models.dataset, located))
-    about = study.about
-    lead = f"{len(models)} models of {models.dataset.nunique()} datasets from {about['data']}."
+    lead = f"{len(models)} models of {models.dataset.nunique()} datasets."
     return Page("Explore the study", panels, lead, home)
 
 
@@ -625,7 +626,8 @@ def _walk_panels(study) -> list:
         panels.append(line_panel(lines, dict(zip(at_base.target, at_base.loss))))
     plane = points[points.kind == "plane"]
     if len(plane):
-        panels.append(plane_panel(plane, study.rows("plane")))
+        marks = study.rows("plane").replace({"name": {"pretrained": "pretrained (foot)"}})
+        panels.append(plane_panel(plane, marks))
     return panels
 
 
@@ -658,7 +660,7 @@ def similarity_page(
     panels = [heat_panel(cosine, models)]
     if len(cosine) >= 4:
         panels.append(map_panel(embed_map(cosine) if places is None else places, models))
-    return Page("Who resembles whom", [*panels, region_panel(cosine, groups)])
+    return Page("Which models are alike", [*panels, region_panel(cosine, groups)])
 
 
 def line_page(

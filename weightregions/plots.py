@@ -530,7 +530,7 @@ def hero_words(
         "in which fine-tuning moved two models; "
         f"{within_words(matrix, groups, 'cosine', 'dataset')}. Right: the loss on straight "
         f"lines through two models, lower is better: {inside.min():.3f} at its lowest between "
-        f"them, {ends:.3f} at the models{start} and {far:.3f} far outside, on average."
+        f"them, {ends:.3f} at the models{start} and {far:.3f} far outside."
     )
 
 # %% ../nbs/40_plots.ipynb #dd2542bb
