@@ -297,7 +297,7 @@ def plane_panel(
     "The loss on a plane: hover to read the loss and the weights of the three models."
     rows = rows[np.isfinite(rows.loss.astype(float))]
     corners = marks.iloc[:3]
-    axis = dict(zeroline=False, title=dict(text="distance in weight space"))
+    axis = dict(zeroline=False, constrain="domain", title=dict(text="distance in weight space"))
     layout = quiet_layout(
         height=520,
         margin=dict(l=60, r=10, t=20, b=50),
