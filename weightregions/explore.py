@@ -224,8 +224,8 @@ def line_panel(
     return Panel(
         "line",
         "The loss along a line",
-        "Move the slider. Between 0 and 1 lie averages of the two models; the dotted line is the "
-        "pretrained model. The page opens with the deepest basin.",
+        "Move the slider. Between 0 and 1 lie averages of the two models; the dotted line is "
+        "the pretrained model. The page opens with the deepest basin.",
         f"loss along {len(curves)} lines; the lowest of all is {lowest.loss:.3f}, "
         f"at alpha {lowest.alpha:.3g} of {lowest.line}",
         [dict(type="scatter", mode="lines+markers"), dict(type="scatter", mode="markers")],
@@ -308,7 +308,7 @@ def plane_panel(
     return Panel(
         "plane",
         "The plane through three models",
-        "Bright is low. White dots are models; a foot is the point of the plane nearest to one.",
+        "Bright is low. Dots are models; a foot is the point of the plane nearest to one.",
         f"loss at {len(rows)} points of a plane; the lowest is {best.loss:.3f}, "
         f"at {_made_of(best.x, best.y, corners)}",
         _plane_traces(rows, marks, corners),
