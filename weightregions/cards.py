@@ -475,7 +475,7 @@ html[data-theme=dark] .cards { --ok: #6fd29b; --part: #e9b75a; --no: #ff9c9c; --
 .dot .ours { fill: var(--hue) }
 .dot .paper { stroke: var(--text); stroke-width: 1.8 }
 .claims-table { overflow-x: auto } .claims-table table { border-collapse: collapse }
-.claims-table td:nth-child(2) { min-width: 14rem }
+.claims-table td:nth-child(2) { min-width: 12rem }
 .claims-table th, .claims-table td { text-align: left; padding: .3rem .5rem;
   border-bottom: 1px solid #8884; vertical-align: top }
 .claims-table .number { text-align: right; white-space: nowrap;
@@ -534,13 +534,13 @@ class Cards(list):
 COLUMNS = [
     "claim",
     "measure",
+    "verdict",
     "paper",
     "ours",
     "95 % interval",
     "p",
     "units",
     "criterion",
-    "verdict",
 ]
 
 
@@ -583,9 +583,9 @@ def _table_row(c, before=()):
     p = "" if pd.isna(c.p) else f"{c.p:.2g}"
     units = "" if pd.isna(c.n) else f"{c.n:.0f} {_text(c.unit)}"
     numbers = (paper, as_figure(c.ours, unit), as_interval(c), p, units)
-    words = (_asked(c.criterion, unit), c.verdict, *_short(before, unit))
+    words = (_asked(c.criterion, unit), *_short(before, unit))
     return (
-        f"<tr><td>{c.claim}</td><td>{_text(c.measure)}</td>"
+        f"<tr><td>{c.claim}</td><td>{_text(c.measure)}</td><td>{_text(c.verdict)}</td>"
         + "".join(f'<td class="number">{number}</td>' for number in numbers)
         + "".join(f"<td>{_text(word)}</td>" for word in words)
         + "</tr>"
