@@ -24,7 +24,7 @@ from weightregions.report import with_columns, without_gaps
 from weightregions.results import Study
 
 HERE = Path(__file__).resolve().parent / "book"
-EXPLORE = '<p><a href="explore.html">Explore the recorded run, by pointer</a></p>\n\n'
+EXPLORE = '<p><a href="explore.html">Explore the recorded run interactively</a></p>\n\n'
 DEFINES = (ast.FunctionDef, ast.ClassDef)
 
 

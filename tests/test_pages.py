@@ -134,6 +134,9 @@ def test_the_explore_page_is_whole(browser, tmp_path, width, scheme):
     assert visit.overflow() <= 0
     labels = visit.page.eval_on_selector_all(".plot", "ps => ps.map(p => p.ariaLabel)")
     assert len(labels) == 5 and all(labels)
+    axes = ".xtitle, .ytitle, .cbtitle, .colorbar text"
+    written = visit.page.eval_on_selector_all(axes, "ts => ts.map(t => t.textContent)")
+    assert {"cosine", "loss", "loss (nats)", "mean cosine"} <= set(written)
     visit.page.close()
 
 

@@ -6,7 +6,7 @@
 __all__ = ['SAME', 'TASK', 'SIZE', 'STARTS', 'LINES', 'HULL', 'CENTRE', 'CLAIMS', 'GROUPS', 'TELLING', 'NOTHING', 'PLURAL',
            'SIGNS', 'CARD_STYLE', 'COLUMNS', 'Claim', 'in_words', 'unit_of', 'as_figure', 'as_interval', 'verdict_of',
            'headline', 'reason', 'others_say', 'Card', 'cards_of', 'span_of', 'dot', 'summary', 'card_html',
-           'cards_html', 'cards_markdown', 'Cards', 'claims_table', 'folded', 'facts_html', 'Box']
+           'cards_html', 'cards_markdown', 'Cards', 'claims_table', 'folded', 'ClaimsTable', 'facts_html', 'Box']
 
 # %% ../nbs/47_cards.ipynb #9c17dba2
 import html
@@ -66,21 +66,22 @@ CLAIMS = [
     Claim(
         "C4",
         TASK,
-        "models of one domain stay apart",
+        "a shared domain makes no cluster",
         "A common domain is not enough: datasets of tweets that ask for different things "
         "form no cluster.",
     ),
     Claim(
         "C5",
         SIZE,
-        "the data count, not their amount",
+        "the data matter, not their amount",
         "What gives a model its direction is the data, not how many examples of them it saw.",
     ),
     Claim(
         "C6",
         STARTS,
-        "a region has one start",
-        "A region belongs to one pretrained start: models of two starts part by their start.",
+        "each start has its own region",
+        "Fine-tuned models lie around the pretrained model they started from: models of two "
+        "starts form two clusters.",
     ),
 ]
 
@@ -104,14 +105,15 @@ CLAIMS += [
         "C9",
         HULL,
         "averages within one task win",
-        "The same holds for averages of models of one task, on the datasets of that task.",
+        "Weighted averages of models of one task are better on its datasets than models of "
+        "other tasks, and mostly better than the models that were averaged.",
     ),
     Claim(
         "C10",
         HULL,
         "averages of any models win",
-        "And for averages of models of any task, held against random changes of the "
-        "pretrained model.",
+        "Weighted averages of models of any task are better than random changes of the "
+        "pretrained model, and mostly better than the models that were averaged.",
     ),
     Claim(
         "C11",
@@ -156,8 +158,9 @@ def in_words(
     text = re.sub(r" \([\d.]+ to [\d.]+ over random starts\)", "", measure)
     text = re.sub(r"; .*", "", text)
     text = re.sub(r"P_B\(([^>]+?) > ([^)]+?)\)", beats, text)
-    text = text.replace("less the lowest F1 of a task", "less the worst of a task")
-    text = re.sub(r"F1 of (\w+)", r"how well \1 models cluster (F1)", text)
+    text = text.replace(" less the lowest F1 of a task", ", minus the lowest F1 of a task")
+    text = re.sub(r"(?<!lowest )F1 of (\w+)", r"how well \1 models cluster (F1)", text)
+    text = text.replace(" less that by", " minus accuracy by")
     text = text.replace("gain inside a line (nats)", "loss saved inside a line")
     return text.replace(" (points)", "").removeprefix("ours: ")
 
@@ -221,8 +224,10 @@ def verdict_of(
 def headline(
     rows: pd.DataFrame,  # of one claim
 ) -> pd.Series:  # the row that a card shows
-    "The first test that can tell, one that holds a figure of the paper's if there is one."
-    for choice in (rows[rows.verdict.isin(TELLING)], rows[rows.verdict.notna()], rows):
+    "The first test of the card's verdict, if there is one with a figure of the paper."
+    verdict = verdict_of(rows.verdict.dropna().tolist())
+    telling, judged = rows[rows.verdict.isin(TELLING)], rows[rows.verdict.notna()]
+    for choice in (telling[telling.verdict == verdict], telling, judged, rows):
         if len(choice):
             against = choice[choice.paper.notna()]
             return (against if len(against) else choice).iloc[0]
@@ -246,7 +251,9 @@ def reason(
     ours, paper = as_figure(row.ours, unit), as_figure(row.paper, unit)
     chance = f"p = {row.p:.2g}"
     if row.verdict == HOLDS:
-        against = f"reaches the {paper} of the paper" if paper else f"as asked, {row.criterion}"
+        against = (
+            f"reaches the {paper} of the paper" if paper else f"as required: {row.criterion}"
+        )
         return f"{ours}, {against}"
     if row.verdict == IN_PART:
         less = f"{ours} where the paper has {paper}" if paper else f"not {row.criterion}"
@@ -282,6 +289,7 @@ class Card:
     verdict: str  # one word or some
     reason: str  # in one line
     row: pd.Series | None = None  # the shown test; None: nothing was measured
+    tests: str = ""  # how many tests hold, where some do and others do not
 
     @property
     def paper(self) -> str:
@@ -316,7 +324,8 @@ def _card(claim, rows, missing):
     shown, others = f"{in_words(row.measure)}: {reason(row)}.", others_say(verdicts)
     mixed = len(set(verdicts)) > 1
     words = f"{others} The one shown: {shown}" if mixed else f"{_upper(shown)} {others}"
-    return Card(claim, verdict_of(verdicts), words.strip() + _exception(rows, row), row)
+    words = words.strip() + _exception(rows, row)
+    return Card(claim, verdict_of(verdicts), words, row, _share_that_holds(verdicts))
 
 # %% ../nbs/47_cards.ipynb #f3a61c84
 def _exception(rows, row):
@@ -333,6 +342,14 @@ def _exception(rows, row):
 def _upper(text):
     "A sentence with its first letter in upper case."
     return text[0].upper() + text[1:]
+
+# %% ../nbs/47_cards.ipynb #d6bfac4a
+def _share_that_holds(verdicts):
+    "How many of the tests that can tell hold, where they come out differently."
+    telling = [v for v in verdicts if v in TELLING]
+    if len(set(telling)) < 2:
+        return ""
+    return f", {telling.count(HOLDS)} of {len(telling)} tests"
 
 # %% ../nbs/47_cards.ipynb #5c66cefb
 SIGNS = {
@@ -397,14 +414,15 @@ def summary(
     sign, failed = SIGNS[NOT_HERE][1], [c for c in cards if c.verdict == NOT_HERE]
     return [
         f"Of the paper's {len(cards)} claims, {counts}.",
-        *(f"{sign} Not found: {c.claim.short} ({c.claim.id}). {c.reason}" for c in failed),
+        *(f"{sign} {c.claim.id} does not hold: {c.claim.short}. {c.reason}" for c in failed),
     ]
 
 # %% ../nbs/47_cards.ipynb #87ff9d55
 def _counted(cards, verdict):
     "How many claims have a verdict, and which, if it is a clear one of a few."
     names = [card.claim.short for card in cards if card.verdict == verdict]
-    which = f" ({'; '.join(names)})" if verdict in (HOLDS, NOT_HERE) and len(names) < 5 else ""
+    clear = verdict in (HOLDS, NOT_HERE, TOO_FEW) and len(names) < 5
+    which = f" ({'; '.join(names)})" if clear else ""
     return f"{len(names)} {PLURAL[verdict][len(names) > 1]}{which}" if names else ""
 
 # %% ../nbs/47_cards.ipynb #3df37cb5
@@ -457,7 +475,8 @@ html[data-theme=dark] .cards { --ok: #6fd29b; --part: #e9b75a; --no: #ff9c9c; --
 .dot .ours { fill: var(--hue) }
 .dot .paper { stroke: var(--text); stroke-width: 1.8 }
 .claims-table { overflow-x: auto } .claims-table table { border-collapse: collapse }
-.claims-table th, .claims-table td { text-align: left; padding: .3rem .7rem;
+.claims-table td:nth-child(2) { min-width: 12rem }
+.claims-table th, .claims-table td { text-align: left; padding: .3rem .5rem;
   border-bottom: 1px solid #8884; vertical-align: top }
 .claims-table .number { text-align: right; white-space: nowrap;
   font-variant-numeric: tabular-nums }
@@ -488,7 +507,8 @@ def cards_markdown(
     for card in cards:
         name = f"[{card.claim.short}]({link.format(card.claim.page)})"
         sign = SIGNS[card.verdict][1]
-        cells = (card.claim.id, name, card.paper, card.ours, f"{sign} {card.verdict}")
+        verdict = f"{sign} {card.verdict}{card.tests}"
+        cells = (card.claim.id, name, card.paper, card.ours, verdict)
         lines.append(f"|{'|'.join(cells)}|")
     return "\n".join(lines)
 
@@ -514,13 +534,13 @@ class Cards(list):
 COLUMNS = [
     "claim",
     "measure",
+    "verdict",
     "paper",
     "ours",
     "95 % interval",
     "p",
-    "n",
+    "units",
     "criterion",
-    "verdict",
 ]
 
 
@@ -539,34 +559,76 @@ def claims_table(
 def folded(
     claims: pd.DataFrame,  # with the columns of claims.csv
 ) -> str:
-    "The table of all rows, folded away."
-    return f"<details><summary>All {len(claims)} rows</summary>{claims_table(claims)}</details>"
+    "The table of all rows, folded away, and what its symbols mean."
+    words = (
+        "P_B(A &gt; B): how often a point of A has a lower loss than one of B. In: models of a "
+        "trait; In': averages of them; Ex: models from elsewhere."
+    )
+    rows = f"<p>{words}</p>{claims_table(claims)}"
+    return f"<details><summary>All {len(claims)} rows</summary>{rows}</details>"
 
 # %% ../nbs/47_cards.ipynb #284a9d9a
 def _rows_table(claims):
-    "Some rows as one table."
-    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
-    body = "".join(map(_table_row, claims.itertuples()))
+    "Some rows as one table; what a short training gave stands last, if there is one."
+    before = claims[[c for c in ("short training", "short verdict") if c in claims]]
+    head = "".join(f"<th>{name}</th>" for name in [*COLUMNS, *before])
+    body = "".join(map(_table_row, claims.itertuples(), before.to_numpy().tolist()))
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def _table_row(c):
+def _table_row(c, before=()):
     "One row of the table, with figures as on the cards."
     unit = unit_of(c.measure)
     paper = as_figure(pd.to_numeric(c.paper, errors="coerce"), unit)
     p = "" if pd.isna(c.p) else f"{c.p:.2g}"
     units = "" if pd.isna(c.n) else f"{c.n:.0f} {_text(c.unit)}"
     numbers = (paper, as_figure(c.ours, unit), as_interval(c), p, units)
+    words = (_asked(c.criterion, unit), *_short(before, unit))
     return (
-        f"<tr><td>{c.claim}</td><td>{_text(c.measure)}</td>"
+        f"<tr><td>{c.claim}</td><td>{_text(c.measure)}</td><td>{_text(c.verdict)}</td>"
         + "".join(f'<td class="number">{number}</td>' for number in numbers)
-        + f"<td>{_text(c.criterion)}</td><td>{_text(c.verdict)}</td></tr>"
+        + "".join(f"<td>{_text(word)}</td>" for word in words)
+        + "</tr>"
     )
+
+# %% ../nbs/47_cards.ipynb #3f1c7a23
+def _asked(criterion, unit):
+    "A criterion, its number in the unit of the row."
+    number = re.fullmatch(r"(at (?:least|most)) ([\d.]+)(.*)", str(criterion))
+    return (
+        f"{number[1]} {as_figure(float(number[2]), unit)}{number[3]}" if number else criterion
+    )
+
+
+def _short(before, unit):
+    "The figure and the verdict of a short training."
+    if not before:
+        return ()
+    return as_figure(pd.to_numeric(before[0], errors="coerce"), unit), before[1] or np.nan
 
 
 def _text(value):
     "Words as HTML; nothing where there are none."
     return "" if pd.isna(value) else html.escape(str(value))
+
+# %% ../nbs/47_cards.ipynb #3f1c7a21
+class ClaimsTable:
+    "Rows of claims that show themselves as a table, with figures as on the cards."
+
+    def __init__(
+        self,
+        claims: pd.DataFrame,  # from `Study.record`
+    ):
+        self.claims = claims
+
+    def _repr_html_(self):
+        claims = self.claims.replace("", np.nan)
+        numbers = claims[["ours", "low", "high", "p", "n"]].apply(pd.to_numeric)
+        table = _rows_table(claims.assign(**numbers))
+        return f'{CARD_STYLE}<div class="claims-table" tabindex="0">{table}</div>'
+
+    def __repr__(self):
+        return f"ClaimsTable({len(self.claims)} rows)"
 
 # %% ../nbs/47_cards.ipynb #4c05be6f
 def facts_html(
@@ -603,10 +665,14 @@ class Box:
         models: str = "",  # what else than the models of the study is shown
     ):
         self.study, self.page, about = study, page, study.about
-        sets = f"{len(about['datasets'])} datasets x {about['seeds']} seeds"
-        run = models or f"{sets} of {about['data']}, fine-tuned from {about['base']['name']}."
+        sets = f"{len(about['datasets'])} datasets, {about['seeds']} seeds each"
+        run = models or f"The study's models: {sets}, fine-tuned from {about['base']['name']}."
         recorded = differs if study.recorded or models else ""
-        other = "" if study.recorded else "A run of your own: its base, data and recipe differ."
+        other = (
+            ""
+            if study.recorded
+            else "This is another run than the recorded one: base, data and recipe differ."
+        )
         self.facts = {
             "What was tried": [tried, run],
             "What was found": "See the verdict at the end of this page.",
@@ -634,7 +700,7 @@ def _fill(
         for c in cards
         if c.row is not None
     ]
-    self.facts["What was found"] = [*filter(None, more), *found]
+    self.facts["What was found"] = [*found, *filter(None, more)]
     if getattr(self, "place", None) is not None:
         self.place.update(HTML(facts_html(self.facts)))
 

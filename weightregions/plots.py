@@ -219,7 +219,7 @@ def scores_table(
     table = pd.DataFrame({name: s.row() for name, s in scores.items()}).T
     percent = ["accuracy", "low", "high", "mean", "worst", "best", "ari", "nmi"]
     table[percent] = (100 * table[percent].astype(float)).round(1)
-    return table.astype({"n": int, "k": int, "perfect": int, "p": float}).round({"p": 4})
+    return table.astype({"n": int, "k": int, "perfect": int, "p": float}).round({"p": 3})
 
 # %% ../nbs/40_plots.ipynb #9cb4de2f
 def part_accuracy(
@@ -359,7 +359,7 @@ def group_strip(
     targets = sorted(rows["target"].unique(), key=str)
     several = len(targets) > 1
     rows = _relative(rows, y) if several else rows
-    ax = ax or plt.subplots(figsize=(7.5 if several else 5.5, 3.6))[1]
+    ax = ax or plt.subplots(figsize=(7.5, 4.2) if several else (5.5, 3.6))[1]
     _strips(ax, rows, y, targets)
     _name_targets(ax, targets)
     than, which = (" less the mean of In", None) if several else ("", targets[0])
@@ -417,7 +417,7 @@ def one_label_per_place(
 
 # %% ../nbs/40_plots.ipynb #ef64e5c6
 def plane_map(
-    rows: pd.DataFrame,  # measured rows: columns x, y (norm of weights) and loss
+    rows: pd.DataFrame,  # measured rows: columns x, y (distance of weights) and loss
     marks: pd.DataFrame | None = None,  # columns name, x, y: models to mark
     target: str | None = None,  # which target's rows; None: the only one
     loss: str = "loss",  # column of what the colours show
@@ -439,7 +439,7 @@ def plane_map(
         ax.scatter(broken["x"], broken["y"], **look)
         ax.legend(loc="upper left", bbox_to_anchor=(0, -0.16))
     ax.figure.colorbar(shown, ax=ax, label=_loss_label(loss, target), shrink=0.85)
-    axes = {f"{axis}label": f"{axis} (norm of weights)" for axis in "xy"}
+    axes = {f"{axis}label": f"{axis} (distance in weight space)" for axis in "xy"}
     ax.set(title=title, aspect="equal", **axes)
     best = fine.loc[fine[loss].idxmin()]
     lowest = f"lowest {best[loss]:.3f} at x {best.x:.3g}, y {best.y:.3g}"
@@ -526,10 +526,11 @@ def hero_words(
     start = "" if pretrained is None else f", {pretrained:.3f} at the pretrained model"
     return (
         f"Left: cosines of {len(matrix)} models, ordered by the {groups.nunique()} datasets "
-        f"they were fine-tuned on: one square on the diagonal for each; "
-        f"{within_words(matrix, groups, 'cosine', 'dataset')}. Right: straight lines through "
-        f"two models; the mean loss is {inside.min():.3f} at its lowest between them, "
-        f"{ends:.3f} at the models{start} and {far:.3f} far outside."
+        "they were fine-tuned on (the squares on the diagonal): how alike the directions are "
+        "in which fine-tuning moved two models; "
+        f"{within_words(matrix, groups, 'cosine', 'dataset')}. Right: the loss on straight "
+        f"lines through two models, lower is better: {inside.min():.3f} at its lowest between "
+        f"them, {ends:.3f} at the models{start} and {far:.3f} far outside."
     )
 
 # %% ../nbs/40_plots.ipynb #dd2542bb
@@ -543,12 +544,12 @@ def hero(
 ) -> Figure:
     "Heat map and basin side by side."
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11.5, 4.4), gridspec_kw={"width_ratios": [1, 1.25]}
+        1, 2, figsize=(10, 4.4), gridspec_kw={"width_ratios": [1, 1.25]}
     )
     references = None if pretrained is None else {"pretrained model": pretrained}
     _square(left, matrix.loc[*[_by_family(groups.loc[matrix.index], families)] * 2], groups)
     edges(rows, target=target, references=references, title="The loss along a line", ax=right)
-    right.legend(loc="upper center", fontsize=9)
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, fontsize=9)
     right.set_xlabel("place on the line (0 and 1: the two models)")
     figure.alt = ""
     describe(figure, _matrix_words(matrix, groups, "cosine"))
@@ -565,7 +566,7 @@ def _written_on(ax: Axes) -> str:
     return " ".join(": ".join(filter(None, [title, against, labels])).split())
 
 # %% ../nbs/40_plots.ipynb #971f0a7f
-COLOURS = 48  # of a stored figure
+COLOURS = 64  # of a stored figure
 
 
 def _palette_png(figure: Figure) -> tuple:
@@ -573,7 +574,8 @@ def _palette_png(figure: Figure) -> tuple:
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", bbox_inches="tight")
     image = Image.open(drawn).convert("RGB")
-    image = image.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    look = dict(method=Image.Quantize.MAXCOVERAGE, kmeans=5, dither=Image.Dither.NONE)
+    image = image.quantize(COLOURS, **look)
     image.save(small, "png", optimize=True)
     shrunk = figure.dpi / plt.rcParams["savefig.dpi"]
     return small.getvalue(), {"width": round(image.width * shrunk), "alt": alt_text(figure)}
@@ -654,7 +656,7 @@ def _scale_name(matrix: pd.DataFrame, cosine: bool) -> str:
     (high, most), unit = _top(matrix, cosine), "cosine" if cosine else "distance"
     if most <= high * 1.001:
         return unit
-    return f"{unit}\none colour\nfrom {high:.2f}\nto {most:.2f}"
+    return f"{unit}\ndarkest from\n{high:.2f} to {most:.2f}"
 
 # %% ../nbs/40_plots.ipynb #40f75033
 def _cells(matrix: pd.DataFrame, cosine: bool) -> dict:
@@ -785,10 +787,11 @@ def _ink(colour) -> tuple:
 
 # %% ../nbs/40_plots.ipynb #80bb1f65
 def _above(places: pd.DataFrame) -> pd.Series:
-    "The point above the median of a group, as high as the nearest three quarters of it."
+    "The point above the median of a group, as high as its models that lie together."
     centre = places.median()
     near = ((places - centre) ** 2).sum(axis=1)
-    return pd.Series({"x": centre.x, "y": places.y[near <= near.quantile(0.75)].max()})
+    most = 4 * near.quantile(0.75, interpolation="lower")  # twice as far as three quarters
+    return pd.Series({"x": centre.x, "y": places.y[near <= most].max()})
 
 # %% ../nbs/40_plots.ipynb #93af18bd
 def _mark_models(ax: Axes, marks: pd.DataFrame) -> None:
@@ -801,11 +804,11 @@ def _mark_models(ax: Axes, marks: pd.DataFrame) -> None:
 
 # %% ../nbs/40_plots.ipynb #03e34e48
 def _natural(name) -> list:
-    "A key that sorts `layer 10` after `layer 9`, and embeddings first."
-    return [
-        (not str(name).startswith(("whole", "all")), str(name) != "embeddings"),
-        *[(0, int(t), "") if t.isdigit() else (1, 0, t) for t in re.split(r"(\d+)", str(name))],
-    ]
+    "A key that sorts `layer 10` after `layer 9`, and both after the whole model."
+    first = ("whole model", "embeddings", "all layers")
+    place = first.index(name) if name in first else len(first)
+    words = re.split(r"(\d+)", str(name))
+    return [place, *[(0, int(t), "") if t.isdigit() else (1, 0, t) for t in words]]
 
 # %% ../nbs/40_plots.ipynb #29d20a8f
 def _offset(part, kind, rows: pd.DataFrame, hue: str | None, kinds: list) -> float:
@@ -935,6 +938,7 @@ def _name_targets(ax: Axes, targets: Sequence) -> None:
     crowded = len("  ".join(map(str, targets))) > 64
     slanted = dict(rotation=40, ha="right", rotation_mode="anchor") if crowded else {}
     ax.set_xticks(range(len(targets)), names, **slanted)
+    ax.tick_params(axis="x", length=3.5 if len(targets) > 1 else 0)
 
 # %% ../nbs/40_plots.ipynb #3b0f7112
 def _strips(ax: Axes, rows: pd.DataFrame, y: str, targets: Sequence) -> None:

@@ -458,7 +458,7 @@ def _links(out):
     link = '<li><a href="notebooks/{}">{}</a></li>'
     links = [link.format(f.name, title_of(f)) for f in pages]
     if (out / "explore.html").exists():
-        links.insert(0, '<li><a href="explore.html">Explore the study, by pointer</a></li>')
+        links.insert(0, '<li><a href="explore.html">Explore the study interactively</a></li>')
     return "".join(links)
 
 
