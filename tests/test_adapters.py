@@ -276,6 +276,14 @@ def pop(*keys):
     return tensors(lambda state: [state.pop(key) for key in keys])
 
 
+def both(*damages):
+    def damage(folder):
+        for one in damages:
+            one(folder)
+
+    return damage
+
+
 FAULTS = {
     "another base": settings(base_model_name_or_path="{other}"),
     "a module that the base has not": tensors(
@@ -324,6 +332,25 @@ FAULTS = {
     "replicated layers": settings(layer_replication=[[0, 2]]),
     "trained tokens": settings(trainable_token_indices=[1]),
     "a bias in a factor": settings(lora_bias=True),
+    "tokens that are texts": settings(trainable_token_indices=["a"]),
+    "an update that is not named": settings(target_modules=["query"]),
+    "no module is named": settings(target_modules=[]),
+    "a factor under two names": tensors(
+        lambda s: s.update({A_KEY.replace(".weight", ".default.weight"): s[A_KEY] + 1})
+    ),
+    "a head under two names": tensors(
+        lambda s: s.update(
+            {"base_model.model.classifier.modules_to_save.dense.bias": torch.ones(16)}
+        )
+    ),
+    "a module that was to be saved": settings(modules_to_save=["classifier", "LayerNorm"]),
+    "a module is missing, of a pattern": both(
+        settings(target_modules=r"roberta\..*layer\.(0|1)\..*(query|value)"), pop(KEY, A_KEY)
+    ),
+    "a module is missing, of a layer": both(settings(layers_to_transform=0), pop(KEY, A_KEY)),
+    "an update of another layer": settings(layers_to_transform=[0], layers_pattern="layer"),
+    "an update that is excluded": settings(exclude_modules=["value"]),
+    "layers that are texts": settings(layers_to_transform=["0"]),
     "a pattern that is none": settings(rank_pattern={"(": 3}),
     "a pattern that takes for ever": settings(alpha_pattern={"(a+)+b": 3}),
     "a pattern with rank 0": settings(rank_pattern={"query": 0}),
@@ -359,6 +386,41 @@ def test_faults_of_adapters_are_named(example, tmp_path, tried):
         said = str(e.value)
         assert "sick" in said and "\n" not in said, f"{fault}: {said}"
     tried("an adapter's files and settings", "checkpoints", len(FAULTS), "named")
+
+
+CHOICES = {
+    "a pattern": dict(target_modules=r"(?:roberta\.)?encoder\.layer\.\d\..*(query|dense)"),
+    "one layer": dict(target_modules=["query"], layers_to_transform=1),
+    "layers by name": dict(
+        target_modules=["query", "dense"], layers_to_transform=[0], layers_pattern=["layer"]
+    ),
+    "some excluded": dict(target_modules=["query", "value"], exclude_modules=r".*0.*value"),
+    "one by its whole name": dict(target_modules=["roberta.encoder.layer.1.output.dense"]),
+    "an optional part": dict(
+        target_modules=["query", "value"], rank_pattern={r"(roberta\.)?.*layer\.1.*value": 3}
+    ),
+    "modules saved": dict(target_modules=["query"], modules_to_save=["LayerNorm"], bias="all"),
+    "rows of tokens": dict(target_modules=["query"], trainable_token_indices=[7, 2, 59]),
+    "rows by name": dict(
+        target_modules=["query"], trainable_token_indices={"word_embeddings": [3]}
+    ),
+}
+
+
+def test_modules_are_chosen_as_peft_chooses(example, tmp_path, tried):
+    base = open_checkpoint(example / "base")
+    for i, (name, choice) in enumerate(CHOICES.items()):
+        cls = RobertaForSequenceClassification
+        model = adapted(cls, example / "base", tmp_path / str(i), i, **choice)
+        ours, theirs = open_checkpoint(tmp_path / str(i), base=base), open_checkpoint(model)
+        for tensor in base.layout.names:
+            torch.testing.assert_close(
+                ours[tensor], theirs[tensor], rtol=1e-5, atol=1e-6, msg=f"{name}: {tensor}"
+            )
+        changed = [n for n in base.layout.names if not torch.equal(ours[n], base[n])]
+        assert set(updates_of(ours, base)) == set(changed), name
+    how = "opened with the numbers that PEFT merges"
+    tried("a way to choose modules", "adapters", len(CHOICES), how)
 
 
 def test_an_adapter_takes_its_base(example, tmp_path):
