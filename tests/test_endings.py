@@ -105,6 +105,37 @@ def test_a_signal_ends_a_command_in_good_order(here, end, tried):
     )
 
 
+class Garbage:
+    "What asks to end while Python clears it up, where exceptions are lost."
+
+    def __init__(self, end):
+        self.end = end
+
+    def __del__(self):
+        os.kill(os.getpid(), self.end)
+        while True:  # the handler runs between two of these
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_not_lost_where_exceptions_are(here, end, tried):
+    def cleared_up(waits, after):
+        Garbage(end)  # and away with it
+        time.sleep(waits)
+        (here / f"{after}.txt").touch()
+
+    for waits, goes_on in ((60, False), (0, True)):  # interrupted, or ended when it is done
+        out = f"lost-{end.name}-{goes_on}"
+        clear_up = at(cli, "_opened", lambda: cleared_up(waits, out))
+        code, err = command(f"center zoo --base base --out {out}", here, before=clear_up)
+        assert code == 128 + end and "Traceback" not in err and "ignored" not in err, err
+        assert err.splitlines()[-1].endswith("run the same command again to go on")
+        assert goes_on or not (here / f"{out}.txt").exists()
+        assert not list(here.glob(f".{out}*"))
+    how = "one line, exit code 128 + n, as at any other moment"
+    tried(f"{end.name} where exceptions are lost", "center", 2, how)
+
+
 def test_a_second_interrupt_ends_a_command_at_once(here, tried):
     def twice():
         try:

@@ -275,19 +275,39 @@ def _orderly_end(alone):
     before = {number: signal.getsignal(number) for number in _ENDINGS}
     caught = [n for n, handler in before.items() if handler not in (signal.SIG_IGN, None)]
 
+    asked, timers, hook = [], [], sys.unraisablehook
+
     def end(number, _):
         os._exit(128 + number)
 
     def first(number, _):
+        asked.append(number)
         for n in caught:
             signal.signal(n, end)
         raise KeyboardInterrupt(number)
 
+    def ask_again(lost):
+        "An interrupt where exceptions are lost, such as in a `__del__`, comes once more."
+        if not isinstance(lost.exc_value, KeyboardInterrupt) or not asked:
+            return hook(lost)
+        for n in caught:
+            signal.signal(n, first)
+        main = threading.main_thread().ident
+        timers.append(threading.Timer(0.01, signal.pthread_kill, [main, asked[-1]]))
+        timers[-1].start()
+
     for n in caught:
         signal.signal(n, first)
+    sys.unraisablehook = ask_again
     try:
         yield
+        if asked:  # and nobody has ended
+            raise KeyboardInterrupt(asked[-1])
     finally:
+        for timer in timers:
+            timer.cancel()
+            timer.join()
+        sys.unraisablehook = hook
         for n in caught:
             signal.signal(n, end if alone else before[n])
 
