@@ -530,6 +530,31 @@ def test_every_command_takes_adapters(heap, tmp_path, capsys):
     assert open_checkpoint(tmp_path / "full").layout == start.layout
 
 
+def test_a_centroid_of_adapters_is_a_start(heap, tmp_path, capsys, tried):
+    base, data = ("--base", heap / "base"), ("--data", "builtin", "--target", "films")
+    assert run("center", heap / "zoo", *base, "--out", tmp_path / "centre") == 0
+    few = ("--rows", 40, "--steps", 1, "--method", "head", "--out", tmp_path / "next")
+    start = ("finetune", "--start", tmp_path / "centre")
+    assert run(*start, *data, *few) == 2
+    assert "centre: holds an adapter; give the model it was" in capsys.readouterr().err
+    assert run(*start, *base, *data, *few) == 0
+    about = json.loads((tmp_path / "next" / "fine-tuning.json").read_text())
+    assert about["start"] == {"name": "centre", "sha256": weights_sha256(tmp_path / "centre")}
+    assert about["weights"]["sha256"] == weights_sha256(tmp_path / "next")
+    below = open_checkpoint(heap / "base")
+    centre = open_checkpoint(tmp_path / "centre", base=below)
+    tuned = open_checkpoint(tmp_path / "next")
+    for name in below.layout.names:  # the head alone was trained
+        torch.testing.assert_close(tuned[name], centre[name], rtol=1e-5, atol=1e-6)
+    tried("an adapter as a start", "finetune", 2, "put onto its base, or refused without one")
+
+
+def test_no_bar_where_the_environment_wants_none(example, capsys):
+    base = open_checkpoint(example / "base")
+    gram([open_checkpoint(example / n, base=base) for n in ("adapter", "second")], base)
+    assert capsys.readouterr().err == ""
+
+
 def test_adapters_among_whole_models(heap, tmp_path, capsys):
     shutil.copytree(heap / "zoo", tmp_path / "zoo")
     shutil.copytree(heap / "whole" / "films" / "4", tmp_path / "zoo" / "films" / "4")

@@ -635,3 +635,72 @@ def test_points_are_those_of_one_tokenizer(here, capsys, tried):
     code, said = traversed(capsys, here)
     assert code == 2 and "line.jsonl: was measured with" in said
     tried("a base whose tokenizer was replaced", "traverse", 1, "refused in one line")
+
+
+def written_with(folder):
+    file = folder / "fine-tuning.json"
+    return json.loads(file.read_text())["weights"]["sha256"]
+
+
+def test_a_tuned_model_that_was_replaced_is_named(here, capsys, tried):
+    assert tuned(capsys, here, here / "zoo" / "meals" / "seed-1")[0] == 0
+    model = here / "tuned"
+    assert written_with(model) == file_sha256(model / "model.safetensors")
+    assert located(capsys, here, model)[0] == 0
+    resaved(model / "model.safetensors", moved)
+    problem = "tuned: the weights in .* are not those of its fine-tuning.json"
+    with pytest.raises(ValueError, match=problem):
+        open_zoo([here / "zoo" / "films" / "seed-1", model]).checked(here / "base")
+    code, said = located(capsys, here, model)
+    assert code == 2 and "are not those of its fine-tuning.json" in said
+    file = model / "fine-tuning.json"
+    file.write_text(file.read_text().replace(written_with(model), "none"))
+    code, said = located(capsys, here, model)
+    assert code == 2 and "fine-tuning.json: weights.sha256 is not a SHA-256" in said
+    tried("a tuned model that was replaced", "zoo and locate", 3, "named")
+
+
+# --- the same weights twice -------------------------------------------------------------------
+
+
+def pickled(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+COPIES = {
+    "the same files": lambda folder: None,
+    "in another format": pickled,
+    "with other metadata": lambda f: save_file(
+        load_file(f / "model.safetensors"), f / "model.safetensors", metadata={"by": "me"}
+    ),
+}
+
+
+def test_a_copy_does_not_count_twice(here, capsys, tried):
+    names = ("films/seed-1", "films/seed-2", "meals/seed-1")
+    for i, name in enumerate(names):
+        shutil.copytree(here / "zoo" / name, here / "heap" / f"m{i}")
+        (here / "heap" / f"m{i}" / "manifest.json").unlink()
+    for what, change in COPIES.items():
+        copy = shutil.copytree(here / "heap" / "m1", here / "heap" / "n")
+        change(copy)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            zoo = open_zoo(here / "heap").checked(here / "base")
+        assert zoo.models.model.tolist() == ["m0", "m1", "m2"], what
+        assert "left out: n: a copy of m1, with the same weights" in str(said[-1].message)
+        shutil.move(copy, here / "n")
+        words = "--zoo", here / "heap", "--base", here / "base", "--out", here / "l.csv"
+        code, shown = command(capsys, "locate", here / "n", *words)
+        assert code == 0 and "is a model of heap, and left out of its region" in shown, what
+        shutil.rmtree(here / "n")
+    tried("a copy of a model", "zoo and locate", 2 * len(COPIES), "left out by name")
+
+
+def test_a_line_from_the_base_is_refused(here, capsys, tried):
+    ends = here / "zoo" / "films" / "seed-1", here / "base"
+    words = "--data", "builtin", "--target", "films", "--out", here / "t"
+    code, said = command(capsys, "traverse", *ends, "--base", here / "base", *words)
+    assert code == 2 and "a line takes two checkpoints that moved away from" in said
+    tried("the base as an end of a line", "traverse", 1, "refused in one line")

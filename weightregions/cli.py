@@ -19,6 +19,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from . import __version__
+from .files import _named
 
 # %% ../nbs/52_cli.ipynb #9d2f4a60
 _COMMANDS = {}  # name -> function, its arguments
@@ -184,7 +185,7 @@ def main(
 def _run(options, alone):
     "The exit code of a command."
     try:
-        with _orderly_end(alone), _shown(options):
+        with _orderly_end(alone), _shown(options), _named(vars(options).get("out", "")):
             _COMMANDS[options.command][0](options)
     except (ValueError, OSError) as e:
         _say(e)
@@ -769,6 +770,11 @@ def _path(options, models):
         raise ValueError(f"--points must be at least 2, not {n}")
     if options.hull is not None:
         return "hull", _hull(options, models), lambda plots, rows: plots.group_strip(rows)
+    if len(models) < 2:
+        raise ValueError(
+            "a line takes two checkpoints that moved away from the pretrained model, and only"
+            f" {ends[0]} is one; its loss stands beside every line"
+        )
     if len(models) > 3:
         raise ValueError(
             f"a line takes two checkpoints and a plane three, not {len(models)};"
@@ -1151,14 +1157,17 @@ def locate(
     options: argparse.Namespace,  # checkpoint, folder, all_checkpoints, base, by, alpha, out
 ):
     "The regions that a checkpoint lies in, the nearest first."
+    import pandas as pd
+
     from weightregions.checkpoints import open_checkpoint
     from weightregions.region import locate, regions_of
-    from weightregions.zoo import require_recorded
+    from weightregions.zoo import copies_of, require_recorded
 
     zoo, base = _opened(options)
     require_recorded(options.checkpoint)
     query = open_checkpoint(options.checkpoint, base=base)
     same = zoo.models.path.map(lambda path: _is_same(path, options.checkpoint, query.folder))
+    same |= pd.Series(copies_of(query, zoo.checkpoints()), zoo.models.index)
     if same.any():
         _say(f"{options.checkpoint} is a model of {zoo.name}, and left out of its region")
     rest = zoo.keep(~same)
