@@ -1157,8 +1157,6 @@ def locate(
     options: argparse.Namespace,  # checkpoint, folder, all_checkpoints, base, by, alpha, out
 ):
     "The regions that a checkpoint lies in, the nearest first."
-    import pandas as pd
-
     from weightregions.checkpoints import open_checkpoint
     from weightregions.region import locate, regions_of
     from weightregions.zoo import copies_of, require_recorded
@@ -1167,9 +1165,11 @@ def locate(
     require_recorded(options.checkpoint)
     query = open_checkpoint(options.checkpoint, base=base)
     same = zoo.models.path.map(lambda path: _is_same(path, options.checkpoint, query.folder))
-    same |= pd.Series(copies_of(query, zoo.checkpoints()), zoo.models.index)
+    copies = copies_of(query, zoo.keep(~same).checkpoints())
     if same.any():
         _say(f"{options.checkpoint} is a model of {zoo.name}, and left out of its region")
+    if copies:
+        _say(f"{options.checkpoint} is a copy of {copies[0]}, which is in {zoo.name}")
     rest = zoo.keep(~same)
     if len(rest) < 2:
         raise ValueError(

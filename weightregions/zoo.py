@@ -775,9 +775,8 @@ def _without_base(self: Zoo, base: Checkpoint) -> Zoo:
     "The models that are not the base; it is named with a warning."
     opened = self.checkpoints()
     reasons = pd.Series([_no_move(c, base) for c in opened], self.models.index)
-    moved = [c for c, reason in zip(opened, reasons) if not reason]
-    for copy, first in repeated(moved).items():
-        reasons[self.models.model == copy] = f"a copy of {first}, with the same weights"
+    for copy, first in repeated(c for c, r in zip(opened, reasons) if not r).items():
+        warnings.warn(f"{self.name}: {copy} is a copy of {first}, and both count")
     same = reasons != ""
     rows = _left_out(list(zip(self.models.model[same], reasons[same])))
     if same.all():
@@ -849,10 +848,11 @@ def repeated(
 def copies_of(
     query: Checkpoint,  # any
     models: Iterable[Checkpoint],  # of its space
-) -> list[bool]:  # whether each of them has the query's weights
-    "Which models are a copy of another one."
+) -> list[str]:  # names of those that have the query's weights
+    "The models that are copies of another one."
     here = _sample(query)
-    return [_sample(m) == here and _weights_of(m) == _weights_of(query) for m in models]
+    alike = [m for m in models if _sample(m) == here]
+    return [m.name for m in alike if _weights_of(m) == _weights_of(query)]
 
 # %% ../nbs/14_zoo.ipynb #8d0b7c39
 def _sample(model: Checkpoint, most: int = 64) -> str:
