@@ -213,7 +213,7 @@ def test_no_worker_goes_on_when_a_command_has_ended(here, ends, tried):
     tried(f"{how}, with workers", "zoo", 1, "no worker goes on, no traceback")
 
 
-# --- a disk that is full, and signals, while models are made -----------------------------------
+# --- a disk that is full, and signals, while models are made -------------------------------
 
 LINES = {
     "finetune": "finetune --start base --data texts/films --method head --rows 40 --steps 2",

@@ -19,7 +19,6 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from . import __version__
-from .files import _named
 
 # %% ../nbs/52_cli.ipynb #9d2f4a60
 _COMMANDS = {}  # name -> function, its arguments
@@ -185,7 +184,7 @@ def main(
 def _run(options, alone):
     "The exit code of a command."
     try:
-        with _orderly_end(alone), _shown(options), _named(vars(options).get("out", "")):
+        with _orderly_end(alone), _shown(options):
             _COMMANDS[options.command][0](options)
     except (ValueError, OSError) as e:
         _say(e)
