@@ -455,6 +455,32 @@ def test_adapters_of_two_bases(example, tmp_path, tried):
     tried("adapters of two bases", "similarity, centring and zoo", 4, "named")
 
 
+NAMES = {
+    "/gone/base": True,
+    "C:\\models\\base": True,
+    "somebody/base": True,
+    "somebody/another": False,
+    "/gone/another": False,
+    None: True,
+}
+
+
+def test_a_base_of_which_nothing_is_known_is_said(example, tmp_path, tried):
+    for name in ("adapter", "second"):
+        shutil.copytree(example / name, tmp_path / name)
+    for of, known in NAMES.items():
+        for name in ("adapter", "second"):
+            settings(base_model_name_or_path=of)(tmp_path / name)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            open_zoo(tmp_path, base=example / "base").checked(example / "base")
+        texts = [str(w.message) for w in said]
+        what = f"trained over {of}: nothing tells whether base is that model"
+        assert texts == [] if known else len(texts) == 1 and what in texts[0], (of, texts)
+    n = len(NAMES)
+    tried("a base that may be another than the named one", "adapters", n, "said where it is")
+
+
 def test_the_scale_is_part_of_the_hash(example, tmp_path):
     shutil.copytree(example / "adapter", tmp_path / "adapter")
     settings(lora_alpha=99)(tmp_path / "adapter")

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from weightregions.corpora import load_corpora
+from weightregions.corpora import Columns, load_corpora
 
 ROWS = [(f"{'good' if i % 2 else 'bad'} film {i}", i % 2) for i in range(40)]
 TABLE = pd.DataFrame(ROWS, columns=["text", "label"])
@@ -111,6 +111,16 @@ def test_files_that_say_two_things_or_nothing_are_refused(tmp_path, tried):
         assert "\n" not in str(error.value), fault
     how = "refused in one line that names file, row or label"
     tried("files that say two things, or nothing", "corpora", len(TWO_THINGS), how)
+
+
+@pytest.mark.parametrize("part", ["label", "pair"])
+def test_one_column_is_not_two_things(tmp_path, part, tried):
+    TABLE.to_csv(tmp_path / "a.csv", index=False)
+    columns = Columns(**{"text": "text", part: "text"})
+    problem = "a, file a.csv: column 'text' cannot be two things"
+    with pytest.raises(ValueError, match=problem):
+        load_corpora(tmp_path / "a.csv", columns=columns)
+    tried(f"the texts named as {part} too", "corpora", 1, "refused in one line")
 
 
 def test_splits_of_saved_data_that_name_their_labels_differently(tmp_path, tried):

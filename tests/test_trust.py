@@ -704,3 +704,34 @@ def test_a_line_from_the_base_is_refused(here, capsys, tried):
     code, said = command(capsys, "traverse", *ends, "--base", here / "base", *words)
     assert code == 2 and "a line takes two checkpoints that moved away from" in said
     tried("the base as an end of a line", "traverse", 1, "refused in one line")
+
+
+def test_a_centroid_among_the_models_is_left_out(here, capsys, tried):
+    for file in here.glob("zoo/**/*.json"):
+        if file.name in ("manifest.json", "zoo.json"):
+            file.unlink()
+    for i, words in enumerate([(), ("--method", "task-arithmetic")]):
+        out = ("--out", here / "zoo" / f"c{i}")
+        folders = here / "zoo", "--base", here / "base"
+        assert command(capsys, "center", *folders, *out, *words)[0] == 0
+        assert (here / "zoo" / f"c{i}" / "members.csv").read_text().count("\n") == 5
+    (here / "zoo" / "c0" / "members.csv").unlink()  # its card remains
+    with pytest.warns(UserWarning, match="left out: c0, c1: an average of models; name it"):
+        assert len(open_zoo(here / "zoo")) == 4
+    films = here / "zoo" / "films" / "seed-1"
+    assert len(open_zoo([films, here / "zoo" / "c0"]).checked(here / "base")) == 2
+    tried("a centroid among the models", "zoo and centring", 2, "left out by name")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+WEIGHTS = "model.safetensors", "pytorch_model.bin"
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_pointer_in_place_of_weights_is_called_so(name, here, tried):
+    (here / "base" / "model.safetensors").unlink()
+    (here / "base" / name).write_bytes(POINTER)
+    with pytest.raises(ValueError) as error:
+        open_checkpoint(here / "base")
+    one_line(error, name, "a Git LFS pointer: `git lfs pull` fetches the file")
+    tried(f"a Git LFS pointer as {name}", "checkpoints", 1, "called so in one line")

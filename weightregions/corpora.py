@@ -424,6 +424,9 @@ def pick_columns(
     label = columns.label or _only(header, "label", LABELS)
     picked = {"text": text or "text", "text_pair": pair, "label": label or "label"}
     check_columns(header, where, [picked["text"], picked["label"]])
+    taken = [theirs for theirs in picked.values() if theirs]
+    if twice := [name for name in taken if taken.count(name) > 1]:
+        raise ValueError(f"{where}: column {twice[0]!r} cannot be two things at once")
     return {ours: theirs for ours, theirs in picked.items() if theirs}
 
 # %% ../nbs/10_corpora.ipynb #df0b4c7b

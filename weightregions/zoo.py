@@ -583,11 +583,26 @@ def _misplaced(folder: Path, root: Path, models: Iterable[Path]) -> str:
     step = _step(folder)
     if _is_hidden(folder, root):
         return "its name starts with a dot"
+    if _is_average(folder):
+        return "an average of models; name it among several models to take it"
     if outer and not (step is not None and outer == folder.parent):
         return f"lies inside of the model {_relative(outer, root)}"
     if len(folder.relative_to(root).parts) - (step is not None) > 2:
         return "lies deeper than two levels"
     return ""
+
+
+def _is_average(folder: Path) -> bool:
+    "Whether a folder was made by `center`: by its list of members, or its card."
+    card = folder / "README.md"
+    if (folder / "members.csv").is_file() or not card.is_file():
+        return (folder / "members.csv").is_file()
+    with open(card, "rb") as f:
+        head = f.read(2**12).split(b"\n---")[0]
+    return all(re.search(rb"(^|\W)" + tag + rb"($|\W)", head) for tag in _TAGS)
+
+
+_TAGS = (b"weightregions", b"centroid")
 
 # %% ../nbs/14_zoo.ipynb #cdd49818
 def _step(folder: Path) -> int | None:
@@ -759,6 +774,7 @@ def checked(
     if self.held_to == sha256:
         return self
     self.verify()
+    _warn_of_bases(self, base)
     zoo = self._without_base(base)
     zoo.held_to, zoo.held_base = sha256, {"name": _public_name(base), "sha256": sha256}
     return zoo
@@ -768,6 +784,15 @@ def _public_name(base: Checkpoint) -> str:
     "A hub id, or the name of a folder, but not where it lies."
     hub = re.fullmatch(r"([^@]+)@[0-9a-f]{40}", str(base.source))
     return hub[1] if hub else base.name
+
+# %% ../nbs/14_zoo.ipynb #2e9c4b75
+def _warn_of_bases(zoo: Zoo, base: Checkpoint) -> None:
+    "Warn of adapters whose base goes by a name that says nothing of the one that is given."
+    models = zip(zoo.models.path, zoo.checkpoints())
+    unknown = [c.base_name for path, c in models if c.unsure and not read_manifest(path)]
+    if unknown:
+        what = f"{_number(len(unknown), 'adapter')} of {zoo.name} trained over {unknown[0]}"
+        warnings.warn(f"{what}: nothing tells whether {base.name} is that model")
 
 # %% ../nbs/14_zoo.ipynb #105e6ae9
 @patch
