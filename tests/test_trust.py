@@ -735,3 +735,49 @@ def test_a_pointer_in_place_of_weights_is_called_so(name, here, tried):
         open_checkpoint(here / "base")
     one_line(error, name, "a Git LFS pointer: `git lfs pull` fetches the file")
     tried(f"a Git LFS pointer as {name}", "checkpoints", 1, "called so in one line")
+
+
+# --- numbers that mean nothing ----------------------------------------------------------------
+
+MEANT = {
+    ("center", "--strength", 3): "--strength is of task-arithmetic, ties, dare, not of mean",
+    ("center", "--seed", 4): "--seed is of dare, not of mean",
+    ("center", "--density", 0.3): "--density is of ties, dare, not of mean",
+    ("center", "--method", "model-stock", "--density", 0.3): "not of model-stock",
+    ("center", "--method", "ties", "--seed", 1): "--seed is of dare, not of ties",
+    ("traverse", "--beyond", 1e300): "are not all finite in single precision",
+    ("traverse", "--beyond", "inf"): "are not all finite",
+    ("finetune", "--seed", -1): "a seed lies between 0 and 2**32 - 1, not -1",
+    ("finetune", "--seed", 10**20): "a seed lies between 0 and 2**32 - 1",
+    ("zoo", "--weight-decay", "inf"): "weight_decay must not be below 0 or infinite",
+}
+
+
+def test_a_number_that_would_mean_nothing_is_refused(here, capsys, tried):
+    data, base, out = ("--data", "builtin"), ("--base", here / "base"), ("--out", here / "new")
+    films, rows = ("--target", "films"), ("--rows", 40)
+    ends = here / "zoo" / "films" / "seed-1", here / "zoo" / "meals" / "seed-1"
+    lines = {
+        "center": (here / "zoo", *base),
+        "traverse": (*ends, *base, *data, *films, *rows, "--points", 2),
+        "finetune": ("--start", here / "base", *data, *films, *rows, "--steps", 1),
+        "zoo": (here / "base", *data, "--datasets", "films", "--steps", 1),
+    }
+    for (name, *words), problem in MEANT.items():
+        code, said = command(capsys, name, *lines[name], *out, *words)
+        assert code == 2 and problem in said, (words, said)
+        assert not list((here / "new").glob("*.safetensors")), words
+    tried("a number that would mean nothing", "commands", len(MEANT), "refused in one line")
+
+
+LOST = {"accuracy": 0.7, "loss": math.nan, "n_test": 40}
+
+
+def test_a_model_that_is_lost_is_not_written(here, capsys, monkeypatch, tried):
+    monkeypatch.setattr("weightregions.finetuning.evaluate", lambda *_: LOST)
+    words = "--data", "builtin", "--rows", 40, "--steps", 1, "--out", here / "new"
+    words += "--datasets", "films", "--workers", 1, "--seeds", 1
+    code, said = command(capsys, "zoo", here / "base", *words)
+    assert code == 2 and "dataset films, seed 1: the fine-tuning diverged" in said, said
+    assert not list((here / "new").rglob("model.safetensors"))
+    tried("a fine-tuning that diverged", "zoo", 1, "named, nothing is written")

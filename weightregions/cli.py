@@ -994,6 +994,7 @@ def center(
 # %% ../nbs/52_cli.ipynb #6a3d122a
 def _center(options):
     "Write the centroid and the table of its members."
+    _require_of_method(options)
     from weightregions.centering import centroid_of
 
     (zoo, base), out = _opened(options), Path(options.out)
@@ -1015,6 +1016,20 @@ def _center(options):
     _write_left_out(zoo, out / "left_out.csv")
     _tell(centroid.description, "description")
     _show(members, "members")
+
+# %% ../nbs/52_cli.ipynb #6f1d0a83
+_OF_METHODS = {
+    "strength": (1.0, ("task-arithmetic", "ties", "dare")),
+    "density": (0.2, ("ties", "dare")),
+    "seed": (0, ("dare",)),
+}
+
+
+def _require_of_method(options):
+    "Refuse a setting that the method has no use for."
+    for name, (default, methods) in _OF_METHODS.items():
+        if getattr(options, name) != default and options.method not in methods:
+            raise ValueError(f"--{name} is of {', '.join(methods)}, not of {options.method}")
 
 # %% ../nbs/52_cli.ipynb #5b0aa4c5
 def _save_adapter(centroid, options):
