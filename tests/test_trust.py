@@ -25,7 +25,8 @@ from weightregions.cli import main
 from weightregions.comparison import Measurements, compare
 from weightregions.corpora import load_corpora
 from weightregions.files import file_sha256, read_json, read_table
-from weightregions.finetuning import Recipe, train
+from weightregions.finetuning import Recipe, Tokenized, evaluate, train
+from weightregions.loading import load_tokenizer
 from weightregions.many import load_sketch, sketch
 from weightregions.similarity import gram, load_gram
 from weightregions.traversal import ScratchModel, line, read_rows, traverse
@@ -781,3 +782,19 @@ def test_a_model_that_is_lost_is_not_written(here, capsys, monkeypatch, tried):
     assert code == 2 and "dataset films, seed 1: the fine-tuning diverged" in said, said
     assert not list((here / "new").rglob("model.safetensors"))
     tried("a fine-tuning that diverged", "zoo", 1, "named, nothing is written")
+
+
+def test_a_row_does_not_depend_on_those_beside_it(here, tried):
+    file = here / "base" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": "left"}))
+    tokenizer = load_tokenizer(here / "base", padding=True)
+    sizes = dict(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    config = hf.GPT2Config(**sizes, num_labels=2, pad_token_id=tokenizer.pad_token_id)
+    model = hf.GPT2ForSequenceClassification(config)
+    for p in model.parameters():
+        p.data.normal_(std=0.5)
+    rows = load_corpora("builtin", "films", n_train=20, n_test=40)["films"].test
+    data = Tokenized(rows, tokenizer, 40)
+    alone, together = (evaluate(model, data, tokenizer, n) for n in (1, 40))
+    assert alone["loss"] == pytest.approx(together["loss"], rel=1e-4)
+    tried("a tokenizer that pads on the left", "fine-tuning", 1, "padded on the right")
