@@ -276,6 +276,14 @@ def pop(*keys):
     return tensors(lambda state: [state.pop(key) for key in keys])
 
 
+def both(*damages):
+    def damage(folder):
+        for one in damages:
+            one(folder)
+
+    return damage
+
+
 FAULTS = {
     "another base": settings(base_model_name_or_path="{other}"),
     "a module that the base has not": tensors(
@@ -324,6 +332,25 @@ FAULTS = {
     "replicated layers": settings(layer_replication=[[0, 2]]),
     "trained tokens": settings(trainable_token_indices=[1]),
     "a bias in a factor": settings(lora_bias=True),
+    "tokens that are texts": settings(trainable_token_indices=["a"]),
+    "an update that is not named": settings(target_modules=["query"]),
+    "no module is named": settings(target_modules=[]),
+    "a factor under two names": tensors(
+        lambda s: s.update({A_KEY.replace(".weight", ".default.weight"): s[A_KEY] + 1})
+    ),
+    "a head under two names": tensors(
+        lambda s: s.update(
+            {"base_model.model.classifier.modules_to_save.dense.bias": torch.ones(16)}
+        )
+    ),
+    "a module that was to be saved": settings(modules_to_save=["classifier", "LayerNorm"]),
+    "a module is missing, of a pattern": both(
+        settings(target_modules=r"roberta\..*layer\.(0|1)\..*(query|value)"), pop(KEY, A_KEY)
+    ),
+    "a module is missing, of a layer": both(settings(layers_to_transform=0), pop(KEY, A_KEY)),
+    "an update of another layer": settings(layers_to_transform=[0], layers_pattern="layer"),
+    "an update that is excluded": settings(exclude_modules=["value"]),
+    "layers that are texts": settings(layers_to_transform=["0"]),
     "a pattern that is none": settings(rank_pattern={"(": 3}),
     "a pattern that takes for ever": settings(alpha_pattern={"(a+)+b": 3}),
     "a pattern with rank 0": settings(rank_pattern={"query": 0}),
@@ -361,6 +388,41 @@ def test_faults_of_adapters_are_named(example, tmp_path, tried):
     tried("an adapter's files and settings", "checkpoints", len(FAULTS), "named")
 
 
+CHOICES = {
+    "a pattern": dict(target_modules=r"(?:roberta\.)?encoder\.layer\.\d\..*(query|dense)"),
+    "one layer": dict(target_modules=["query"], layers_to_transform=1),
+    "layers by name": dict(
+        target_modules=["query", "dense"], layers_to_transform=[0], layers_pattern=["layer"]
+    ),
+    "some excluded": dict(target_modules=["query", "value"], exclude_modules=r".*0.*value"),
+    "one by its whole name": dict(target_modules=["roberta.encoder.layer.1.output.dense"]),
+    "an optional part": dict(
+        target_modules=["query", "value"], rank_pattern={r"(roberta\.)?.*layer\.1.*value": 3}
+    ),
+    "modules saved": dict(target_modules=["query"], modules_to_save=["LayerNorm"], bias="all"),
+    "rows of tokens": dict(target_modules=["query"], trainable_token_indices=[7, 2, 59]),
+    "rows by name": dict(
+        target_modules=["query"], trainable_token_indices={"word_embeddings": [3]}
+    ),
+}
+
+
+def test_modules_are_chosen_as_peft_chooses(example, tmp_path, tried):
+    base = open_checkpoint(example / "base")
+    for i, (name, choice) in enumerate(CHOICES.items()):
+        cls = RobertaForSequenceClassification
+        model = adapted(cls, example / "base", tmp_path / str(i), i, **choice)
+        ours, theirs = open_checkpoint(tmp_path / str(i), base=base), open_checkpoint(model)
+        for tensor in base.layout.names:
+            torch.testing.assert_close(
+                ours[tensor], theirs[tensor], rtol=1e-5, atol=1e-6, msg=f"{name}: {tensor}"
+            )
+        changed = [n for n in base.layout.names if not torch.equal(ours[n], base[n])]
+        assert set(updates_of(ours, base)) == set(changed), name
+    how = "opened with the numbers that PEFT merges"
+    tried("a way to choose modules", "adapters", len(CHOICES), how)
+
+
 def test_an_adapter_takes_its_base(example, tmp_path):
     with pytest.raises(ValueError, match="holds an adapter; give the model"):
         open_checkpoint(example / "adapter")
@@ -391,6 +453,32 @@ def test_adapters_of_two_bases(example, tmp_path, tried):
         ):
             refuse()
     tried("adapters of two bases", "similarity, centring and zoo", 4, "named")
+
+
+NAMES = {
+    "/gone/base": True,
+    "C:\\models\\base": True,
+    "somebody/base": True,
+    "somebody/another": False,
+    "/gone/another": False,
+    None: True,
+}
+
+
+def test_a_base_of_which_nothing_is_known_is_said(example, tmp_path, tried):
+    for name in ("adapter", "second"):
+        shutil.copytree(example / name, tmp_path / name)
+    for of, known in NAMES.items():
+        for name in ("adapter", "second"):
+            settings(base_model_name_or_path=of)(tmp_path / name)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            open_zoo(tmp_path, base=example / "base").checked(example / "base")
+        texts = [str(w.message) for w in said]
+        what = f"trained over {of}: nothing tells whether base is that model"
+        assert texts == [] if known else len(texts) == 1 and what in texts[0], (of, texts)
+    n = len(NAMES)
+    tried("a base that may be another than the named one", "adapters", n, "said where it is")
 
 
 def test_the_scale_is_part_of_the_hash(example, tmp_path):
@@ -466,6 +554,31 @@ def test_every_command_takes_adapters(heap, tmp_path, capsys):
     for name in start.layout.names:
         torch.testing.assert_close(exact[name], mean[name], rtol=1e-4, atol=1e-6)
     assert open_checkpoint(tmp_path / "full").layout == start.layout
+
+
+def test_a_centroid_of_adapters_is_a_start(heap, tmp_path, capsys, tried):
+    base, data = ("--base", heap / "base"), ("--data", "builtin", "--target", "films")
+    assert run("center", heap / "zoo", *base, "--out", tmp_path / "centre") == 0
+    few = ("--rows", 40, "--steps", 1, "--method", "head", "--out", tmp_path / "next")
+    start = ("finetune", "--start", tmp_path / "centre")
+    assert run(*start, *data, *few) == 2
+    assert "centre: holds an adapter; give the model it was" in capsys.readouterr().err
+    assert run(*start, *base, *data, *few) == 0
+    about = json.loads((tmp_path / "next" / "fine-tuning.json").read_text())
+    assert about["start"] == {"name": "centre", "sha256": weights_sha256(tmp_path / "centre")}
+    assert about["weights"]["sha256"] == weights_sha256(tmp_path / "next")
+    below = open_checkpoint(heap / "base")
+    centre = open_checkpoint(tmp_path / "centre", base=below)
+    tuned = open_checkpoint(tmp_path / "next")
+    for name in below.layout.names:  # the head alone was trained
+        torch.testing.assert_close(tuned[name], centre[name], rtol=1e-5, atol=1e-6)
+    tried("an adapter as a start", "finetune", 2, "put onto its base, or refused without one")
+
+
+def test_no_bar_where_the_environment_wants_none(example, capsys):
+    base = open_checkpoint(example / "base")
+    gram([open_checkpoint(example / n, base=base) for n in ("adapter", "second")], base)
+    assert capsys.readouterr().err == ""
 
 
 def test_adapters_among_whole_models(heap, tmp_path, capsys):

@@ -2,6 +2,7 @@
 of it."""
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -12,8 +13,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import transformers
 
-from weightregions import checkpoints, cli
+from weightregions import checkpoints, cli, traversal
 from weightregions.bases import tiny_base
 from weightregions.building import build_zoo
 from weightregions.cli import main
@@ -105,6 +107,37 @@ def test_a_signal_ends_a_command_in_good_order(here, end, tried):
     )
 
 
+class Garbage:
+    "What asks to end while Python clears it up, where exceptions are lost."
+
+    def __init__(self, end):
+        self.end = end
+
+    def __del__(self):
+        os.kill(os.getpid(), self.end)
+        while True:  # the handler runs between two of these
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_not_lost_where_exceptions_are(here, end, tried):
+    def cleared_up(waits, after):
+        Garbage(end)  # and away with it
+        time.sleep(waits)
+        (here / f"{after}.txt").touch()
+
+    for waits, goes_on in ((60, False), (0, True)):  # interrupted, or ended when it is done
+        out = f"lost-{end.name}-{goes_on}"
+        clear_up = at(cli, "_opened", lambda: cleared_up(waits, out))
+        code, err = command(f"center zoo --base base --out {out}", here, before=clear_up)
+        assert code == 128 + end and "Traceback" not in err and "ignored" not in err, err
+        assert err.splitlines()[-1].endswith("run the same command again to go on")
+        assert goes_on or not (here / f"{out}.txt").exists()
+        assert not list(here.glob(f".{out}*"))
+    how = "one line, exit code 128 + n, as at any other moment"
+    tried(f"{end.name} where exceptions are lost", "center", 2, how)
+
+
 def test_a_second_interrupt_ends_a_command_at_once(here, tried):
     def twice():
         try:
@@ -178,6 +211,53 @@ def test_no_worker_goes_on_when_a_command_has_ended(here, ends, tried):
     assert not list(here.glob("long/*/seed-*"))
     how = " and ".join(end.name for end in ends)
     tried(f"{how}, with workers", "zoo", 1, "no worker goes on, no traceback")
+
+
+# --- a disk that is full, and signals, while models are made -------------------------------
+
+LINES = {
+    "finetune": "finetune --start base --data texts/films --method head --rows 40 --steps 2",
+    "zoo": "zoo base --data texts --datasets films --seeds 1 --rows 40 --steps 2 --workers 1",
+    "traverse": "traverse zoo/films/seed-1 zoo/films/seed-2 --base base --data texts/films"
+    " --rows 20 --points 2",
+    "study": "study --scale tiny --workers 1",
+}
+MOMENTS = {  # while it computes, and while it writes
+    "finetune": [(transformers.Trainer, "training_step"), (os, "fsync")],
+    "zoo": [(transformers.Trainer, "training_step"), (os, "replace"), (os, "rename")],
+    "traverse": [(traversal.ScratchModel, "load"), (os, "replace")],
+    "study": [(transformers.Trainer, "training_step"), (os, "fsync")],
+}
+
+
+def is_part(path):
+    return path.suffix in (".part", ".old")
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_command_that_cannot_end_leaves_no_half(here, name, tried):
+    out = here / f"full-{name}"
+    line, ways = f"{LINES[name]} --out {out.name}", 0
+    for most in (100, 3000):
+        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        code, err = command(line, here, before=limit)
+        assert code == 2 and (most == 100 or "File too large: " in err), err
+        ways += 1
+    for moment in MOMENTS[name]:
+        first = iter([True])
+        now = lambda: next(first, False) and os.kill(os.getpid(), signal.SIGTERM)
+        code, err = command(line, here, before=at(*moment, now))
+        last = "weightregions: ended by SIGTERM; run the same command again to go on"
+        assert code == 143 and err.splitlines()[-1] == last, err
+        ways += 1
+    assert "Traceback" not in err and not [p for p in here.rglob(".*") if is_part(p)]
+    assert not list(out.rglob("model.safetensors"))
+    if name == "finetune":
+        assert not out.exists()
+    if name != "study":  # it takes half a minute, and others kill it
+        assert command(line, here)[0] == 0
+    how = "one line, the exit code, nothing that is half written"
+    tried("a file that may not grow, or SIGTERM", name, ways, how)
 
 
 # --- a run that was killed, and the next ------------------------------------------------------

@@ -25,7 +25,8 @@ from weightregions.cli import main
 from weightregions.comparison import Measurements, compare
 from weightregions.corpora import load_corpora
 from weightregions.files import file_sha256, read_json, read_table
-from weightregions.finetuning import Recipe, train
+from weightregions.finetuning import Recipe, Tokenized, evaluate, train
+from weightregions.loading import load_tokenizer
 from weightregions.many import load_sketch, sketch
 from weightregions.similarity import gram, load_gram
 from weightregions.traversal import ScratchModel, line, read_rows, traverse
@@ -635,3 +636,165 @@ def test_points_are_those_of_one_tokenizer(here, capsys, tried):
     code, said = traversed(capsys, here)
     assert code == 2 and "line.jsonl: was measured with" in said
     tried("a base whose tokenizer was replaced", "traverse", 1, "refused in one line")
+
+
+def written_with(folder):
+    file = folder / "fine-tuning.json"
+    return json.loads(file.read_text())["weights"]["sha256"]
+
+
+def test_a_tuned_model_that_was_replaced_is_named(here, capsys, tried):
+    assert tuned(capsys, here, here / "zoo" / "meals" / "seed-1")[0] == 0
+    model = here / "tuned"
+    assert written_with(model) == file_sha256(model / "model.safetensors")
+    assert located(capsys, here, model)[0] == 0
+    resaved(model / "model.safetensors", moved)
+    problem = "tuned: the weights in .* are not those of its fine-tuning.json"
+    with pytest.raises(ValueError, match=problem):
+        open_zoo([here / "zoo" / "films" / "seed-1", model]).checked(here / "base")
+    code, said = located(capsys, here, model)
+    assert code == 2 and "are not those of its fine-tuning.json" in said
+    file = model / "fine-tuning.json"
+    file.write_text(file.read_text().replace(written_with(model), "none"))
+    code, said = located(capsys, here, model)
+    assert code == 2 and "fine-tuning.json: weights.sha256 is not a SHA-256" in said
+    tried("a tuned model that was replaced", "zoo and locate", 3, "named")
+
+
+# --- the same weights twice -------------------------------------------------------------------
+
+
+def pickled(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+COPIES = {
+    "the same files": lambda folder: None,
+    "in another format": pickled,
+    "with other metadata": lambda f: save_file(
+        load_file(f / "model.safetensors"), f / "model.safetensors", metadata={"by": "me"}
+    ),
+}
+
+
+def test_a_copy_is_named(here, capsys, tried):
+    names = ("films/seed-1", "films/seed-2", "meals/seed-1")
+    for i, name in enumerate(names):
+        shutil.copytree(here / "zoo" / name, here / "heap" / f"m{i}")
+        (here / "heap" / f"m{i}" / "manifest.json").unlink()
+    for what, change in COPIES.items():
+        copy = shutil.copytree(here / "heap" / "m1", here / "heap" / "n")
+        change(copy)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            zoo = open_zoo(here / "heap").checked(here / "base")
+        assert len(zoo) == 4, what
+        assert [str(w.message) for w in said] == ["heap: n is a copy of m1, and both count"]
+        shutil.move(copy, here / "n")
+        words = "--zoo", here / "heap", "--base", here / "base", "--out", here / "l.csv"
+        code, shown = command(capsys, "locate", here / "n", *words)
+        assert code == 0 and "n is a copy of m1, which is in heap" in shown, what
+        shutil.rmtree(here / "n")
+    tried("a copy of a model", "zoo and locate", 2 * len(COPIES), "named")
+
+
+def test_a_line_from_the_base_is_refused(here, capsys, tried):
+    ends = here / "zoo" / "films" / "seed-1", here / "base"
+    words = "--data", "builtin", "--target", "films", "--out", here / "t"
+    code, said = command(capsys, "traverse", *ends, "--base", here / "base", *words)
+    assert code == 2 and "a line takes two checkpoints that moved away from" in said
+    tried("the base as an end of a line", "traverse", 1, "refused in one line")
+
+
+def test_a_centroid_among_the_models_is_left_out(here, capsys, tried):
+    for file in here.glob("zoo/**/*.json"):
+        if file.name in ("manifest.json", "zoo.json"):
+            file.unlink()
+    for i, words in enumerate([(), ("--method", "task-arithmetic")]):
+        out = ("--out", here / "zoo" / f"c{i}")
+        folders = here / "zoo", "--base", here / "base"
+        assert command(capsys, "center", *folders, *out, *words)[0] == 0
+        assert (here / "zoo" / f"c{i}" / "members.csv").read_text().count("\n") == 5
+    (here / "zoo" / "c0" / "members.csv").unlink()  # its card remains
+    with pytest.warns(UserWarning, match="left out: c0, c1: an average of models; name it"):
+        assert len(open_zoo(here / "zoo")) == 4
+    films = here / "zoo" / "films" / "seed-1"
+    assert len(open_zoo([films, here / "zoo" / "c0"]).checked(here / "base")) == 2
+    tried("a centroid among the models", "zoo and centring", 2, "left out by name")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+WEIGHTS = "model.safetensors", "pytorch_model.bin"
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_pointer_in_place_of_weights_is_called_so(name, here, tried):
+    (here / "base" / "model.safetensors").unlink()
+    (here / "base" / name).write_bytes(POINTER)
+    with pytest.raises(ValueError) as error:
+        open_checkpoint(here / "base")
+    one_line(error, name, "a Git LFS pointer: `git lfs pull` fetches the file")
+    tried(f"a Git LFS pointer as {name}", "checkpoints", 1, "called so in one line")
+
+
+# --- numbers that mean nothing ----------------------------------------------------------------
+
+MEANT = {
+    ("center", "--strength", 3): "--strength is of task-arithmetic, ties, dare, not of mean",
+    ("center", "--seed", 4): "--seed is of dare, not of mean",
+    ("center", "--density", 0.3): "--density is of ties, dare, not of mean",
+    ("center", "--method", "model-stock", "--density", 0.3): "not of model-stock",
+    ("center", "--method", "ties", "--seed", 1): "--seed is of dare, not of ties",
+    ("traverse", "--beyond", 1e300): "are not all finite in single precision",
+    ("traverse", "--beyond", "inf"): "are not all finite",
+    ("finetune", "--seed", -1): "a seed lies between 0 and 2**32 - 1, not -1",
+    ("finetune", "--seed", 10**20): "a seed lies between 0 and 2**32 - 1",
+    ("zoo", "--weight-decay", "inf"): "weight_decay must not be below 0 or infinite",
+}
+
+
+def test_a_number_that_would_mean_nothing_is_refused(here, capsys, tried):
+    data, base, out = ("--data", "builtin"), ("--base", here / "base"), ("--out", here / "new")
+    films, rows = ("--target", "films"), ("--rows", 40)
+    ends = here / "zoo" / "films" / "seed-1", here / "zoo" / "meals" / "seed-1"
+    lines = {
+        "center": (here / "zoo", *base),
+        "traverse": (*ends, *base, *data, *films, *rows, "--points", 2),
+        "finetune": ("--start", here / "base", *data, *films, *rows, "--steps", 1),
+        "zoo": (here / "base", *data, "--datasets", "films", "--steps", 1),
+    }
+    for (name, *words), problem in MEANT.items():
+        code, said = command(capsys, name, *lines[name], *out, *words)
+        assert code == 2 and problem in said, (words, said)
+        assert not list((here / "new").glob("*.safetensors")), words
+    tried("a number that would mean nothing", "commands", len(MEANT), "refused in one line")
+
+
+LOST = {"accuracy": 0.7, "loss": math.nan, "n_test": 40}
+
+
+def test_a_model_that_is_lost_is_not_written(here, capsys, monkeypatch, tried):
+    monkeypatch.setattr("weightregions.finetuning.evaluate", lambda *_: LOST)
+    words = "--data", "builtin", "--rows", 40, "--steps", 1, "--out", here / "new"
+    words += "--datasets", "films", "--workers", 1, "--seeds", 1
+    code, said = command(capsys, "zoo", here / "base", *words)
+    assert code == 2 and "dataset films, seed 1: the fine-tuning diverged" in said, said
+    assert not list((here / "new").rglob("model.safetensors"))
+    tried("a fine-tuning that diverged", "zoo", 1, "named, nothing is written")
+
+
+def test_a_row_does_not_depend_on_those_beside_it(here, tried):
+    file = here / "base" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": "left"}))
+    tokenizer = load_tokenizer(here / "base", padding=True)
+    sizes = dict(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    config = hf.GPT2Config(**sizes, num_labels=2, pad_token_id=tokenizer.pad_token_id)
+    model = hf.GPT2ForSequenceClassification(config)
+    for p in model.parameters():
+        p.data.normal_(std=0.5)
+    rows = load_corpora("builtin", "films", n_train=20, n_test=40)["films"].test
+    data = Tokenized(rows, tokenizer, 40)
+    alone, together = (evaluate(model, data, tokenizer, n) for n in (1, 40))
+    assert alone["loss"] == pytest.approx(together["loss"], rel=1e-4)
+    tried("a tokenizer that pads on the left", "fine-tuning", 1, "padded on the right")

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset  # transformers where it is used: naming a 
 
 from .builtin import BUILTIN, generate
 from .stored import one_line
-from .files import whole_folder
+from .files import disk_errors, whole_folder
 from .checkpoints import tokenizer_files
 from .identity import model_identity, seen_sha256
 
@@ -95,7 +95,7 @@ def tiny_tokenizer(
     how["special_tokens"] = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, **how)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, disk_errors(folder):
         bpe.save_model(folder)
         return load_tokenizer(folder, kind=RobertaTokenizerFast, model_max_length=128)
 

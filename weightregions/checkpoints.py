@@ -132,6 +132,7 @@ class Checkpoint(Weights):
         self.aside |= dict.fromkeys(dropped, "pooler")
         self.layout, self.head = layout_of_stored(self._body), layout_of_stored(self._head)
         self.base, self.base_name = None, ""  # of an adapter: what it was trained over
+        self.unsure = False  # whether nothing tells that the two are one
 
     @cached_property
     def config(self):  # None for a module or state dict without one
@@ -500,13 +501,13 @@ def _adapted(folder: Path, name: str, where: str, base, pooler: str) -> Checkpoi
     modules = module_kinds(base.config.model_type, base.config.to_json_string(use_diff=False))
     prefix, body = base.anatomy.prefix, base.anatomy.body
     adapter = read_adapter(folder, stored, modules, prefix, body)
-    _require_named(adapter.config.base, base, folder)
+    sure = _require_named(adapter.config.base, base, folder)
     config, kind = _with_its_head(base, adapter)
     whole = base._along | base._body | adapter.body
     opened = Checkpoint(
         name, where, config, kind, whole | (adapter.head or base._head), base.pooler, folder
     )
-    opened.base, opened.base_name = base, adapter.config.base
+    opened.base, opened.base_name, opened.unsure = base, adapter.config.base, not sure
     opened.aside |= adapter.aside
     return opened
 
@@ -547,22 +548,22 @@ def _with_its_head(base: Checkpoint, adapter) -> tuple:
     return base.config, base.anatomy
 
 # %% ../nbs/02_checkpoints.ipynb #6a2381be
-def _require_named(named: str, base: Checkpoint, folder: Path) -> None:
-    "Refuse a base that is another than the one that an adapter names."
+def _require_named(named: str, base: Checkpoint, folder: Path) -> bool:
+    "Refuse another base than the one that an adapter names; whether anything tells them apart."
     if base.folder is None or not named:
-        return
+        return True
     if Path(named).is_dir():
         folders = Path(named).resolve(), base.folder.resolve()
         one, other = (_digest_there(f, base.pooler) for f in folders)
-        same = None in (one, other) or one == other
+        known, same = None not in (one, other), one == other
     else:
-        asked, given = (
-            _hub_name(named),
-            _hub_name(base.source.split("@")[0]) or _cached(base.folder),
-        )
-        same = not asked or not given or asked == given
-    if not same:
+        asked = _hub_name(named)
+        given = _hub_name(base.source.split("@")[0]) or _cached(base.folder)
+        known, same = bool(asked and given), asked == given
+    if known and not same:
         raise ValueError(f"{folder}: was trained over {named}, which is not {base.name}")
+    last = re.split(r"[/\\]", named.rstrip("/\\"))[-1].lower()
+    return known or last == base.folder.resolve().name.lower()
 
 # %% ../nbs/02_checkpoints.ipynb #6506a9b8
 def _hub_name(text: str) -> str:

@@ -276,19 +276,39 @@ def _orderly_end(alone):
     before = {number: signal.getsignal(number) for number in _ENDINGS}
     caught = [n for n, handler in before.items() if handler not in (signal.SIG_IGN, None)]
 
+    asked, timers, hook = [], [], sys.unraisablehook
+
     def end(number, _):
         os._exit(128 + number)
 
     def first(number, _):
+        asked.append(number)
         for n in caught:
             signal.signal(n, end)
         raise KeyboardInterrupt(number)
 
+    def ask_again(lost):
+        "An interrupt where exceptions are lost, such as in a `__del__`, comes once more."
+        if not isinstance(lost.exc_value, KeyboardInterrupt) or not asked:
+            return hook(lost)
+        for n in caught:
+            signal.signal(n, first)
+        main = threading.main_thread().ident
+        timers.append(threading.Timer(0.01, signal.pthread_kill, [main, asked[-1]]))
+        timers[-1].start()
+
     for n in caught:
         signal.signal(n, first)
+    sys.unraisablehook = ask_again
     try:
         yield
+        if asked:  # and nobody has ended
+            raise KeyboardInterrupt(asked[-1])
     finally:
+        for timer in timers:
+            timer.cancel()
+            timer.join()
+        sys.unraisablehook = hook
         for n in caught:
             signal.signal(n, end if alone else before[n])
 
@@ -750,6 +770,11 @@ def _path(options, models):
         raise ValueError(f"--points must be at least 2, not {n}")
     if options.hull is not None:
         return "hull", _hull(options, models), lambda plots, rows: plots.group_strip(rows)
+    if len(models) < 2:
+        raise ValueError(
+            "a line takes two checkpoints that moved away from the pretrained model, and only"
+            f" {ends[0]} is one; its loss stands beside every line"
+        )
     if len(models) > 3:
         raise ValueError(
             f"a line takes two checkpoints and a plane three, not {len(models)};"
@@ -970,6 +995,7 @@ def center(
 # %% ../nbs/52_cli.ipynb #6a3d122a
 def _center(options):
     "Write the centroid and the table of its members."
+    _require_of_method(options)
     from weightregions.centering import centroid_of
 
     (zoo, base), out = _opened(options), Path(options.out)
@@ -991,6 +1017,20 @@ def _center(options):
     _write_left_out(zoo, out / "left_out.csv")
     _tell(centroid.description, "description")
     _show(members, "members")
+
+# %% ../nbs/52_cli.ipynb #6f1d0a83
+_OF_METHODS = {
+    "strength": (1.0, ("task-arithmetic", "ties", "dare")),
+    "density": (0.2, ("ties", "dare")),
+    "seed": (0, ("dare",)),
+}
+
+
+def _require_of_method(options):
+    "Refuse a setting that the method has no use for."
+    for name, (default, methods) in _OF_METHODS.items():
+        if getattr(options, name) != default and options.method not in methods:
+            raise ValueError(f"--{name} is of {', '.join(methods)}, not of {options.method}")
 
 # %% ../nbs/52_cli.ipynb #5b0aa4c5
 def _save_adapter(centroid, options):
@@ -1134,14 +1174,17 @@ def locate(
     "The regions that a checkpoint lies in, the nearest first."
     from weightregions.checkpoints import open_checkpoint
     from weightregions.region import locate, regions_of
-    from weightregions.zoo import require_recorded
+    from weightregions.zoo import copies_of, require_recorded
 
     zoo, base = _opened(options)
     require_recorded(options.checkpoint)
     query = open_checkpoint(options.checkpoint, base=base)
     same = zoo.models.path.map(lambda path: _is_same(path, options.checkpoint, query.folder))
+    copies = copies_of(query, zoo.keep(~same).checkpoints())
     if same.any():
         _say(f"{options.checkpoint} is a model of {zoo.name}, and left out of its region")
+    if copies:
+        _say(f"{options.checkpoint} is a copy of {copies[0]}, which is in {zoo.name}")
     rest = zoo.keep(~same)
     if len(rest) < 2:
         raise ValueError(

@@ -322,7 +322,8 @@ def compare(
     with alone(file):
         store = Measurements(file, identity)
         done = _done(store)
-        bar = tqdm(points, desc="comparing", unit="point", disable=not progress)
+        shown = {} if progress else {"disable": True}  # or as the environment asks
+        bar = tqdm(points, desc="comparing", unit="point", **shown)
         for group, name, point, recipe in bar:
             there = done.get((group, _cell(name)), {})
             if there and there["recipe"] != recipe:

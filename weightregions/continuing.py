@@ -6,18 +6,24 @@
 __all__ = ['Continued', 'continue_from', 'save_continued', 'continued_card', 'gain_text']
 
 # %% ../nbs/35_continuing.ipynb #8c149ea2
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
 from .bases import base_identity
+from .checkpoints import open_checkpoint, write_checkpoint
 from .corpora import Corpus
 from .files import as_json, whole_folder, write_whole
 from .finetuning import Recipe
-from .loading import quiet
+from .identity import weights_sha256
+from .loading import model_folder, quiet
 from .starting import Search, Tuned, tune
 from .zoo import require_recorded
+from .updates import is_adapter
 
 # %% ../nbs/35_continuing.ipynb #d5da4924
 @dataclass(frozen=True)
@@ -40,19 +46,20 @@ class Continued:
 
 # %% ../nbs/35_continuing.ipynb #33f495e4
 def continue_from(
-    start,  # folder or hub id of the checkpoint to start from, or "minilm"
+    start,  # folder or hub id of the checkpoint to start from, or "minilm"; an adapter too
     corpus: Corpus,  # what to fine-tune on
     recipe: Recipe = Recipe(),  # how; the search has its own rates
     method: str = "all",  # what trains: "all", "bitfit", "head" or "lora"
     seed: int = 1,  # of examples, validation part, head, order and dropout
     search: Search | None = None,  # of the learning rate and the steps; None: `Search()`
-    base=None,  # the pretrained model, for the gain; None: there is none
+    base=None,  # the pretrained model, for the gain, and to put an adapter on; or None
 ) -> Continued:
     "Fine-tune from a start, and from the pretrained model too if it is given."
     about = _about(start)
     other = None if base is None else _about(base)
     how = recipe, seed, search, None, method
-    tuned = tune(start, corpus, *how)
+    with _whole(start, base) as folder:
+        tuned = tune(folder, corpus, *how)
     reference = None if base is None else tune(base, corpus, *how)
     return Continued(corpus, about, seed, tuned, other, reference)
 
@@ -74,7 +81,9 @@ def save_continued(
     with quiet(), whole_folder(folder) as part:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        write_whole(part / "fine-tuning.json", as_json(_record(made)))
+        weights = {"sha256": weights_sha256(part)}
+        record = _record(made) | {"weights": weights}
+        write_whole(part / "fine-tuning.json", as_json(record))
         write_whole(part / "README.md", continued_card(made))
     return folder
 
@@ -117,8 +126,26 @@ def gain_text(
 def _about(start) -> dict:
     "What to call a start, and the SHA-256 of its weights."
     require_recorded(start)
+    if is_adapter(folder := model_folder(start)):
+        return {"name": folder.name, "sha256": weights_sha256(folder)}
     identity = base_identity(start)
     return {"name": identity["name"], "sha256": identity["sha256"]}
+
+# %% ../nbs/35_continuing.ipynb #7b5e9f21
+@contextmanager
+def _whole(start, base) -> Iterator:
+    "A start that can be trained: itself, or for a while what an adapter makes of its base."
+    if not is_adapter(folder := model_folder(start)):
+        yield start
+        return
+    if base is None:
+        raise ValueError(
+            f"{folder}: holds an adapter; give the model it was trained over too (base)"
+        )
+    below = open_checkpoint(model_folder(base))
+    with tempfile.TemporaryDirectory() as scratch:
+        point = open_checkpoint(folder, base=below)
+        yield write_checkpoint(point, below, Path(scratch) / folder.name, head="drop")
 
 # %% ../nbs/35_continuing.ipynb #68c2d299
 def _merge_lora(model) -> None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAME_RULE', 'LONGEST_NAME', 'OUR_FILES', 'OUR_WORDS', 'SHARES', 'whole_file', 'write_whole', 'append_line', 'flush',
            'whole_folder', 'file_sha256', 'as_json', 'read_bytes', 'read_text', 'read_json', 'check_name', 'read_table',
-           'cells_of_any_length', 'remove_leftovers']
+           'cells_of_any_length', 'disk_errors', 'remove_leftovers']
 
 # %% ../nbs/01_files.ipynb #cd774115
 import csv, fcntl, hashlib, io, json, os, re, shutil, tempfile, unicodedata
@@ -23,7 +23,7 @@ def whole_file(
     remove_leftovers(file)
     beside, handle = _begin(file, tempfile.mkstemp)
     try:
-        with _named(file), os.fdopen(handle, "wb") as f:
+        with disk_errors(file), os.fdopen(handle, "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -48,7 +48,7 @@ def append_line(
     line: bytes,  # with the newline at its end
 ):
     "Add a line to a file, on the disk when this returns; one that does not fit leaves no part."
-    with _named(file), open(file, "ab", buffering=0) as f:
+    with disk_errors(file), open(file, "ab", buffering=0) as f:
         size, rest = os.fstat(f.fileno()).st_size, line
         try:
             while rest:
@@ -78,7 +78,7 @@ def whole_folder(
     remove_leftovers(target)
     beside, lock = _begin(target, tempfile.mkdtemp)
     try:
-        with _named(target):
+        with disk_errors(target):
             yield beside
             for file in beside.rglob("*"):
                 if file.is_file():
@@ -206,7 +206,9 @@ def cells_of_any_length():
 
 # %% ../nbs/01_files.ipynb #5d0c3e71
 @contextmanager
-def _named(file):
+def disk_errors(
+    file,  # what is written
+):
     "Let an error of the disk say which file it is about."
     try:
         yield

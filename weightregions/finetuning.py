@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOOK', 'GAIN', 'CHOICES', 'ALIKE', 'Recipe', 'default_device', 'fast_bfloat16', 'Tokenized', 'BucketSampler',
            'set_trainable', 'padding_of', 'with_head', 'zero_head', 'with_lora', 'Bucketed', 'trainer_for', 'evaluate',
-           'one_thread', 'train']
+           'require_finite', 'one_thread', 'train']
 
 # %% ../nbs/12_finetuning.ipynb #c9fc3410
 import contextlib, math, tempfile, unicodedata, warnings
@@ -114,8 +114,8 @@ def _require_possible(recipe: Recipe) -> None:
         refuse("alpha", "must be a positive number")
     if isinstance(recipe.modules, str) or not all(map(_is_name, recipe.modules)):
         refuse("modules", "must be names of modules, such as ('query', 'value')")
-    if not recipe.weight_decay >= 0:
-        refuse("weight_decay", "must not be below 0")
+    if not 0 <= recipe.weight_decay < math.inf:
+        refuse("weight_decay", "must not be below 0 or infinite")
     for name in ("learning_rate", "head_rate"):
         if not 0 < given[name] < 1:
             refuse(name, "must lie between 0 and 1")
@@ -504,6 +504,18 @@ def evaluate(
         loss += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
     return {"accuracy": right / len(order), "loss": loss / len(order), "n_test": len(order)}
 
+
+def require_finite(
+    metrics: dict,  # of `evaluate`
+    where: str,  # dataset and seed, for the message
+) -> None:
+    "Refuse a model that is lost: its accuracy looks like that of a constant answer."
+    if not math.isfinite(metrics["loss"]):
+        raise ValueError(
+            f"{where}: the fine-tuning diverged, its loss is {metrics['loss']}: take a lower"
+            " learning rate"
+        )
+
 # %% ../nbs/12_finetuning.ipynb #35df8b8b
 @contextlib.contextmanager
 def one_thread(
@@ -574,6 +586,7 @@ def train(
         trainer = trainer_for(model, data, collate, recipe, seed, scratch, device, held)
         trainer.train()
         metrics = evaluate(model, test, tokenizer)
+        require_finite(metrics, f"dataset {corpus.name}, seed {seed}")
         if recipe.epochs is not None or recipe.patience is not None:
             metrics |= {"steps": trainer.state.global_step}
         return whole, tokenizer, metrics

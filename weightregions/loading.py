@@ -84,6 +84,8 @@ def load_tokenizer(
             f"{folder}: its tokenizer has no padding token, and rows of one batch are padded;"
             " name one as pad_token in tokenizer_config.json"
         )
+    if padding:
+        tokenizer.padding_side = "right"  # else a row's positions depend on the others
     return tokenizer
 
 # %% ../nbs/03_loading.ipynb #dea93a28

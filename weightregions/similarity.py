@@ -303,7 +303,7 @@ def _update_cells(
         total=base.layout.numel,
         desc=f"similarity of {len(members)} adapters",
         unit_scale=True,
-        disable=not progress,
+        **({} if progress else {"disable": True}),
     )
     with reading.stay_open(), bar:
         for name, products in update_products(updates, base._body, base.layout.names):

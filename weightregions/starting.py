@@ -27,7 +27,13 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from .checkpoints import open_checkpoint
 from .comparison import Measurements, remove_rows, require_columns
 from .corpora import Corpus
-from .finetuning import CHOICES, Recipe, Tokenized, evaluate, one_thread
+from weightregions.finetuning import (
+    CHOICES,
+    Recipe,
+    Tokenized,
+    evaluate,
+    one_thread,
+)
 from .finetuning import set_trainable, trainer_for, default_device, padding_of
 from .finetuning import with_head, zero_head
 from .jobs import alone, run_jobs
@@ -176,6 +182,8 @@ def tune(
     "Fine-tune at each learning rate, keep the best on a validation part, test it once."
     search, method = search or Search(), _known(method or recipe.trains)
     _in_steps(recipe)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"a seed lies between 0 and 2**32 - 1, not {seed}")
     device = default_device(device)
     given = corpus if recipe.rows is None else corpus.subsample(recipe.rows, seed)
     part, held = search.split(given, seed)

@@ -183,9 +183,8 @@ def _raw_header(file: Path) -> tuple[dict, int, tuple[int, int]]:
             stamp, size = _stamp(f), int.from_bytes(f.read(8), "little")
             header = json.loads(f.read(size))
     except (SafetensorError, OSError, ValueError) as e:
-        raise ValueError(
-            f"{file}: damaged or truncated safetensors file ({one_line(e)})"
-        ) from None
+        why = _damage(file, e)
+        raise ValueError(f"{file}: damaged or truncated safetensors file ({why})") from None
     header.pop("__metadata__", None)
     return header, 8 + size, stamp
 
@@ -286,6 +285,19 @@ def one_line(
     "The first line of an error's message."
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
+
+_POINTER = "a Git LFS pointer: `git lfs pull` fetches the file"
+
+
+def _damage(file: Path, error: Exception) -> str:
+    "What is wrong with a file that cannot be read."
+    try:
+        with open(file, "rb") as f:
+            begins = f.read(40)
+    except OSError as e:
+        error, begins = e, b""
+    return _POINTER if begins.startswith(b"version https://git-lfs") else one_line(error)
+
 # %% ../nbs/01_stored.ipynb #4c028c87
 def _unpickled(file: Path) -> tuple:
     "Stamp of a `.bin` file, whether it is memory-mapped, and what it holds."
@@ -296,13 +308,17 @@ def _unpickled(file: Path) -> tuple:
             _require_plain(file, stamp[0])
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as e:
+        if _POINTER in (why := _damage(file, e)):
+            raise ValueError(f"{file}: damaged or truncated torch file ({why})") from None
         asked = re.search(r"GLOBAL (\S+)", str(e))
         asked = f" ({asked[1]})" if asked else ""
         raise ValueError(
             f"{file}: refused, its pickle asks for more than tensors{asked}"
         ) from None
     except Exception as e:
-        raise ValueError(f"{file}: damaged or truncated torch file ({one_line(e)})") from None
+        raise ValueError(
+            f"{file}: damaged or truncated torch file ({_damage(file, e)})"
+        ) from None
     return stamp, mapped, state
 
 # %% ../nbs/01_stored.ipynb #c920960c

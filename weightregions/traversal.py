@@ -939,8 +939,11 @@ def _affine(weights: Sequence, n: int, who: str) -> tuple:
         raise ValueError(f"{who}: a point without members")
     if len(weights) != n:
         raise ValueError(f"{who}: {len(weights)} weights for {n} members")
-    if not all(map(isfinite, weights)):
-        raise ValueError(f"{who}: weights {weights} are not all finite")
+    if not all(abs(w) <= _MOST_WEIGHT for w in weights):
+        raise ValueError(f"{who}: weights {weights} are not all finite in single precision")
     if abs(sum(weights) - 1) > 1e-6 * max(1, *map(abs, weights)):
         raise ValueError(f"{who}: weights sum to {sum(weights):.6g}, not to 1")
     return weights
+
+
+_MOST_WEIGHT = torch.finfo(torch.float32).max
