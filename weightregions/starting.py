@@ -27,13 +27,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from .checkpoints import open_checkpoint
 from .comparison import Measurements, remove_rows, require_columns
 from .corpora import Corpus
-from weightregions.finetuning import (
-    CHOICES,
-    Recipe,
-    Tokenized,
-    evaluate,
-    one_thread,
-)
+from .finetuning import CHOICES, Recipe, Tokenized, evaluate, one_thread
 from .finetuning import set_trainable, trainer_for, default_device, padding_of
 from .finetuning import with_head, zero_head
 from .jobs import alone, run_jobs
