@@ -255,7 +255,7 @@ def write_pages(source, pages):
 
 
 def build(dest):
-    "Make the book in `dest` with Sphinx, by way of a folder of this build alone; the exit code."
+    "Make the book in `dest` by Sphinx, from a folder of this build alone; its exit code."
     pages = notebooks()
     shutil.rmtree(dest, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="_proc_", dir=ROOT) as source:

@@ -500,11 +500,11 @@ def test_lines_keep_to_the_width():
 
 
 AT_MOST = {
-    "lines of an exported cell, median": 16,
-    "lines of an exported cell, nine of ten": 33,
+    "lines of an exported cell, median": 12,
+    "lines of an exported cell, nine of ten": 26,
     "private names across modules": 5,
 }
-AT_LEAST = {"definitions followed by a visible run, %": 68}
+AT_LEAST = {"definitions followed by a visible run, %": 73}
 
 
 def test_cells_are_short_and_shown_and_modules_keep_their_private_names():

@@ -126,7 +126,7 @@ def _filled(writer: Writer, name: str, rule: str, face: int) -> str:
         writer.memory[name] = words
     return words.split(" > ")[face - 1] if face else ""
 
-
+# %% ../nbs/08_builtin.ipynb #07d7d4c3
 def _picked(writer: Writer, rule: str) -> str:
     "One way of a rule, unless eight tries fail one that the sentence has not used."
     if rule not in writer.rules:

@@ -454,7 +454,7 @@ def _by(options, models):
     _say("no dataset has two models: groups are the clusters that the models make")
     return "cluster"
 
-
+# %% ../nbs/52_cli.ipynb #75d021a5
 def _device():
     "Where to compute."
     import torch

@@ -476,7 +476,7 @@ def _require_apart(
             " round them, or write a few classes"
         )
 
-
+# %% ../nbs/10_corpora.ipynb #1a57cb94
 def _is_decimal(label: str) -> bool:
     return re.fullmatch(r"-?[0-9]+(\.[0-9]+)?(e-?[0-9]+)?", label) is not None
 

@@ -367,7 +367,7 @@ def _check_shares(file, column, values):
         i = outside.to_numpy().argmax()
         raise ValueError(f"{file}, row {i + 2}: {column} {values[i]} is not between 0 and 1")
 
-
+# %% ../nbs/01_files.ipynb #78ffe887
 def _check_numbers(file, column, values):
     "Refuse a cell that is neither a number nor a truth value nor empty."
     import pandas as pd

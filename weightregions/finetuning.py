@@ -185,7 +185,7 @@ def _folded(texts) -> str:
     whole = unicodedata.normalize("NFKD", "".join(map(str, texts)).casefold())
     return "".join(c for c in whole if unicodedata.category(c)[0] not in "MZC")
 
-
+# %% ../nbs/12_finetuning.ipynb #6e9456f8
 def _alike(ids, texts) -> list:
     "The rows that have the tokens of a row with another text."
     groups = {}

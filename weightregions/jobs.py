@@ -249,7 +249,7 @@ def _executor(key):
         )
     return _WORKERS[key]
 
-
+# %% ../nbs/11_jobs.ipynb #c9d9105e
 def _forget(key, **how) -> None:
     "Take leave of the worker of a place."
     if key in _WORKERS:

@@ -291,7 +291,7 @@ def _vectors(encoder, inputs: dict, poolings: tuple) -> list:
     hidden, mask = out.last_hidden_state.float(), inputs["attention_mask"]
     return [_pooled(hidden, mask, pooling) for pooling in poolings]
 
-
+# %% ../nbs/20_probing.ipynb #c02ec8c9
 def _pooled(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
     "One vector of each row, (rows, d), from those of its tokens, (rows, tokens, d)."
     if pooling == "first":

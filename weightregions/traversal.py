@@ -130,7 +130,7 @@ def _line(a, b, places: Iterable[float], what: str) -> Iterator[tuple]:
         for x in map(float, places)
     )
 
-
+# %% ../nbs/22_traversal.ipynb #5d026b09
 def _at(members: Sequence, weights: Sequence[float], name: str, coordinates: dict) -> tuple:
     "What a path yields."
     point = Point(tuple(members), tuple(weights), name, coordinates)
@@ -302,7 +302,7 @@ def _axis(self: Plane, low: float, high: float, n: int) -> list[float]:
     margin = self.margin * (high - low)
     return [float(f"{x:.9g}") for x in np.linspace(low - margin, high + margin, n)]
 
-
+# %% ../nbs/22_traversal.ipynb #debe5f39
 @patch
 def __iter__(self: Plane) -> Iterator[tuple]:
     across = self._axis(min(0, self.cx), max(self.bx, self.cx), self.grid[0])

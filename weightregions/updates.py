@@ -201,7 +201,7 @@ def _targets(raw: dict, file: Path) -> Targets:
     _require(fits, file, "layers_to_transform", layers)
     return Targets(updated, excluded, tuple(layers), blocks, saved)
 
-
+# %% ../nbs/01_updates.ipynb #3cd8a677
 def _listed(value: tuple | str | None) -> tuple:
     "One text or several, as several."
     return (value,) if isinstance(value, str) else value or ()
@@ -217,7 +217,7 @@ def _tokens(raw: dict, file: Path) -> dict | tuple:
         _require(fits, file, "trainable_token_indices", value)
     return value if isinstance(value, dict) else tuple(value)
 
-
+# %% ../nbs/01_updates.ipynb #240d7ccd
 def _is_row(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9
 
@@ -262,7 +262,7 @@ def _finite(tensor: Tensor, where: str) -> Tensor:
         raise ValueError(f"{where} holds NaN or infinite values")
     return tensor
 
-
+# %% ../nbs/01_updates.ipynb #8e70814c
 def _rows_of(update: Update, span: range) -> Iterator[tuple[slice, Tensor]]:
     "The product, some whole rows at a time: which weights of the span, and their values."
     columns = update.shape[1]

@@ -192,7 +192,7 @@ def _is_count(value) -> bool:
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-
+# %% ../nbs/14_zoo.ipynb #e9caafbf
 def _is_share(value) -> bool:
     return _is_number(value) and 0 <= value <= 1
 
@@ -329,7 +329,7 @@ def _check_once(rows: pd.DataFrame, table: Path) -> None:
         first, second = rows.model[places == places[twice].iloc[0]][:2]
         raise ValueError(f"{table}: {first} and {second} are one folder")
 
-
+# %% ../nbs/14_zoo.ipynb #5d999d92
 def _require_there(row: pd.Series, table: Path, where: str) -> None:
     "Refuse a model that is neither a folder beside the table nor to be had from the hub."
     if (table.parent / row.model).is_dir():
@@ -400,7 +400,7 @@ def _require_several(zoo: Zoo, none: str) -> None:
         only = zoo.models.path[0]
         raise ValueError(f"{only}: is the only checkpoint, and a zoo takes at least two{lines}")
 
-
+# %% ../nbs/14_zoo.ipynb #f5c036d1
 def _common_name(paths: Iterable) -> str:
     "The name of the folder that several checkpoints have in common."
     local = [Path(os.path.abspath(p)).parent for p in paths if Path(p).is_dir()]
