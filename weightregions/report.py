@@ -520,7 +520,8 @@ def first_figures(
         shown = [_draw(study, "hero", drawn, words)]
         if len(cosines) >= 4:
             placed = region_map(embed_map(cosines), models.dataset, families)
-            shown.append(_draw(study, "map", placed.figure, "Models that point the same way."))
+            words = "Each dot is a model; models that lie close moved in similar directions."
+            shown.append(_draw(study, "map", placed.figure, words))
     return "".join(shown)
 
 
