@@ -275,7 +275,6 @@ def _orderly_end(alone):
         return
     before = {number: signal.getsignal(number) for number in _ENDINGS}
     caught = [n for n, handler in before.items() if handler not in (signal.SIG_IGN, None)]
-
     asked, timers, hook = [], [], sys.unraisablehook
 
     def end(number, _):
@@ -302,7 +301,7 @@ def _orderly_end(alone):
     sys.unraisablehook = ask_again
     try:
         yield
-        if asked:  # and nobody has ended
+        if asked:  # and the command went on to its end
             raise KeyboardInterrupt(asked[-1])
     finally:
         for timer in timers:

@@ -185,7 +185,7 @@ def _targets(raw: dict, file: Path) -> Targets:
     "Which modules the settings name; a regular expression that is intricate is not tried."
     named = {}
     for key in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
-        value = raw.get(key) or None if key != "target_modules" else raw.get(key)
+        value = raw.get(key)
         texts = [value] if isinstance(value, str) else value
         plain = isinstance(texts, list) and all(isinstance(t, str) for t in texts)
         _require(value is None or plain, file, key, value)
@@ -204,7 +204,9 @@ def _targets(raw: dict, file: Path) -> Targets:
 # %% ../nbs/01_updates.ipynb #3cd8a677
 def _listed(value: tuple | str | None) -> tuple:
     "One text or several, as several."
-    return (value,) if isinstance(value, str) else value or ()
+    if isinstance(value, str):
+        return (value,) if value else ()
+    return value or ()
 
 # %% ../nbs/01_updates.ipynb #d90f4a37
 def _tokens(raw: dict, file: Path) -> dict | tuple:

@@ -594,9 +594,11 @@ def _misplaced(folder: Path, root: Path, models: Iterable[Path]) -> str:
 
 def _is_average(folder: Path) -> bool:
     "Whether a folder was made by `center`: by its list of members, or its card."
+    if (folder / "members.csv").is_file():
+        return True
     card = folder / "README.md"
-    if (folder / "members.csv").is_file() or not card.is_file():
-        return (folder / "members.csv").is_file()
+    if not card.is_file():
+        return False
     with open(card, "rb") as f:
         head = f.read(2**12).split(b"\n---")[0]
     return all(re.search(rb"(^|\W)" + tag + rb"($|\W)", head) for tag in _TAGS)

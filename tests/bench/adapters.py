@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from peers import took
 from safetensors.torch import save_file
-from ways import each, now
+from ways import each, encode, now
 
 SHAPE = dict(
     vocab_size=32000,
@@ -145,18 +145,11 @@ def between(folder, points):
 
 
 def evaluation(folder, sentences):
-    "The base encodes sentences of 24 tokens."
+    "The base encodes sentences."
     from weightregions.traversal import ScratchModel
 
     base, _ = opened(folder, 0)
-    model = ScratchModel(base).load(base)
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(5, model.config.vocab_size, (sentences, 24), generator=generator)
-    begin = now()
-    with torch.inference_mode():
-        for batch in ids.split(50):
-            model(batch)
-    return took(begin)
+    return encode(ScratchModel(base).load(base), sentences)
 
 
 if __name__ == "__main__":

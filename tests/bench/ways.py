@@ -444,10 +444,15 @@ def line_floor(params, points, device="cpu"):
 
 
 def evaluation(a, sentences, device="cpu"):
-    "Encode sentences of 24 tokens."
+    "A model that is loaded encodes sentences."
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(a, add_pooling_layer=False).eval().to(device)
+    return encode(model, sentences, device)
+
+
+def encode(model, sentences, device="cpu"):
+    "Encode sentences of 24 tokens."
     ids = torch.randint(
         5, model.config.vocab_size, (sentences, 24), generator=torch.Generator().manual_seed(1)
     ).to(device)
