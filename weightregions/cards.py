@@ -262,10 +262,16 @@ def reason(
         against = "the opposite of the claim" if row.p == 1 else "which may be chance"
         return f"{ours}, {against} ({chance})"
     if row.verdict == TOO_FEW:
-        return f"{row.n:.0f} {row.unit}: so few cannot tell it from chance"
+        return f"{_units(row.n, row.unit)}: so few cannot tell it from chance"
     if row.verdict == NOT_MEASURABLE:
         return "the probes do no better than a constant answer"
     return f"{ours}, and no verdict: these models are too small to judge the paper by"
+
+# %% ../nbs/47_cards.ipynb #6e1d8f20
+def _units(n, unit):
+    "A number of independent units, one of them in the singular."
+    first, *rest = unit.split(" ")
+    return " ".join([f"{n:.0f}", first.removesuffix("s") if n == 1 else first, *rest])
 
 # %% ../nbs/47_cards.ipynb #31f2bad9
 def others_say(
@@ -410,6 +416,7 @@ def summary(
     parts = [text for verdict in PLURAL if (text := _counted(cards, verdict))]
     if not parts:
         return []
+    parts += _unjudged(cards)
     counts = " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
     sign, failed = SIGNS[NOT_HERE][1], [c for c in cards if c.verdict == NOT_HERE]
     return [
@@ -424,6 +431,13 @@ def _counted(cards, verdict):
     clear = verdict in (HOLDS, NOT_HERE, TOO_FEW) and len(names) < 5
     which = f" ({'; '.join(names)})" if clear else ""
     return f"{len(names)} {PLURAL[verdict][len(names) > 1]}{which}" if names else ""
+
+# %% ../nbs/47_cards.ipynb #5d0c7e19
+def _unjudged(cards):
+    "How many claims have no verdict, and which."
+    names = [card.claim.short for card in cards if card.verdict not in PLURAL]
+    are = "was not judged" if len(names) == 1 else "were not judged"
+    return [f"{len(names)} {are} ({'; '.join(names)})"] if names else []
 
 # %% ../nbs/47_cards.ipynb #3df37cb5
 def card_html(
@@ -581,7 +595,7 @@ def _table_row(c, before=()):
     unit = unit_of(c.measure)
     paper = as_figure(pd.to_numeric(c.paper, errors="coerce"), unit)
     p = "" if pd.isna(c.p) else f"{c.p:.2g}"
-    units = "" if pd.isna(c.n) else f"{c.n:.0f} {_text(c.unit)}"
+    units = "" if pd.isna(c.n) else _units(c.n, _text(c.unit))
     numbers = (paper, as_figure(c.ours, unit), as_interval(c), p, units)
     words = (_asked(c.criterion, unit), *_short(before, unit))
     return (

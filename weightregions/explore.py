@@ -226,8 +226,8 @@ def line_panel(
         "The loss along a line",
         "Move the slider. Between 0 and 1 lie averages of the two models; the dotted line is "
         "the pretrained model. The page opens with the deepest basin.",
-        f"loss along {len(curves)} lines; the lowest of all is {lowest.loss:.3f}, "
-        f"at alpha {lowest.alpha:.3g} of {lowest.line}",
+        f"loss along {len(curves)} line{'s' * (len(curves) > 1)}; the lowest of all is "
+        f"{lowest.loss:.3f}, at alpha {lowest.alpha:.3g} of {lowest.line}",
         [dict(type="scatter", mode="lines+markers"), dict(type="scatter", mode="markers")],
         layout,
         {"line": list(curves), "target": targets, "alpha": "slider"},
