@@ -75,6 +75,10 @@ NEEDS = {  # what there must be for a notebook to say something
         lambda study: study.about["recipe"].get("trains") == "lora",
     ),
     "rivals": ("the recorded run", lambda study: False),
+    "strength": (
+        "the same datasets after another training",
+        lambda study: len(study.trainings()) > 1,
+    ),
     "c12_c13_centre": (
         "a target with enough rows and a start that has not seen its sentences",
         lambda study: (study.folder / "rows" / "starts.csv").exists(),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'WORDS', 'NEEDED', 'Study', 'square', 'mean_cosines', 'families_by_size', 'gains_with', 'from_own_starts',
-           'natural_key', 'strength_of', 'write_rows']
+           'natural_key', 'shared_models', 'strength_of', 'write_rows']
 
 # %% ../nbs/46_results.ipynb #3578ea22
 import os, re
@@ -15,7 +15,13 @@ import numpy as np
 import pandas as pd
 
 from .building import learned
-from .clustering import score, spectral_clusters
+from weightregions.clustering import (
+    cluster_report,
+    gaussian_affinity,
+    level_units,
+    score,
+    spectral_clusters,
+)
 from .comparison import sharing
 from .files import read_json, read_table, write_whole
 from .kept import why_not, write_note
@@ -182,16 +188,20 @@ def matrix(
 
 # %% ../nbs/46_results.ipynb #d200cca1
 def mean_cosines(
-    study: Study,  # a run
-) -> pd.Series:  # within a dataset, of two datasets of a family, of two families
-    "How alike the task vectors of a run are."
-    models, pairs = study.models(), study.rows("similarity_main")
-    dataset, family = (
-        pairs.a.map(models[column]) == pairs.b.map(models[column])
-        for column in ("dataset", "family")
-    )
-    kinds = np.select([dataset, family], ["same dataset", "same family"], "other families")
-    return pairs.cosine.groupby(kinds).mean()
+    cosines: pd.DataFrame,  # of models, labelled on both sides
+    models: pd.DataFrame,  # one row per model, indexed by name: dataset, family
+) -> pd.DataFrame:  # per dataset: mean cosine to its own models, its family's, the others'
+    "How alike the task vectors of a dataset, of a family and of different families are."
+    models = models.loc[cosines.index]
+    same_dataset = np.equal.outer(*[models.dataset.to_numpy()] * 2)
+    same_family = np.equal.outer(*[models.family.to_numpy()] * 2)
+    kinds = {
+        "same dataset": same_dataset & ~np.eye(len(models), dtype=bool),
+        "same family": same_family & ~same_dataset,
+        "other families": ~same_family,
+    }
+    each = {kind: cosines.where(pairs).mean() for kind, pairs in kinds.items()}
+    return pd.DataFrame(each).groupby(models.dataset, sort=False).mean()
 
 # %% ../nbs/46_results.ipynb #2dcb657a
 def families_by_size(
@@ -277,10 +287,18 @@ def claims(
 
 # %% ../nbs/46_results.ipynb #697c1269
 @patch
-def short(self: Study):  # a Study, or None
-    "The same study after a short training, if it lies in the folder `short` of this one."
-    folder = self.folder / "short"
-    return Study(folder) if (folder / "about.json").exists() else None
+def trainings(
+    self: Study,
+) -> dict:  # how long the training was, in two or three words -> Study, the shortest first
+    "This study and those in its folders `short` and `long`, of the same datasets."
+    folders = (self.folder / "short", self.folder, self.folder / "long")
+    studies = [Study(folder) for folder in folders if (folder / "about.json").exists()]
+    return {_length(study.about["recipe"]): study for study in studies}
+
+
+def _length(recipe):
+    "How long a fine-tuning was, for the heading of a column."
+    return "to the end" if "patience" in recipe else f"{recipe['steps']} steps"
 
 # %% ../nbs/46_results.ipynb #a7c93d15
 def _without_gaps(table: pd.DataFrame) -> pd.DataFrame:
@@ -308,9 +326,8 @@ def _without_details(measure: str) -> str:
 def _shown(self: Study, notebook: str, table: pd.DataFrame) -> pd.DataFrame:
     "The claims of a notebook for readers; what a short training gave stands beside them."
     shown = table.drop(columns="models")
-    other = self.short()
-    file = other and other.folder / "claims" / f"{notebook}.csv"
-    if not file or not file.exists():
+    file = self.folder / "short" / "claims" / f"{notebook}.csv"
+    if not file.exists():
         return _without_gaps(shown)
     before = read_table(file, WORDS, ["claim", "measure", "ours"], mixed=["paper"])
     before.index = before.claim + before.measure.map(_without_details)
@@ -320,25 +337,34 @@ def _shown(self: Study, notebook: str, table: pd.DataFrame) -> pd.DataFrame:
     return _without_gaps(shown.assign(**{"short verdict": keys.map(before.verdict)}))
 
 # %% ../nbs/46_results.ipynb #3567f3fb
+def shared_models(
+    trainings: dict,  # how long each training was -> Study
+) -> list:  # names of the models that all of them have
+    "Models of the same datasets and seeds."
+    names = [study.models().index for study in trainings.values()]
+    return [name for name in names[0] if all(name in other for other in names[1:])]
+
+# %% ../nbs/46_results.ipynb #b41c7e02
 def strength_of(
-    studies: dict,  # name of a training, such as "200 steps" -> Study with claims
-) -> pd.DataFrame:  # training, figure, value and the ends of its interval
-    "What the length of the training does to cosines and claims."
-    wanted, rows = (
-        "accuracy of clusters, all datasets|accuracy of clusters, nli|P_B\\(In' > ",
-        [],
-    )
-    for name, study in studies.items():
-        for kind, value in mean_cosines(study).items():
-            rows.append(dict(training=name, figure=f"mean cosine, {kind}", value=value))
-        claims = study.claims()
-        of_run = (claims.models == OURS) & claims.paper.notna()
-        for c in claims[of_run & claims.measure.str.match(wanted)].itertuples():
-            figure = f"{c.claim} {_without_details(c.measure)}"
-            rows.append(
-                dict(training=name, figure=figure, value=c.ours, low=c.low, high=c.high)
-            )
-    return pd.DataFrame(rows).drop_duplicates(["training", "figure"])
+    study: Study,  # after one training
+    names: list,  # its models that take part
+    tasks: list,  # the families that are to be told apart
+) -> dict:  # what was clustered -> Scores
+    "The clusters of some models, by dataset and by task."
+    models = study.models().loc[names]
+    cosines, datasets = study.matrix(models=names), models.dataset
+    distances = study.matrix(column="distance", models=names)
+    inside = models[models.family.isin(tasks)]
+    few, families = cosines.loc[inside.index, inside.index], inside.family
+    levelled = level_units(few, inside.dataset)
+    return {
+        "C1: by dataset, cosine": cluster_report(cosines, datasets, by=datasets),
+        "C2: by dataset, distance": cluster_report(
+            gaussian_affinity(distances), datasets, by=datasets
+        ),
+        "C3: by task": cluster_report(few, families, by=inside.dataset),
+        "C3: by task, seeds levelled": cluster_report(levelled, families, by=inside.dataset),
+    }
 
 # %% ../nbs/46_results.ipynb #2a803d41
 @patch
