@@ -9,6 +9,7 @@ __all__ = ['parser', 'main', 'zoo', 'similarity', 'traverse', 'center', 'locate'
 import argparse
 import atexit
 import errno
+import gc
 import os
 import re
 import signal
@@ -175,6 +176,8 @@ def main(
     alone = arguments is None
     if alone:
         atexit.register(_ignore_signals)  # the first to be registered is the last to be called
+        # imports make many objects that stay: looking for cycles among them is lost time
+        gc.set_threshold(50_000, 20, 20)
     with _kept_output(alone) as output, warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)  # said, whatever the environment asks
         warnings.showwarning = lambda message, *_, **__: _say(message)
