@@ -132,7 +132,7 @@ class Checkpoint(Weights):
         self.aside |= dict.fromkeys(dropped, "pooler")
         self.layout, self.head = layout_of_stored(self._body), layout_of_stored(self._head)
         self.base, self.base_name = None, ""  # of an adapter: what it was trained over
-        self.unsure = False  # whether nothing tells that the two are one
+        self.unsure = False  # True if nothing shows that the adapter was trained over `base`
 
     @cached_property
     def config(self):  # None for a module or state dict without one
