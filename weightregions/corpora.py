@@ -212,7 +212,7 @@ def at_most(
     corpus: Corpus,  # to draw from
     n_train: int | None = None,  # training rows to keep at most; None: all
     n_test: int | None = None,  # test rows to keep at most; None: all
-) -> Corpus:  # the very rows that a `Target` of that many rows draws
+) -> Corpus:  # the same rows that a `Target` of so many rows draws
     "A corpus with no more rows than these."
     if n_train is not None and n_train < len(corpus.train):
         corpus = corpus.subsample(n_train)
