@@ -63,7 +63,7 @@ def least_of_signs(
 # %% ../nbs/45_verdicts.ipynb #2a1eba7a
 def of_scores(
     scores: Scores,  # of `cluster_report`
-    unit: str,  # what its `by` was
+    unit: str,  # the independent units, the `by` of the scores
 ) -> Quantity:
     "The accuracy of a clustering, mean over its random starts."
     s = scores
@@ -72,7 +72,7 @@ def of_scores(
 # %% ../nbs/45_verdicts.ipynb #2a5233bf
 def of_pb(
     pb: PB,  # of `probability_of_better`
-    unit: str,  # what its `units` were
+    unit: str,  # the independent units, the `units` of `pb`
 ) -> Quantity:
     "A probability of better."
     return Quantity(pb.value, pb.low, pb.high, pb.p, pb.units, unit, pb.least)
