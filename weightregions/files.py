@@ -183,7 +183,7 @@ def read_table(
     needs=(),  # columns that must be there
     mixed=(),  # columns that may hold numbers or words, empty cells as NaN
 ):  # a DataFrame with one row for each row of the file
-    "Read a table and guess nothing."
+    "Read a table without guessing the types of its columns."
     try:
         content = read_bytes(file, 2**30).decode("utf-8-sig")
     except UnicodeDecodeError as error:
