@@ -46,7 +46,7 @@ def stretches(
     layout: Layout,  # of the models
     block: int,  # weights of a stretch, at most
 ) -> Iterator[tuple[str, int, int]]:  # name, start, stop
-    "Every tensor of a layout in stretches."
+    "All stretches of all tensors of a layout."
     return (
         (name, i, min(i + block, size))
         for name, size in zip(layout.names, layout.sizes)
@@ -64,8 +64,8 @@ def widest_dtype(
 # %% ../nbs/01_streaming.ipynb #f18ce1f4
 def block_size(
     models: Sequence[Weights],  # that a thread reads
-    chunk: int = 1,  # a block is a multiple of it
-    most: int = 2**18,  # the largest block
+    chunk: int = 1,  # weights; a block is a multiple of it
+    most: int = 2**18,  # weights of the largest block
 ) -> int:  # weights of each model
     "Weights of each model that a thread holds: as many as there is room for, in whole chunks."
     room = ROOM // (len(models) * widest_dtype(models).itemsize)
@@ -111,7 +111,7 @@ def views(
     self: Buffer,
     n: int,  # weights of each model
 ) -> tuple[list, list]:  # rows to read into; of some columns: stored, wide, its parts
-    "Where n weights of each model are held: as stored, as task vectors, transposed, the base."
+    "Views of n weights of each model: as stored, as task vectors, transposed, the base."
     if n not in self.made:
         stored, parts = self.stored[: self.n * n].view(self.n, n), []
         for part in stored.split(len(self.wide) // self.n, dim=1):
@@ -177,7 +177,7 @@ def stream(
     dtype: torch.dtype | None = None,  # in which task vectors are held; None: there are none
     what: str = "weights",  # what the progress bar is called
 ) -> Iterator[tuple]:  # (name, start, stop), result: in order
-    "What `work` makes of every stretch of every tensor."
+    "The results of `work` for every stretch of every tensor."
     layout, device = models[-1].layout, torch.device(options.device)
     block = options.block or block_size(models, chunk, most)
     tasks = list(stretches(layout, block))
