@@ -24,7 +24,7 @@ from .stored import READERS, _pickled, safetensors_header
 # %% ../nbs/01_updates.ipynb #a31c7e02
 @dataclass(frozen=True)
 class Targets:
-    "Which modules an adapter changes, by PEFT's rules."
+    "The modules that an adapter changes, by PEFT's rules."
 
     updated: tuple | str | None  # ends of names, or a regular expression; None: not known
     excluded: tuple | str = ()  # the same, of those that have no update although they match
@@ -308,7 +308,7 @@ Update.delta, Update.read = _delta, _read
 # %% ../nbs/01_updates.ipynb #f2a86d41
 @dataclass(frozen=True, eq=False)
 class Rows:
-    "A tensor of a base of which some rows are others."
+    "A tensor of a base with some rows replaced."
 
     base: object  # the stored tensor of the base
     rows: object  # stored tensor (number of rows, columns)
@@ -365,7 +365,7 @@ def adapter_file(
 # %% ../nbs/01_updates.ipynb #4236d0aa
 @dataclass
 class Adapter:
-    "What the files of an adapter change, under canonical names."
+    "The tensors that an adapter changes, under canonical names."
 
     config: AdapterConfig  # its settings
     body: dict  # name -> `Update`, or the stored tensor that takes the base's place
