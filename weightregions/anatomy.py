@@ -36,8 +36,10 @@ class Anatomy:
     buffers: dict  # name -> whether it is saved, of every buffer
     ignored: frozenset  # patterns of stored tensors that the class has no use for
     converts: bool = False  # whether transformers converts stored tensors of this class
-    fields: dict = field(default_factory=dict)  # of its configuration, see `config_fields`
-    computes: dict = field(default_factory=dict)  # those that two models of one space share
+    fields: dict = field(default_factory=dict)  # all of its configuration, see `config_fields`
+    computes: dict = field(
+        default_factory=dict
+    )  # fields in which two models of one space agree
     whole: str = ""  # name of the class that AutoModel builds of its configuration
 
 # %% ../nbs/02_anatomy.ipynb #aaf1df09
@@ -95,7 +97,7 @@ def body_parameters(
 def built(
     config,  # of transformers; its `architectures` may name the class
 ) -> nn.Module:  # on the meta device
-    "The model that a configuration names, without weights; AutoModel's if it names none."
+    "The model of the class that a configuration names, else AutoModel's, without weights."
     import transformers  # only where a class is asked: a kept answer takes none of it
 
     name = str((config.architectures or [""])[0])
@@ -116,7 +118,7 @@ _COMPUTES = re.compile(
 def config_fields(
     config,  # of transformers, or None
 ) -> dict:  # as transformers writes it; empty where there is no configuration
-    "All that a configuration says."
+    "All fields of a configuration."
     if not hasattr(config, "model_type"):
         return {}
     return json.loads(config.to_json_string(use_diff=False))
@@ -125,7 +127,7 @@ def config_fields(
 def computing_fields(
     config,  # of transformers, or None
 ) -> dict:  # field -> value, as JSON has it; empty where there is no configuration
-    "Kind of model, size of vocabulary, and what changes the numbers that weights make."
+    "Kind of model, size of vocabulary, and the fields that change what a model computes."
     if not hasattr(config, "model_type"):
         return {}
     fields = {k: v for k, v in config.to_dict().items() if _COMPUTES.fullmatch(k)}
@@ -223,9 +225,9 @@ def _automodel_names(model: nn.Module) -> set[str] | None:
 
 # %% ../nbs/02_anatomy.ipynb #fab9ca15
 def require_pooler_policy(
-    pooler: str,  # what to do with poolers
+    pooler: str,  # "drop" or "keep"
 ) -> str:  # the same
-    "Refuse what is no policy for poolers."
+    "Refuse a policy for poolers that is not 'drop' or 'keep'."
     if pooler not in ("drop", "keep"):
         raise ValueError(f"pooler policy {pooler!r} is not one of drop, keep")
     return pooler
@@ -282,7 +284,7 @@ class Converted:
     "A tensor that transformers makes of stored ones, such as one third of a fused projection."
 
     name: str  # canonical name
-    shape: tuple[int, ...]  # after the conversion
+    shape: tuple[int, ...]  # of the tensor, after the conversion
     dtype: torch.dtype  # in which it is stored
     group: "Conversion"  # what it is made by
 
@@ -327,7 +329,7 @@ class Conversion:
             return self.last["made"]
 
     def targets(self) -> dict:
-        "Name -> what can be read when it is asked for; only shapes are converted here."
+        "Name -> a tensor that is converted when it is read; here only its shape is."
         dtypes = {t.dtype for _, _, t in self.sources}
         if len(dtypes) > 1:
             raise ValueError(f"{self.sources[0][1]}: converted together with other data types")
