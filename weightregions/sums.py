@@ -57,7 +57,7 @@ BITS = {
 def are_alike(
     tensors: Sequence[Tensor],  # of any data types
 ) -> bool:
-    "Whether tensors hold the same bits."
+    "Whether tensors have the same bits."
     first = tensors[0]
     return all(
         t is first
@@ -78,7 +78,7 @@ def all_held(
     models: Sequence[Weights],  # of one space
     name: str,  # a tensor
 ) -> bool:
-    "Whether a tensor need not be read from a file for any of some models."
+    "Whether some models all have a tensor in memory."
     return all(m.held(name) is not None for m in models)
 
 # %% ../nbs/02_sums.ipynb #4009b317
@@ -128,7 +128,7 @@ class WeightedSum(Weights):
 
     @property
     def sources(self) -> list[Weights]:
-        "The models, of which a stretch is read when one of the sum is."
+        "The models that are read when the sum is."
         return list(self.models)
 
     def vocabulary(self) -> str | None:
