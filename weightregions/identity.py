@@ -91,7 +91,7 @@ def model_identity(
 def config_sha256(
     folder: str | Path,  # of a model
 ) -> str:
-    "The SHA-256 of what a configuration says, apart from who wrote it."
+    "The SHA-256 of a configuration, without the fields that name its version and place."
     config = read_json(Path(folder) / "config.json")
     for key in ("transformers_version", "_name_or_path"):
         config.pop(key, None)
