@@ -289,7 +289,7 @@ def _settings(centroid, ranks: dict, turned: bool, saved: list, biases: bool) ->
 def adapter_card(
     centroid: AdapterCentroid,  # what is written
     members: Iterable[str],  # names of what it is an average of
-    description: str = "",  # the same in a sentence
+    description: str = "",  # a sentence on the average; empty: a general one
 ) -> str:  # Markdown with a YAML head
     "The text of README.md beside the average of some adapters."
     lines = [
