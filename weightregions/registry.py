@@ -67,7 +67,7 @@ def dev_rows(
 def hub_sizes(
     name: str,  # of a dataset of the registry
 ) -> dict:  # rows of train, dev and test
-    "How many rows of a dataset train, choose settings and test, by the rules above."
+    "The numbers of training, dev and test rows of a dataset."
     entry = entry_of(name)
     rows = {
         part: sum(entry["rows"][split] for split in entry[part])
@@ -83,7 +83,7 @@ def hub_sizes(
 
 # %% ../nbs/09_registry.ipynb #36090783
 def hub_table() -> pd.DataFrame:  # one row per entry
-    "The registry as a table for readers."
+    "The registry as a table."
     table = pd.DataFrame(hub_entries().values()).set_index("name")
     table = table.rename(columns={"authors": "authors' name", "id": "hub"})
     table["classes"] = table["label_names"].str.len()
@@ -98,7 +98,7 @@ def hub_table() -> pd.DataFrame:  # one row per entry
 
 # %% ../nbs/09_registry.ipynb #29d992d6
 def hub_checks() -> pd.DataFrame:  # one row per dataset, one column per field
-    "How each field of each entry is known, in one word; empty where there is nothing to know."
+    "How each field of each entry is known, in one word; empty for a field without a value."
     known = {
         name: {field: how for how, fields in entry["checked"].items() for field in fields}
         for name, entry in hub_entries().items()
