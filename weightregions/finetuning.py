@@ -26,7 +26,7 @@ from .stored import one_line
 # %% ../nbs/12_finetuning.ipynb #410a505b
 @dataclass(frozen=True)
 class Recipe:
-    "How to fine-tune: all that matters besides the base, the data and the seed."
+    "All settings of a fine-tuning, apart from the base, the data and the seed."
 
     steps: int = 200  # optimiser steps, if no epochs are given
     batch_size: int = 16  # rows in a step
@@ -81,7 +81,7 @@ def held(
     self: Recipe,
     rows: int,  # of the training split
 ) -> np.ndarray:  # positions of those that are held back
-    "The rows that tell when to stop; none where the end comes first anyway."
+    "The rows that tell when to stop; none for a run too short to be stopped."
     if self.patience and self.steps_on(rows) > LOOK * (1 + self.looks):
         return dev_rows(rows)
     return np.array([], int)
@@ -89,7 +89,7 @@ def held(
 
 @patch
 def as_dict(self: Recipe) -> dict:
-    "What a file says of the recipe: what counts, such as steps or epochs, and no more."
+    "The recipe as a file records it: only settings that have an effect."
     unsaid = {"steps" if self.epochs else "epochs"}
     unsaid |= {"patience"} if self.patience is None else set()
     unsaid |= {"rank", "alpha", "modules"} if self.trains != "lora" else set()
@@ -509,7 +509,7 @@ def require_finite(
     metrics: dict,  # of `evaluate`
     where: str,  # dataset and seed, for the message
 ) -> None:
-    "Refuse a model that is lost: its accuracy looks like that of a constant answer."
+    "Refuse a model whose loss is not finite."
     if not math.isfinite(metrics["loss"]):
         raise ValueError(
             f"{where}: the fine-tuning diverged, its loss is {metrics['loss']}: take a lower"
@@ -521,7 +521,7 @@ def require_finite(
 def one_thread(
     device: str = "cpu",  # where the model computes; on "cuda" nothing changes
 ):
-    "Compute in one thread, so that sums come out the same however many cores there are."
+    "Compute in one thread, so that sums do not depend on the number of cores."
     threads = torch.get_num_threads()
     if device == "cpu":
         torch.set_num_threads(1)
