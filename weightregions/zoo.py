@@ -375,7 +375,7 @@ def gather(
     all_checkpoints: bool = False,  # take every `checkpoint-N` of a run, not only its last
     base=None,  # the pretrained model, over which adapters are opened; None: they are left out
 ) -> Zoo:  # two models or more
-    "Open checkpoints that no table lists."
+    "Open a folder or list of checkpoints without a table."
     if isinstance(paths, (str, Path)):
         name, none = Path(paths).resolve().name, f"{paths}: no checkpoint (config.json beside"
         none += " a weights file) one level down or two"
@@ -736,9 +736,9 @@ def verify(self: Zoo) -> None:
 
 # %% ../nbs/14_zoo.ipynb #b7d1e0ad
 def require_recorded(
-    folder: str | Path,  # of a model, or a hub id, of which nothing is known
+    folder: str | Path,  # of a model; a hub id is not checked
 ) -> None:
-    "Refuse a model whose weights are not those of which a file beside them speaks."
+    "Refuse a model whose weights differ from the hash in a file beside them."
     folder = Path(folder)
     recorded = _recorded(folder) if folder.is_dir() else ""
     if recorded and recorded != weights_sha256(folder):
@@ -822,7 +822,7 @@ def require_base(
     self: Zoo,
     base: Checkpoint,  # the pretrained model
 ) -> None:
-    "Refuse a base that is not the one of which zoo.json and the manifests speak."
+    "Refuse a base that is not the one recorded in zoo.json and the manifests."
     if base.folder is None:
         return  # in memory, it has no files to compare
     recorded = {"zoo.json": self.base} if self.base else {}
@@ -878,7 +878,7 @@ def copies_of(
     query: Checkpoint,  # any
     models: Iterable[Checkpoint],  # of its space
 ) -> list[str]:  # names of those that have the query's weights
-    "The models that are copies of another one."
+    "The models that have the same weights as another one."
     here = _sample(query)
     alike = [m for m in models if _sample(m) == here]
     return [m.name for m in alike if _weights_of(m) == _weights_of(query)]
