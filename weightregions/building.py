@@ -39,10 +39,10 @@ def manifest(
     corpus,  # the dataset
     recipe: Recipe,  # how it was fine-tuned
     seed: int,  # of the fine-tuning
-    metrics: dict,  # accuracy and loss on the test split
+    metrics: dict,  # accuracy (0 to 1) and loss (nats) on the test split
     weights: str,  # SHA-256 of model.safetensors, or of an adapter's files
 ) -> dict:  # what manifest.json holds
-    "Where a model comes from, and what it scored."
+    "Origin and scores of a model."
     return {
         "dataset": corpus.name,
         "family": corpus.family,
