@@ -34,7 +34,7 @@ class Continued:
     start: dict  # name and SHA-256 of the weights that it started from
     seed: int  # of the fine-tuning
     tuned: Tuned  # the model and its scores
-    base: dict | None = None  # the same of the pretrained model
+    base: dict | None = None  # name and SHA-256 of the pretrained model
     reference: Tuned | None = None  # what was fine-tuned from it
 
     @property
