@@ -58,12 +58,12 @@ class MadeTensor:
 # %% ../nbs/38_rivals.ipynb #a11197c1
 @dataclass(frozen=True)
 class RivalSettings:
-    "The numbers that the methods take; each reads its own."
+    "The settings of the methods; each method uses some of them."
 
     strength: float = 1.0  # lambda: what the merged task vector is multiplied by
-    density: float = 0.2  # share of the entries that stay: of TIES the largest, of DARE random
-    t: float = 0.5  # of SLERP: where on the arc
-    seed: int = 0  # of DARE
+    density: float = 0.2  # share of entries that stay: TIES keeps the largest, DARE random ones
+    t: float = 0.5  # of SLERP: place on the arc, 0 at the first model, 1 at the second
+    seed: int = 0  # of DARE's random draws
 
     def __post_init__(self):
         if not 0 < self.density <= 1:
@@ -319,7 +319,7 @@ def rival_table(
     rows: pd.DataFrame,  # of `compare_rivals`
     n_boot: int = 10_000,  # draws of targets
 ) -> pd.DataFrame:  # one row per point: loss saved over the mean, its interval, wins and losses
-    "What each merge saves over the mean, with an interval over targets."
+    "How much lower the loss of each merge is than that of the mean, with an interval."
     table = rows.pivot_table(index="target", columns="point", values="loss", sort=False)
     models = rows[rows.kind == "model"].groupby("target", sort=False).loss
     table = table.assign(**dict(zip(ALONE, (models.min(), models.mean(), table["base"]))))
