@@ -322,7 +322,7 @@ def add_reference(
     loss: float,  # of the model to compare with
     name: str = "pretrained",  # what it is
 ) -> Axes:
-    "Draw a level, and name it."
+    "Draw a named horizontal line."
     if np.isfinite(loss):
         ax.axhline(loss, color="#555555", ls="-.", lw=1.3, zorder=1, label=_plain(name))
         describe(ax, f"{name} {loss:.3f}")
