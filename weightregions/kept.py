@@ -18,7 +18,7 @@ def kept(
     made_of: dict,  # what it depends on, in values that JSON has
     make: Callable,  # called without arguments; makes the file or folder
 ) -> Path:  # the file or folder
-    "Make a file or folder, unless it is there and was made of just this."
+    "Make a file or folder, unless it is there and was made from the same things."
     path = Path(path)
     fault = why_not(path, made_of)
     if fault:
@@ -34,7 +34,7 @@ def why_not(
     path: Path,  # of a file or folder
     made_of: dict | None = None,  # what it depends on; None: only its bytes are looked at
 ) -> str:  # the end of a sentence; empty where it can be taken
-    "Why what lies at a path cannot be taken as it is."
+    "Why a file or folder cannot be used again."
     if not path.exists():
         return "is not there"
     if not _note(path).is_file():
