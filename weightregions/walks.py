@@ -244,7 +244,7 @@ def measure_paths(
     budget: TraversalBudget,  # rows of probe and test
     workers: int | None = None,  # walks at a time; None: see `run_jobs`
 ) -> tuple:  # all rows (kind, walk, point, target, loss, ...), and what to mark on the plane
-    "Take some walks, several at a time, and gather their rows."
+    "Measure some walks, several at a time, and gather their rows."
     files = _files(walks, Path(folder))
     chosen = probes_of(walks, folder, base, corpora, budget, workers)
     penalties = chosen.set_index(["target", "pooling"]).penalty.to_dict()
@@ -301,7 +301,7 @@ def path_table(
 def paths_as_csv(
     table: pd.DataFrame,  # from `path_table`
 ) -> str:  # what is written to rows/paths.csv
-    "The design of a study as text."
+    "The design of a study as CSV."
     as_text = lambda names: json.dumps(list(names), ensure_ascii=False)
     lists = {column: table[column].map(as_text) for column in LISTS}
     return table[PATH_COLUMNS].assign(**lists).to_csv(index=False)
@@ -310,7 +310,7 @@ def paths_as_csv(
 def read_paths(
     file,  # rows/paths.csv
 ) -> pd.DataFrame:  # as from `path_table`
-    "The design of a study, read again."
+    "Read the design of a study from its file."
     table = read_table(file, PATH_COLUMNS, PATH_COLUMNS)
     for column in LISTS:
         table[column] = [_names(file, i, cell) for i, cell in enumerate(table[column])]
@@ -380,7 +380,7 @@ def edge_targets(
     paths: pd.DataFrame,  # the design of the study
     models: pd.DataFrame,  # one row per model, indexed by name, with its dataset
 ) -> dict:  # group of lines -> targets
-    "What lines past their ends are judged on: the datasets of their ends, whatever the loss."
+    "The targets of lines past their ends: the datasets of the two end models."
     edges = paths[paths.kind == "edges"].drop_duplicates("group")
     of = {e.group: set(models.dataset[list(e.ends)]) for e in edges.itertuples()}
     return {e.group: [t for t in e.targets if t in of[e.group]] for e in edges.itertuples()}
