@@ -46,7 +46,7 @@ class StartExperiment:
         steps=100, trains="bitfit"
     )  # how each start is fine-tuned; fewer steps of few rows
     search: Search = _SEARCH  # how rate and steps are chosen
-    sample: int = 200  # training rows that advice is taken from
+    sample: int = 200  # training rows that starts are ranked on
     n_test: int = 500  # test rows, a stratified draw
     budgets: tuple = ()  # steps of longer fine-tunings, to explain a gain
     budget_rows: int = 200  # their training examples
@@ -70,7 +70,7 @@ def targets_of(
 def sharing_with(
     target: Corpus,  # the dataset that is to be learned next
     corpora: dict,  # name -> Corpus, the datasets that models were fine-tuned on
-    share: float = SHARED,  # of the smaller one's sentences; more than that counts
+    share: float = SHARED,  # of the smaller one's sentences, 0 to 1; datasets above it count
 ) -> list:  # names of the datasets, the target's own name not among them
     "The datasets that share sentences with a target."
     of_target = texts(target)
@@ -85,7 +85,7 @@ def unsuited(
     source,  # where the zoo's datasets come from: "builtin", "hub" or a folder
     columns: Columns = Columns(),  # which columns of files hold texts and labels
 ) -> tuple:  # datasets that share sentences with the target; those that the source lacks
-    "Which datasets of a zoo have no place in a start for a target."
+    "The datasets of a zoo that must not be in a start for a target."
     names = list(dict.fromkeys(zoo.models.dataset))
     there = set(sources(source, 0, 2000, 500, columns))
     known, near = [n for n in names if n in there and n != target.name], []
