@@ -196,7 +196,7 @@ def some_of(
     corpora: dict,  # name -> Corpus
     n: int,  # how many
 ) -> dict:  # n of them, one of each family in turn, the largest first
-    "A few datasets that differ: family by family, the largest of each first."
+    "A few different datasets: one family after another, the largest dataset of each first."
     ranked = sorted(corpora.values(), key=lambda c: -len(c.train))
     turn = {c.name: sum(d.family == c.family for d in ranked[:i]) for i, c in enumerate(ranked)}
     return {c.name: c for c in sorted(ranked, key=lambda c: turn[c.name])[:n]}
