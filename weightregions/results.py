@@ -220,7 +220,7 @@ def gains_with(
     study: Study,  # a run with starts
     size: str,  # training examples: "200", "1000" or "all"
 ) -> pd.DataFrame:  # per target: family, gain (points), pretrained (0 to 1), cosines
-    "What the gain of the centroid goes with: the target's kind, how hard it is, how far off."
+    "The gain of the centroid beside the kind, difficulty and distance of each target."
     rows, models = study.rows("starts").astype({"size": str}), study.models()
     table = gains(rows[rows["size"] == size].drop_duplicates(["target", "start", "seed"]))
     table = table[table.start == "centroid"].set_index("target")
@@ -239,9 +239,9 @@ def gains_with(
 # %% ../nbs/46_results.ipynb #4e5f27c1
 def from_own_starts(
     products: np.ndarray,  # (n, n) inner products of task vectors, all from one start
-    start: list,  # of each row the row of the start that it came from; None: that one start
+    start: list,  # row of the start of each model; None: the common start
 ) -> np.ndarray:  # (n, n) cosines of the task vectors, each from its own start; starts: NaN
-    "Task vectors from the start that each model came from, without reading a weight."
+    "Cosines of task vectors, each from its own start, without reading a weight."
     shift = np.eye(len(start))
     for row, origin in enumerate(start):
         if origin is not None:
@@ -263,7 +263,7 @@ def natural_key(
 def claims(
     self: Study,
 ) -> pd.DataFrame:  # all claims so far, in their order
-    "The claims of all notebooks."
+    "The claims that all notebooks have recorded."
     files = sorted((self.folder / "claims").glob("*.csv"), key=natural_key)
     if not files:
         raise FileNotFoundError(f"{self.folder.name}: no claim has been recorded yet")
@@ -323,7 +323,7 @@ def _shown(self: Study, notebook: str, table: pd.DataFrame) -> pd.DataFrame:
 def strength_of(
     studies: dict,  # name of a training, such as "200 steps" -> Study with claims
 ) -> pd.DataFrame:  # training, figure, value and the ends of its interval
-    "What the length of the training does to cosines and claims."
+    "How cosines and claims change with the length of the training."
     wanted, rows = (
         "accuracy of clusters, all datasets|accuracy of clusters, nli|P_B\\(In' > ",
         [],
@@ -345,7 +345,7 @@ def strength_of(
 def record(
     self: Study,
     notebook: str,  # the notebook that makes the claims
-    claims: list,  # dictionaries with the columns above; what does not apply is left out
+    claims: list,  # rows from `claim_row` or `value_row`
 ) -> pd.DataFrame:  # the claims
     "Keep the claims of one notebook, and show them."
     table = pd.DataFrame(claims).reindex(columns=CLAIM_COLUMNS)
