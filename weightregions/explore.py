@@ -599,7 +599,7 @@ def study_page(
     study,  # a run, or the recorded one: see `Study`
     home: str = "",  # address of the page that it belongs to
 ) -> Page:
-    "What the rows of a study show, to play with; as far as it has come."
+    "An interactive page of the rows of a study that are there so far."
     models, cosine = study.models(), study.matrix()
     panels = [heat_panel(cosine, models)]
     if len(cosine) >= 4:
@@ -655,7 +655,7 @@ def similarity_page(
     groups: pd.Series,  # dataset of each model, or the cluster it was found in
     places: pd.DataFrame | None = None,  # of `embed_map`; None: it is called
 ) -> Page:
-    "Who points the same way, among a reader's own models."
+    "Which of a reader's own models point the same way."
     models = groups.rename("dataset").to_frame()
     panels = [heat_panel(cosine, models)]
     if len(cosine) >= 4:
