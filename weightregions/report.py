@@ -86,7 +86,7 @@ def applies(
     file: Path,  # a study notebook
     study: Study,  # what was measured
 ) -> bool:
-    "Whether a notebook has something to show; says so if not."
+    "Whether a study has what a notebook needs; prints a line if not."
     needed = NEEDS.get(file.stem)
     if needed is None or needed[1](study):
         return True
@@ -575,9 +575,9 @@ READ_CLAIMS = ("lora",)  # pages that show the claims of others, and run after t
 
 # %% ../nbs/48_report.ipynb #12f6a88f
 def say(
-    text: str,  # what begins now
+    text: str,  # what to print
 ):
-    "Tell what the study is doing, with the time of day."
+    "Print what the study is doing, with the time of day."
     print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 # %% ../nbs/48_report.ipynb #db026b79
