@@ -166,7 +166,7 @@ def other_start(
 def parts(
     name: str,  # of a tensor
 ) -> list[str]:  # the parts of the model that it belongs to
-    "The parts of the model that a study measures by themselves."
+    "The parts of the model that a tensor belongs to."
     layer, kind = layer_of(name), kind_of(name)
     whole = [] if layer == "embeddings" else ["all layers"]
     return list(dict.fromkeys([layer, kind, *whole]))
@@ -190,7 +190,7 @@ def pairs_of(
 def identities(
     checkpoints: list,  # some models
 ) -> list:  # name and SHA-256 of each, in their order
-    "Which models a table is made of; each is read once in a run."
+    "Name and hash of some models; each model is read once in a run."
     for c in checkpoints:
         if c not in _HASHES:
             _HASHES[c] = c.sha256()
