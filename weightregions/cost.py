@@ -52,7 +52,7 @@ class ModelShape:
         self,
         tokens: float,  # of one row
     ) -> float:  # FLOPs
-        "Cost of one row's way through the layers."
+        "Cost of one row in a forward pass through the layers."
         d = self.hidden
         return tokens * self.layers * (8 * d**2 + 4 * d * self.inner + 4 * tokens * d)
 
@@ -103,7 +103,7 @@ class Device:
     name: str  # of the device
     rate: float  # FLOPs a second that training attains
     memory: float  # bytes a second through memory
-    step: float  # seconds that every optimiser step takes besides
+    step: float  # seconds of each optimiser step beside memory and FLOPs
     start: float  # seconds to begin a job and to write its files
     source: str  # how these figures are known
 
@@ -194,7 +194,7 @@ def outline_of(
     corpus: Corpus,  # to be looked at
     max_length: int = 250,  # tokens a row is cut to
 ) -> Outline:  # tokens counted from the words of at most 2000 rows
-    "The outline of a dataset that is at hand."
+    "The outline of a dataset that is loaded."
     rows = corpus.train.iloc[:: max(1, len(corpus.train) // 2000)]
     words = sum(rows[c].str.split().str.len() for c in ["text"] + ["text_pair"] * corpus.pair)
     tokens = float(np.minimum(PIECES * words + 2 + corpus.pair, max_length).mean())
@@ -230,16 +230,16 @@ def outlines(
 # %% ../nbs/51_cost.ipynb #1db2a065
 @dataclass(frozen=True)
 class Stage:
-    "What one stage of a study takes; stages add up, and can be taken several times."
+    "The cost of one stage of a study; stages can be added and multiplied."
 
     name: str = ""  # of the stage
-    jobs: float = 0  # processes' units of work: fine-tunings, walks
+    jobs: float = 0  # fine-tunings, walks and other jobs
     models: float = 0  # checkpoints written
     steps: float = 0  # optimiser steps
-    tokens: float = 0  # through the model, forward
+    tokens: float = 0  # tokens through the model, forward
     flops: float = 0  # floating-point operations
-    traffic: float = 0  # bytes through memory besides
-    bytes: float = 0  # of disk
+    traffic: float = 0  # bytes moved through memory
+    bytes: float = 0  # bytes on disk
 
     def __add__(self, other):
         return Stage(self.name, *(a + b for a, b in zip(astuple(self)[1:], astuple(other)[1:])))
@@ -263,7 +263,7 @@ MOVES = {"all": (3, 40), "bitfit": (2, 8), "head": (1, 4), "lora": (2, 8)}
 def checkpoint_bytes(
     shape: ModelShape,  # of the model
 ) -> int:  # bytes on disk: float32 weights and a tokenizer
-    "What one checkpoint takes."
+    "The size of one checkpoint on disk."
     return 4 * shape.weights + 60 * shape.vocab
 
 # %% ../nbs/51_cost.ipynb #efa62b19
@@ -296,7 +296,7 @@ def run_cost(
 # %% ../nbs/51_cost.ipynb #3954791c
 @dataclass(frozen=True)
 class Planned:
-    "What a study is about to do."
+    "The scale, model and datasets of a study that is planned."
 
     scale: Scale  # how much
     shape: ModelShape  # of its base
@@ -413,7 +413,7 @@ def the_walks(
 def search_cost(
     p: Planned,  # what is planned
     dataset: Outline,  # a target
-    size: int | None,  # training examples, those for validation among them; None: all
+    size: int | None,  # training examples, with those for validation; None: all
 ) -> Stage:
     "The cost of one fine-tuning whose learning rate is searched."
     contest, n = p.scale.contest, min(size or len(dataset.train), len(dataset.train))
@@ -427,7 +427,7 @@ def search_cost(
 def the_starts(
     p: Planned,  # what is planned
 ) -> Stage:
-    "BitFit from four starts, after a look at all starts there are (C12, C13)."
+    "BitFit from four starts, after a ranking of all starts (C12, C13)."
     contest, total = p.scale.contest, Stage("starts")
     targets = [p.datasets[name] for name in leading(p.models(), contest.targets)]
     few = targets[: contest.curve_targets]
