@@ -337,7 +337,7 @@ class _Output:
         self._try(self.stream.flush)
 
     def code(self):
-        "The exit code where all else is well."
+        "The exit code if nothing else failed."
         self.flush()
         if self.error is None or self.error.errno == errno.EPIPE:
             return 0
