@@ -37,9 +37,7 @@ class Anatomy:
     ignored: frozenset  # patterns of stored tensors that the class has no use for
     converts: bool = False  # whether transformers converts stored tensors of this class
     fields: dict = field(default_factory=dict)  # all of its configuration, see `config_fields`
-    computes: dict = field(
-        default_factory=dict
-    )  # fields in which two models of one space agree
+    computes: dict = field(default_factory=dict)  # fields that models of one space share
     whole: str = ""  # name of the class that AutoModel builds of its configuration
 
 # %% ../nbs/02_anatomy.ipynb #aaf1df09
