@@ -51,9 +51,7 @@ class Zoo:
         base: dict | None = None,  # what zoo.json says of the base
     ):
         self.name, self.models, self.base = name, models.reset_index(drop=True), base
-        self.held_to = self.held_base = (
-            None  # hash of the base it was checked with; its name and hash
-        )
+        self.held_to = self.held_base = None  # the checked base: its hash; its name and hash
         self.start = None  # the base that its adapters are opened over
         self.left_out = _left_out([]) if left_out is None else left_out.reset_index(drop=True)
 
