@@ -56,25 +56,25 @@ TWO_THINGS = {
     ),
     "a blank behind a label": (
         {"a.csv": WORDS.replace("film 7,yes", "film 7,yes ")},
-        "dataset a: labels 'yes' and 'yes ' differ in what is not seen",
+        "dataset a: labels 'yes' and 'yes ' look the same but differ",
     ),
     "a blank behind a number": (
         {"a.jsonl": JSONL + '{"text": "x", "label": "1 "}\n'},
-        "dataset a: labels '1' and '1 ' differ",
+        "dataset a: labels '1' and '1 ' look the same",
     ),
     "a blank that is none": (
         {"a.tsv": WORDS.replace(",", "\t").replace("film 7\tyes", "film 7\tyes\u00a0")},
-        r"labels 'yes' and 'yes\\xa0' differ",
+        r"labels 'yes' and 'yes\\xa0' look the same",
     ),
     "accents in two ways": (
         {"a.csv": WORDS.replace("yes", "\u00e9").replace("7,\u00e9", "7,e\u0301")},
-        "differ in what is not seen",
+        "look the same but differ",
     ),
     "a mark that is not seen": (
         {"a.csv": WORDS.replace("film 7,yes", "film 7,\ufeffyes")},
-        "differ in what is not seen",
+        "look the same but differ",
     ),
-    "two files put together": ({"a.csv": CSV + CSV}, "row 41: is the header once more"),
+    "two files put together": ({"a.csv": CSV + CSV}, "row 41: repeats the header"),
     "measurements as labels": ({"a.csv": RATINGS}, "12 labels such as 0.37 are measurements"),
     "a column twice": (
         {"a.csv": "text,label,label\nx,1,0\n"},

@@ -103,7 +103,7 @@ def test_hostile_names_are_refused_wherever_they_enter(tmp_path, tried):
                 door()
             message = str(caught.value)
             assert message.isprintable() or "\udcff" in message, message
-            assert "a name" in message or "of our own" in message
+            assert "a name" in message or "uses this name" in message
     tried("a hostile name", "datasets and families", len(WRONG), "refused in one line")
 
 

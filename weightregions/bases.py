@@ -161,7 +161,7 @@ def minilm() -> Path:  # folder of the checkpoint
 def pinned(
     name: str,  # hub id of a base in REVISIONS
 ) -> Path:  # folder of the checkpoint
-    "A base from the hub, at the revision that is meant."
+    "A base from the hub, at its pinned revision."
     from huggingface_hub import snapshot_download
 
     if name not in REVISIONS:
@@ -179,7 +179,7 @@ def checked(
     folder: Path,  # where the model lies
     files: dict = MINILM_FILES,  # what each of its files must hash to
 ) -> Path:  # the folder
-    "Refuse weights, a configuration or a tokenizer that are not the ones meant."
+    "Refuse weights, a configuration or a tokenizer whose hashes are not the expected ones."
     for name, sha256 in files.items():
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: has no {name}")
@@ -196,7 +196,7 @@ def checked(
 def base_identity(
     base,  # folder of the pretrained model, or its hub id
 ) -> dict:  # its name and the SHA-256 of its weights, its tokenizer and its configuration
-    "What the models of a zoo have in common: their start."
+    "Name and hashes of a pretrained model."
     from weightregions.loading import model_folder
 
     try:

@@ -90,7 +90,7 @@ def tree(
 # %% ../nbs/08_builtin.ipynb #20746e02
 @dataclass
 class Writer:
-    "Writes sentences by rules; it remembers the words of the sentence at hand."
+    "Writes sentences by rules; it remembers the words of the current sentence."
 
     rules: Mapping[str, Sequence[str]]  # rule -> its ways
     rng: Random  # the only source of chance
@@ -157,7 +157,7 @@ def cross(
     frames: str,  # ways in which {X ...} belongs to the right label and {Y ...} to another
     labels: Sequence[str],  # the labels to put in their places
 ) -> str:  # one grammar rule per label
-    "Write the frames for every label against every other."
+    "Write the frames for every pair of labels."
 
     rules = []
     for x in labels:
@@ -189,13 +189,13 @@ class Spec:
         self,
         split: str,  # "train" or "test"
     ) -> dict[str, list[str]]:  # rule -> ways open to that split
-        "The ways of saying that a split may use: the test split knows them all."
+        "The ways that a split may use: the test split may use all of them."
         rules = parse(self.grammar).items()
         return {name: known + new * (split == "test") for name, (known, new) in rules}
 
     @property
     def held_out(self) -> list[str]:
-        "The ways of saying that occur in the test split only."
+        "The ways that occur in the test split only."
         return [way for _, held_out in parse(self.grammar).values() for way in held_out]
 
 # %% ../nbs/08_builtin.ipynb #08869b83

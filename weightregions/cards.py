@@ -33,7 +33,7 @@ class Claim:
 
     id: str  # "C1" to "C13"
     page: str  # the study notebook that measures it
-    short: str  # in a few words
+    short: str  # the same in a few words
     sentence: str  # in one plain sentence
 
 
@@ -179,7 +179,7 @@ def unit_of(
 
 
 def as_figure(
-    value: float,  # of a row
+    value: float,  # a figure of a row
     unit: str,  # see `unit_of`
     bare: bool = False,  # without the unit
 ) -> str:
@@ -277,7 +277,7 @@ def _units(n, unit):
 def others_say(
     verdicts: list,  # of all tests of a claim
 ) -> str:  # empty where there is one test
-    "How many tests came out how."
+    "How many tests have each verdict."
     if len(verdicts) < 2:
         return ""
     counts = {v: verdicts.count(v) for v in PLURAL if v in verdicts}
@@ -289,10 +289,10 @@ def others_say(
 # %% ../nbs/47_cards.ipynb #bf0b81ce
 @dataclass(frozen=True)
 class Card:
-    "One claim, and what came of it."
+    "One claim and its verdict."
 
     claim: Claim  # in words
-    verdict: str  # one word or some
+    verdict: str  # one of the verdicts, or "no verdict"
     reason: str  # in one line
     row: pd.Series | None = None  # the shown test; None: nothing was measured
     tests: str = ""  # how many tests hold, where some do and others do not
@@ -412,7 +412,7 @@ def dot(
 def summary(
     cards: list[Card],  # see `cards_of`
 ) -> list[str]:  # the counts, then a sentence or two for each claim that fails
-    "How many claims came out how, which hold, and which fail for what reason."
+    "The number of claims for each verdict, those that hold, and why others fail."
     parts = [text for verdict in PLURAL if (text := _counted(cards, verdict))]
     if not parts:
         return []

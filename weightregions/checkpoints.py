@@ -132,7 +132,7 @@ class Checkpoint(Weights):
         self.aside |= dict.fromkeys(dropped, "pooler")
         self.layout, self.head = layout_of_stored(self._body), layout_of_stored(self._head)
         self.base, self.base_name = None, ""  # of an adapter: what it was trained over
-        self.unsure = False  # whether nothing tells that the two are one
+        self.unsure = False  # True if nothing shows that the adapter was trained over `base`
 
     @cached_property
     def config(self):  # None for a module or state dict without one
@@ -420,14 +420,14 @@ def head_state(self: Checkpoint) -> dict[str, Tensor]:
 def as_weights(
     source,  # weights of any kind, or what `open_checkpoint` takes
 ) -> Weights:
-    "Weights to compute with: those that are given, or the checkpoint that is named."
+    "The given weights, or those of the checkpoint that is named."
     return source if isinstance(source, Weights) else open_checkpoint(source)
 
 # %% ../nbs/02_checkpoints.ipynb #1a897693
 def as_group(
     sources: Iterable,  # weights of any kind, or what `open_checkpoint` takes
-    what: str,  # what they are for, for the messages
-    least: int = 2,  # the fewest that do
+    what: str,  # their purpose, for messages
+    least: int = 2,  # the fewest allowed
     base: Weights | None = None,  # in whose space they must be; None: the first one's
 ) -> list[Weights]:
     "Weights of several models of one space, whose names differ."
@@ -611,7 +611,7 @@ def updates_of(
     model,  # a checkpoint
     base,  # the pretrained model that it is compared with
 ) -> dict | None:  # canonical name -> `Update`, or the tensor that takes the base's place
-    "The tensors that an adapter changes; None of what is no adapter over this base."
+    "The tensors that an adapter changes; None if the model is no adapter over this base."
     start = getattr(model, "base", None)
     if start is None or not (start is base or _is_one_file(start, base)):
         return None
@@ -631,11 +631,11 @@ def _is_one_file(a, b) -> bool:
 def require_same_start(
     self: Checkpoint,
     base: Weights,  # the pretrained model, or another one that started from it
-    least: float = LEAST_COSINE,  # cosine below which it is a stranger
+    least: float = LEAST_COSINE,  # lowest cosine to the start that is allowed
     sample: int | None = None,  # weights of each matrix that are looked at; None: all
     siblings: bool = False,  # whether `base` is not the start but another fine-tuned model
 ) -> float:  # that cosine
-    "As for all weights; an adapter has the start it was opened over, however far it moved."
+    "As for other weights, but adapters need no check: their start is the base they have."
     start = getattr(base, "base", None) or base
     if all(updates_of(m, start) for m in (self, base) if m is not start):
         least = -1

@@ -70,7 +70,7 @@ def check_columns(
     where: str,  # dataset and file or split, for the message
     needs=("text", "label"),  # names of those that must be there
 ):
-    "Refuse rows without a text or a label, and say what there is instead."
+    "Refuse rows without a text or a label column; the error lists the columns there are."
     columns = list(columns)
     for column in ("text", "text_pair", "label", *needs):
         if columns.count(column) > 1:
@@ -176,7 +176,7 @@ def __repr__(self: Corpus):
 def check_corpus(
     corpus,  # with name, family, labels, train and test
 ):
-    "Refuse a dataset that is not whole: the one place where all rules are applied."
+    "Check a dataset by all rules, and refuse it if it breaks one."
     where = f"dataset {check_name(corpus.name)}"
     labels = check_labels(corpus.labels, corpus.name)
     if not isinstance(corpus.family, str) or not corpus.family.strip():
@@ -212,7 +212,7 @@ def at_most(
     corpus: Corpus,  # to draw from
     n_train: int | None = None,  # training rows to keep at most; None: all
     n_test: int | None = None,  # test rows to keep at most; None: all
-) -> Corpus:  # the very rows that a `Target` of that many rows draws
+) -> Corpus:  # the same rows that a `Target` of so many rows draws
     "A corpus with no more rows than these."
     if n_train is not None and n_train < len(corpus.train):
         corpus = corpus.subsample(n_train)
@@ -237,7 +237,7 @@ def digest(
 def letters(
     text: str,  # any text
 ) -> str:  # its letters and digits in lower case; the text itself if it has none
-    "What is left of a text when case, spaces and punctuation do not count."
+    "A text without case, spaces and punctuation."
     return (
         "".join(filter(str.isalnum, unicodedata.normalize("NFKC", text).casefold()))
         or text.strip()
@@ -287,7 +287,7 @@ def _whole(path: Path) -> bytes:
 
 
 class KeyTwice(ValueError):
-    "A JSON object that says two things."
+    "A JSON object with one key twice."
 
 
 def _each_key_once(pairs: list) -> dict:
@@ -412,7 +412,7 @@ def pick_columns(
     columns: Columns,  # those that are asked for
     where: str,  # dataset and file, for the message
 ) -> dict:  # "text", "text_pair" (where there is one) and "label" -> a name of the header
-    "Which columns to read; one that is asked for and missing is refused, with those there are."
+    "Which columns to read; if one is missing, the error lists those there are."
     header = list(header)
     check_columns(header, where, [c for c in vars(columns).values() if c])
     text, pair = columns.text, columns.pair
@@ -437,7 +437,7 @@ NO_LABEL = ("-1", "-1.0")
 def as_text(
     label,  # as a reader gave it
 ):  # a text; None: there is none; what is neither text nor number stays as it is
-    "What a CSV file would hold of a label."
+    "A label as the text in a CSV file."
     label = label.item() if isinstance(label, np.generic) else label
     if isinstance(label, str):
         return label if label.strip() else None
@@ -468,7 +468,7 @@ def _require_apart(
         seen = " ".join(unicodedata.normalize("NFKC", seen).split())
         if known.setdefault(seen, label) != label:
             pair = f"{ascii(known[seen])[:40]} and {ascii(label)[:40]}"
-            raise ValueError(f"labels {pair} differ in what is not seen: write them alike")
+            raise ValueError(f"labels {pair} look the same but differ: write them alike")
     fractions = sorted(label for label in classes if _has_fraction(label))
     if fractions and len(classes) > MOST_FRACTIONS and all(map(_is_decimal, classes)):
         raise ValueError(
@@ -618,7 +618,7 @@ def of_frames(
     frames: list,  # rows of train and test, or of train alone, labels as they were written
     wheres: list,  # what to call each in a message
 ) -> Corpus:
-    "Encode the labels, hold rows out where nothing tests, and check every row."
+    "Encode the labels, hold rows out if there is no test split, and check every row."
     labels, none = self.labels, pd.DataFrame()
     if labels is None:
         frames = [labelled(rows, where) for rows, where in zip(frames, wheres)]
@@ -662,7 +662,7 @@ def hold_out(
     where: str,  # dataset and file, for the messages
     seed: int = 0,  # of the draw
 ) -> tuple:  # the rows that train, and the rows held out to test
-    "Hold out a stratified part of the rows; of each class a row at least trains."
+    "Hold out a stratified part of the rows; each class keeps a training row at least."
     y, rng, held = rows["label"].to_numpy(), np.random.default_rng(seed), []
     for label in np.unique(y.astype(int)):
         members = rng.permutation(np.flatnonzero(y == label))
@@ -747,7 +747,7 @@ def in_file(
     path: Path,  # JSON lines, CSV, TSV or Parquet
     columns: Columns = Columns(),  # which ones hold texts and labels
 ) -> dict:  # name -> function without arguments that reads the dataset
-    "The dataset of one file: it is called as the file is, or as the folder of a `train` file."
+    "The dataset of one file, named after the file, or after the folder of a `train` file."
     if path.suffix[1:].lower() not in READERS:
         raise ValueError(f"{path}: its name does not end in {', '.join(READERS)}")
     plain = path.stem not in ("train", *SPLITS)
@@ -781,7 +781,7 @@ def of_splits(
     data,  # datasets.DatasetDict, or one Dataset
     columns: Columns,  # which ones hold texts and labels
 ) -> Corpus:
-    "The dataset of some splits: train, and the first labelled one of those that test."
+    "The dataset of some splits: train, and the first labelled test split."
     splits = dict(data) if hasattr(data, "keys") else {"train": data}
     if len(splits) == 1:
         splits = {"train": next(iter(splits.values()))}
@@ -940,7 +940,7 @@ def sources(
 def check_distinct(
     names,  # of datasets that are used together
 ):
-    "Refuse names that some file system, or a file named after them, takes for one."
+    "Refuse two names that would be one name on some file system."
     known = {}
     for name in names:
         key = unicodedata.normalize("NFC", name).casefold().replace(" ", "-").replace(",", "")
@@ -1023,7 +1023,7 @@ def _csv_rows(text: str, where: str, **how) -> dict:
                     f"{where}, row {i}: {len(cells)} cells, but the header has {len(header)}"
                 )
             if cells == header:
-                raise ValueError(f"{where}, row {i}: is the header once more")
+                raise ValueError(f"{where}, row {i}: repeats the header")
             rows[i] = {column: cell or None for column, cell in zip(header, cells)}
     except csv.Error as error:
         raise ValueError(f"{where}, row {len(rows) + 1}: {error}") from None

@@ -17,7 +17,7 @@ from pathlib import Path
 def whole_file(
     file: Path,  # the file that is to appear
 ):
-    "A binary file to write into: it becomes `file` when the block ends well, else it vanishes."
+    "A binary file to write into: it becomes `file` if the block ends without an error."
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(file)
@@ -72,7 +72,7 @@ def whole_folder(
     target: Path,  # the folder that is to appear
     replace: bool = False,  # take the place of a folder that is there
 ):
-    "A folder to write into: it becomes `target` when the block ends well, else it vanishes."
+    "A folder to write into: it becomes `target` if the block ends without an error."
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target)
@@ -173,17 +173,17 @@ def check_name(
     if len(name.encode()) > LONGEST_NAME:
         raise ValueError(f"{what} {name[:40]!r}...: a name has {LONGEST_NAME} bytes at most")
     if OUR_FILES.fullmatch(name) or name.lower() in OUR_WORDS:
-        raise ValueError(f"{what} {name!r}: files or rows of our own are called so")
+        raise ValueError(f"{what} {name!r}: the package uses this name for files or rows")
     return name
 
 # %% ../nbs/01_files.ipynb #f8895d6e
 def read_table(
     file: Path,  # a table of ours: CSV in UTF-8 with a header
-    text=(),  # columns of names and words, kept letter by letter; others do not matter
+    text=(),  # columns of names and words, kept as written; names not in the file are ignored
     needs=(),  # columns that must be there
     mixed=(),  # columns that may hold numbers or words, empty cells as NaN
 ):  # a DataFrame with one row for each row of the file
-    "Read a table and guess nothing."
+    "Read a table without guessing the types of its columns."
     try:
         content = read_bytes(file, 2**30).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -209,7 +209,7 @@ def cells_of_any_length():
 def disk_errors(
     file,  # what is written
 ):
-    "Let an error of the disk say which file it is about."
+    "Name the file in an error of the disk."
     try:
         yield
     except OSError as e:
@@ -291,7 +291,7 @@ def _remove(path):
 # %% ../nbs/01_files.ipynb #f9fcc891
 @contextmanager
 def _set_aside(target, replace):
-    "Where a folder is to be replaced: aside with it, and away when the new one is there."
+    "Move a folder that is replaced aside, and remove it when the new one is there."
     if not (replace and os.path.lexists(target)):
         yield
         return

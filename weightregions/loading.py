@@ -50,7 +50,7 @@ def load_json(
     source,  # folder or hub id of a model
     name: str,  # of the file, such as "1_Pooling/config.json"
 ) -> dict | None:  # its object; None where there is no such file
-    "A further JSON file of a model."
+    "Another JSON file beside a model."
     folder, where = _place(source)
     file = folder / name
     if not path.lexists(file) and "revision" in where:

@@ -35,7 +35,7 @@ def extend(
     options: Streaming = Streaming(),  # how the pass over the weights is made
     **changes,  # of these options: block, threads, device, memory, progress
 ) -> Gram:
-    "The same products and those of some models more, which come behind the known ones."
+    "Known products with new models added after the known ones."
     old, fresh = _same_models(products, known), [as_weights(c) for c in new]
     if not fresh:
         return products
@@ -157,7 +157,7 @@ def joined(
     self: Sketch,
     other: Sketch,  # of other models, with the same base, seed and size
 ) -> Sketch:
-    "The models of both."
+    "The models of two sketches in one."
     _comparable(self, other)
     if twice := sorted(set(self.names) & set(other.names)):
         raise ValueError(f"both sketches hold {twice[0]!r}")
@@ -190,7 +190,7 @@ def save(
     self: Sketch,
     file: str | Path,  # a name that ends in .npz
 ) -> Path:
-    "Keep the sketch in a file, written beside and renamed."
+    "Write the sketch into a file."
     more = {"hashes": json.dumps(self.hashes)} if self.hashes else {}
     with whole_file(file) as f:
         write_arrays(

@@ -327,4 +327,4 @@ def _require_plain(file: Path, size: int) -> None:
     with zipfile.ZipFile(file) as z:
         unpacked = sum(i.file_size for i in z.infolist())
     if unpacked > size:
-        raise ValueError(f"it unpacks to {unpacked} bytes")  # torch packs nothing
+        raise ValueError(f"it unpacks to {unpacked} bytes")  # torch does not compress

@@ -31,7 +31,7 @@ def verdict(
     least: float = 0,  # the smallest p that so few independent units can give
     measurable: bool = True,  # whether probes beat a constant answer on the target
 ) -> str:  # one of the five above
-    "What may be said of a claim."
+    "The verdict on a claim."
     if least >= SURE:
         return TOO_FEW
     if not measurable:
@@ -43,13 +43,13 @@ def verdict(
 # %% ../nbs/45_verdicts.ipynb #cdd1a5e7
 @dataclass(frozen=True)
 class Quantity:
-    "A measured figure, and how certain it is."
+    "A measured figure with its interval and p-value."
 
-    ours: float  # the figure
+    ours: float  # the measured figure
     low: float = np.nan  # lower end of its 95 % interval
     high: float = np.nan  # upper end
     p: float = np.nan  # probability of such a figure by chance
-    n: int = 0  # independent units
+    n: int = 0  # number of independent units
     unit: str = "models"  # what they are
     least: float = 0  # the smallest p that so many units can give
 
@@ -63,7 +63,7 @@ def least_of_signs(
 # %% ../nbs/45_verdicts.ipynb #2a1eba7a
 def of_scores(
     scores: Scores,  # of `cluster_report`
-    unit: str,  # what its `by` was
+    unit: str,  # the independent units, the `by` of the scores
 ) -> Quantity:
     "The accuracy of a clustering, mean over its random starts."
     s = scores
@@ -72,7 +72,7 @@ def of_scores(
 # %% ../nbs/45_verdicts.ipynb #2a5233bf
 def of_pb(
     pb: PB,  # of `probability_of_better`
-    unit: str,  # what its `units` were
+    unit: str,  # the independent units, the `units` of `pb`
 ) -> Quantity:
     "A probability of better."
     return Quantity(pb.value, pb.low, pb.high, pb.p, pb.units, unit, pb.least)
@@ -90,7 +90,7 @@ def of_gap(
 # %% ../nbs/45_verdicts.ipynb #612c2828
 def of_gains(
     gains: Iterable,  # of independent units, one each
-    interval: tuple,  # low and high
+    interval: tuple,  # ends of the 95 % interval
     unit: str,  # what they are
 ) -> Quantity:
     "A mean gain that is claimed to be positive; signs are flipped for its p-value."
