@@ -96,7 +96,8 @@ def of_gains(
     "A mean gain that is claimed to be positive; signs are flipped for its p-value."
     gains = np.asarray(list(gains), float)
     p = sign_flips(gains) if gains.mean() > 0 else 1.0
-    return Quantity(gains.mean(), *interval, p, len(gains), unit, least_of_signs(len(gains)))
+    mean, least = float(gains.mean()), least_of_signs(len(gains))
+    return Quantity(mean, *interval, p, len(gains), unit, least)
 
 # %% ../nbs/45_verdicts.ipynb #29ef36d9
 CLAIM_COLUMNS = ["claim", "measure", "paper", "ours", "low", "high", "p", "n", "unit"]
