@@ -149,7 +149,8 @@ def test_a_slow_start_of_ray_is_tried_again(monkeypatch, slow, tried):
         ):
             start_ray()
     assert len(starts) == min(slow + 1, 3)
-    tried("Ray is slow to start", f"{slow} times", 1, "tried again; one line after three times")
+    stage, outcome = f"after {slow} slow starts", "tried again; one line after three times"
+    tried("Ray is slow to start", stage, 1, outcome)
 
 
 @every_backend
