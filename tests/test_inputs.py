@@ -230,6 +230,25 @@ UNCLOSED = {
 }
 
 
+TAKEN = {
+    "all rows of a class": 'text,label\nx,1\n"y,0\nz,0\nv",1\n',
+    "rows of more cells": CSV.replace("film 2,", '"a,').replace("m 5,", "m, 5,"),
+    "rows behind a blank line": CSV.replace("film 2,", '"a,').replace("bad film 4,", "\nb,"),
+    "rows from a backslash on": CSV.replace("film 2,", r'"so \"",'),
+}
+TAKEN = {
+    what: content.replace('bad "', '"').replace("film 9,", 'film 9",')
+    for what, content in TAKEN.items()
+}
+
+
+def test_rows_are_missed_whatever_else_is_in_them(tmp_path, tried):
+    for i, content in enumerate(TAKEN.values()):
+        with pytest.raises(ValueError, match=r"line \d\): the quote .* takes in rows"):
+            read(tmp_path / str(i), {"a.csv": content})
+    tried("a quote that takes in rows of any kind", "corpora", len(TAKEN), "the line is named")
+
+
 def test_a_quote_that_is_not_closed_names_its_line(tmp_path, tried):
     for i, (what, (content, place)) in enumerate(UNCLOSED.items()):
         problem = (
@@ -242,7 +261,7 @@ def test_a_quote_that_is_not_closed_names_its_line(tmp_path, tried):
 
 
 LONG = [
-    f'{i}, a review.\n\nIt was "{text}", they said;\n- salt, pepper\n1,2\n'
+    f'{i}, a review.\n\nIt was "{text}", they said;\nOh,no\n- salt, pepper\n'
     for i, (text, _) in enumerate(ROWS)
 ]
 DIALECTS = [{}, {"sep": ";"}, {"quoting": csv.QUOTE_ALL}, {"lineterminator": "\r\n"}]
@@ -253,11 +272,12 @@ def test_texts_of_several_lines_are_read_letter_by_letter(tmp_path, tried):
     contents = {f"a{i}.csv": table.to_csv(index=False, **how) for i, how in enumerate(DIALECTS)}
     contents["b.tsv"] = table.to_csv(index=False, sep="\t")
     contents["c.csv"] = table[["label", "text"]].to_csv(index=False)
+    contents["stars.csv"] = TABLE.assign(text=table.text + "Stars: 0,1").to_csv(index=False)
     # lines that are rows are no stray ones where every text stands in quotes
-    rows = table.assign(text=[f"{text}\nOh,no\n" for text in LONG])
+    rows = table.assign(text=[f"{text}\nOh,no" for text, _ in ROWS])
     contents["d.csv"] = rows.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)
     for name, corpus in read(tmp_path / "long", contents).items():
-        texts = rows.text if name == "d" else table.text
+        texts = {"d": rows.text, "stars": table.text + "Stars: 0,1"}.get(name, table.text)
         assert sorted([*corpus.train.text, *corpus.test.text]) == sorted(texts), name
     tried("texts of several lines", "corpora", len(contents), "read letter by letter")
 

@@ -370,9 +370,9 @@ _FOLDER = _arg("folder", nargs="+", metavar="FOLDER", help=_FOLDERS)
 _STEPS = _flag("--all-checkpoints", "take every checkpoint-N of a run, not only its last")
 _BASE = _arg("--base", required=True, metavar="MODEL", help=_PRETRAINED)
 _SOURCES = (
-    "'builtin', 'hub', a CSV, TSV, JSONL or Parquet file, a folder of such files, of datasets"
-    " or of datasets.save_to_disk, or a dataset's id on the hub (OWNER/NAME, perhaps with"
-    " /CONFIG); where nothing tests, a fifth of each class is held out"
+    "'builtin', 'hub', a file in CSV, TSV, JSON, JSON lines (also .gz) or Parquet, a folder of"
+    " such files, of datasets or of datasets.save_to_disk, or a dataset's id on the hub"
+    " (OWNER/NAME, perhaps with /CONFIG); where nothing tests, a fifth of each class is held out"
 )
 _DATA = _arg("--data", required=True, help=_SOURCES)
 _TARGET = _arg(

@@ -15,6 +15,7 @@ __all__ = ['SURROGATE', 'MOST_MEMORY', 'PER_ROW', 'READERS', 'TEXTS', 'LABELS', 
 
 # %% ../nbs/10_corpora.ipynb #0444b54a
 import csv, gzip, hashlib, io, json, math, re, unicodedata, warnings, zlib
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -1150,33 +1151,35 @@ def _csv_rows(text: str, where: str, label: str | None = None, **how) -> dict:
 
 # %% ../nbs/10_corpora.ipynb #5a0c17f4
 def _taken_in(several: dict, columns: list, rows: dict, delimiter: str) -> str | None:
-    "The first row of several lines one of whose lines is a row too; columns: label, header."
+    "The first row of several lines half of which are rows themselves; columns: label, header."
     if not several:
         return None
     label, header = columns
     if label not in header:
         label = _only(header, "label", LABELS) or header[-1]
-    labels = {row[label] for row in rows.values()} - {None}
-    at = header.index(label)
+    labels, at = {row[label] for row in rows.values()} - {None}, header.index(label)
     for place, cells in several.items():
-        if any(_is_row(*line, at, labels, delimiter) for line in _lines_of(cells)):
+        inside = [_label_in(*line, at, delimiter) for line in _lines_of(cells, at)]
+        again = {text for text, n in Counter(inside).items() if n > 1 and text == text.strip()}
+        known = [text for text in inside if text and text in labels | again]
+        if known and 2 * len(known) >= len(inside):
             return place
 
 # %% ../nbs/10_corpora.ipynb #5a0c17f5
-def _lines_of(cells: list):
+def _lines_of(cells: list, at: int):
     "The lines of cells that have several: each with the places of its first cell and its end."
     for j, cell in enumerate(cells):
         first, *others = re.split(r"\r\n|\r|\n", cell)
+        lines = [(first, j, len(cells)), *((line, 0, len(cells)) for line in others[:-1])]
+        lines += [(line, 0, j + 1) for line in others[-1:]]
         if others:
-            yield first, j, len(cells)
-            yield from ((line, 0, len(cells)) for line in others[:-1])
-            yield others[-1], 0, j + 1
+            yield from (line for line in lines if line[0].strip() and line[1] <= at < line[2])
 
 
-def _is_row(line: str, begin: int, end: int, at: int, labels: set, delimiter: str) -> bool:
-    "Whether a line has a cell for each place, and at the label's place a label."
+def _label_in(line: str, begin: int, end: int, at: int, delimiter: str) -> str:
+    "The cell at the place of the label, if a line has as many cells as there are places."
     cells = line.split(delimiter)
-    return len(cells) == end - begin and begin <= at < end and cells[at - begin] in labels
+    return cells[at - begin] if len(cells) == end - begin else ""
 
 
 def _all_quoted(text: str, delimiter: str) -> bool:
