@@ -388,6 +388,7 @@ BROKEN = {
     "nothing": ("[ ]", "there are no rows"),
     "deep": ("[" * 100_000, "row 1: not JSON"),
     "not UTF-8": (RECORDS.encode("utf-16"), "not UTF-8 at byte"),
+    "a blank that JSON does not know": ("\u00a0" + RECORDS, "row 1: not a line of JSON"),
     "a word": ("null", "a JSON NoneType, not an object"),
 }
 

@@ -299,6 +299,24 @@ def _each_key_once(pairs: list) -> dict:
 
 _JSON = json.JSONDecoder(object_pairs_hook=_each_key_once)
 
+# %% ../nbs/10_corpora.ipynb #5a0c17f1
+@contextmanager
+def _json_faults(where: str, what: str):
+    "One line for whatever is wrong with a text in JSON."
+    try:
+        yield
+    except KeyTwice as error:
+        raise ValueError(f"{where}: {error}") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{where}: not {what}") from None
+
+
+def _object(value, where: str) -> dict:
+    "A value of JSON that is an object."
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: a JSON {type(value).__name__}, not an object")
+    return value
+
 # %% ../nbs/10_corpora.ipynb #e479d6bb
 def read_jsonl(
     path: Path,  # file with one JSON object a line, UTF-8
@@ -320,7 +338,7 @@ def read_json(
 ) -> dict:  # number of the row -> object
     "Rows of a JSON file."
     text = _utf8(path, where)
-    if text.lstrip().startswith("["):
+    if _OPENS.match(text):
         return _array(text, where)
     try:
         value = _JSON.decode(text)
@@ -727,13 +745,8 @@ def read_list(
 ) -> dict:  # name -> entry
     "The entries of datasets.json, each with a name of its own."
     content = read_bytes(path)
-    try:
-        text = content.decode("utf-8-sig")
-        entries = json.loads(text, object_pairs_hook=_each_key_once)
-    except KeyTwice as error:
-        raise ValueError(f"datasets.json: {error}") from None
-    except (ValueError, RecursionError):
-        raise ValueError("datasets.json: not JSON in UTF-8") from None
+    with _json_faults("datasets.json", "JSON in UTF-8"):
+        entries = _JSON.decode(content.decode("utf-8-sig"))
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError("datasets.json: not a list of objects")
     named = {}
@@ -1068,24 +1081,6 @@ def _utf8(path: Path, where: str) -> str:
         return _whole(path, where).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 at byte {error.start}") from None
-
-# %% ../nbs/10_corpora.ipynb #5a0c17f1
-@contextmanager
-def _json_faults(where: str, what: str):
-    "One line for whatever is wrong with a text in JSON."
-    try:
-        yield
-    except KeyTwice as error:
-        raise ValueError(f"{where}: {error}") from None
-    except (ValueError, RecursionError):
-        raise ValueError(f"{where}: not {what}") from None
-
-
-def _object(value, where: str) -> dict:
-    "A value of JSON that is an object."
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: a JSON {type(value).__name__}, not an object")
-    return value
 
 # %% ../nbs/10_corpora.ipynb #5a0c17f2
 _OPENS = re.compile(r"[ \t\r\n]*\[[ \t\r\n]*(\][ \t\r\n]*\Z)?")
@@ -1427,7 +1422,7 @@ def _holds_rows(path: Path) -> bool:
         return True
     if _ROWS.match(begin):
         return True
-    warnings.warn(f"{path}: does not begin as rows do, and is left out", stacklevel=2)
+    warnings.warn(f"file {path.name}: does not begin as rows do, and is left out", stacklevel=2)
     return False
 
 # %% ../nbs/10_corpora.ipynb #7d20a68d
