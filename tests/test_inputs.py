@@ -312,19 +312,19 @@ def test_quotes_are_letters_in_files_of_tabs_where_they_do_not_fit(tmp_path, tri
 
 
 def test_labels_that_differ_in_case_are_named(tmp_path, tried):
-    table = TABLE.assign(label=["Yes", "no", "yes", "No"] * 10)
+    table = TABLE.assign(label=["Yes", "no", "yes", ' "no"'] * 10)
     table.to_csv(tmp_path / "a.csv", index=False)
     table.to_json(tmp_path / "b.jsonl", orient="records", lines=True)
     table.to_parquet(tmp_path / "c.parquet")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         made = load_corpora(tmp_path)
-    assert all(corpus.labels == ("No", "Yes", "no", "yes") for corpus in made.values())
+    assert all(corpus.labels == (' "no"', "Yes", "no", "yes") for corpus in made.values())
     for file in ("a.csv", "b.jsonl", "c.parquet"):
-        for pair in ("'No' and 'no'", "'Yes' and 'yes'"):
-            line = f"file {file}: labels {pair} differ in case only, and are two classes"
+        for pair in ("' \"no\"' and 'no'", "'Yes' and 'yes'"):
+            line = f"file {file}: labels {pair} differ in case or quotes only, and are"
             assert sum(line in str(w.message) for w in caught) == 1, line
-    tried("labels that differ in case only", "corpora", 3, "named with a warning")
+    tried("labels that differ in case or quotes only", "corpora", 6, "named with a warning")
 
 
 # JSON, and files that are packed

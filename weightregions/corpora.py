@@ -536,13 +536,13 @@ def _has_fraction(label: str) -> bool:
     return _is_decimal(label) and not float(label).is_integer()
 
 # %% ../nbs/10_corpora.ipynb #5a0c17f9
-def _say_case(labels: tuple, where: str) -> None:
-    "Warn of labels that differ in case only."
+def _say_alike(labels: tuple, where: str) -> None:
+    "Warn of labels that differ in case or quotes only."
     known = {}
     for label in labels:
-        if (other := known.setdefault(label.casefold(), label)) != label:
-            what = f"labels {other!r} and {label!r} differ in case only, and are two classes"
-            warnings.warn(f"{where}: {what}", stacklevel=2)
+        if (other := known.setdefault(label.casefold().strip(" '\""), label)) != label:
+            what = f"{other!r} and {label!r} differ in case or quotes only"
+            warnings.warn(f"{where}: labels {what}, and are two classes", stacklevel=2)
 
 # %% ../nbs/10_corpora.ipynb #a96a17b1
 def places_of(
@@ -687,7 +687,7 @@ def of_frames(
     except ValueError as error:
         raise ValueError(f"dataset {self.name}: {error}") from None
     if self.labels is None:
-        _say_case(labels, wheres[0])
+        _say_alike(labels, wheres[0])
     if len(frames) < 2:
         check_split(train, labels, wheres[0])
         train, test = hold_out(train, wheres[0])
@@ -1381,7 +1381,11 @@ def _dataset_paths(folder: Path) -> dict:
         return {folder_name(folder): folder}
     inside = [p for p in sorted(folder.iterdir()) if p.name[0] not in "._"]
     paths = {p.name: p for p in inside if p.is_dir()}
-    files = [p for p in inside if ending_of(p) and p.name != "families.csv" and _holds_rows(p)]
+    files = [
+        p
+        for p in inside
+        if p.name not in paths and ending_of(p) and p.name != "families.csv" and _holds_rows(p)
+    ]
     stems = {_stem(file) for file in files}
     for file in files:
         stem = _stem(file)
