@@ -203,7 +203,7 @@ def test_a_stray_quote_never_swallows_rows(tmp_path, tried):
                     quoted = [f'"{ROWS[opens - 1][0]}', f'{ROWS[closes - 1][0]}"']
                     assert len(texts) == 40 and set(quoted) < set(texts), table
                     continue
-                place = rf"a.csv, row {opens} \(line {opens + 1}\): the quote .* takes in rows: close"
+                place = rf"a.csv, line {opens + 1}: the quote .* takes in rows: close"
                 with pytest.raises(ValueError, match=place) as error:
                     read(here, {"a.csv": data})
                 assert "\n" not in str(error.value)
@@ -216,17 +216,17 @@ def test_a_stray_quote_never_swallows_rows(tmp_path, tried):
 
 
 UNCLOSED = {
-    "at the end": (CSV + '"never closed,1\nx,0\n', r"row 41 \(line 42\)"),
+    "at the end": (CSV + '"never closed,1\nx,0\n', r"line 42"),
     "before a quoted cell": (
         CSV.replace("bad film 2", '"bad') + '"a, b",1\n',
-        r"row 3 \(line 4\)",
+        r"line 4",
     ),
     "behind a backslash": (
         CSV.replace("good film 7", r'"he said \"so\""'),
-        r"row 8 \(line 9\)",
+        r"line 9",
     ),
-    "behind a blank line": ("\n".join(["text,label", "", "x,1", '"y,0']), r"row 2 \(line 4\)"),
-    "in the header": ('"text,label\nx,1\n', r"row 1 \(line 1\)"),
+    "behind a blank line": ("\n".join(["text,label", "", "x,1", '"y,0']), r"line 4"),
+    "in the header": ('"text,label\nx,1\n', r"line 1"),
 }
 
 
@@ -244,7 +244,7 @@ TAKEN = {
 
 def test_rows_are_missed_whatever_else_is_in_them(tmp_path, tried):
     for i, content in enumerate(TAKEN.values()):
-        with pytest.raises(ValueError, match=r"line \d\): the quote .* takes in rows"):
+        with pytest.raises(ValueError, match=r"line \d: the quote .* takes in rows"):
             read(tmp_path / str(i), {"a.csv": content})
     tried("a quote that takes in rows of any kind", "corpora", len(TAKEN), "the line is named")
 
@@ -300,9 +300,9 @@ def test_quotes_are_letters_in_files_of_tabs_where_they_do_not_fit(tmp_path, tri
         [corpus] = load_corpora(tmp_path).values()
     assert sorted([*corpus.train.text, *corpus.test.text]) == sorted(texts)
     [message] = [str(w.message) for w in caught if "quote" in str(w.message)]
-    assert "a.tsv, row 1 (line 2): " in message and "quotes are text in all rows" in message
+    assert "a.tsv, line 2: " in message and "quotes are text in all rows" in message
     ragged = "\n".join([*lines[:9], "8\tno label", *lines[9:]])
-    problem = r"row 1 \(line 2\).*; with quotes as text, row 9: 2 cells, but the header has 3"
+    problem = r"line 2.*; with quotes as text, row 9: 2 cells, but the header has 3"
     with pytest.raises(ValueError, match=problem):
         read(tmp_path / "ragged", {"a.tsv": ragged})
     tried("lone quotes in a file of tabs", "corpora", 2, "text, the first row is named")

@@ -372,7 +372,8 @@ _BASE = _arg("--base", required=True, metavar="MODEL", help=_PRETRAINED)
 _SOURCES = (
     "'builtin', 'hub', a file in CSV, TSV, JSON, JSON lines (also .gz) or Parquet, a folder of"
     " such files, of datasets or of datasets.save_to_disk, or a dataset's id on the hub"
-    " (OWNER/NAME, perhaps with /CONFIG); where nothing tests, a fifth of each class is held out"
+    " (OWNER/NAME, perhaps with /CONFIG); where nothing tests, a fifth of each class is held"
+    " out"
 )
 _DATA = _arg("--data", required=True, help=_SOURCES)
 _TARGET = _arg(

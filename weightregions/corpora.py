@@ -1112,53 +1112,56 @@ _QUOTES = "close it, double the quotes within a text, or write the rows as JSON 
 
 def _csv_rows(text: str, where: str, label: str | None = None, **how) -> dict:
     "Rows of a CSV text; blank lines are passed over."
-    reader, rows = csv.reader(io.StringIO(text, newline=""), strict=True, **how), {}
-    end, several = 0, {}
-    try:
-        header, end = next(reader, []), reader.line_num
-        if twice := [c for c in header if c and header.count(c) > 1]:
-            raise ValueError(f"{where}: the header holds a name twice, {twice[0][:40]!r}")
-        for cells in reader:
-            begin, end = end + 1, reader.line_num
-            if not cells:
-                continue
-            i = len(rows) + 1
-            if len(cells) != len(header):
-                raise ValueError(
-                    f"{where}, row {i}: {len(cells)} cells, but the header has {len(header)}"
-                )
-            if cells == header:
-                raise ValueError(f"{where}, row {i}: is the header once more")
-            rows[i] = {column: cell or None for column, cell in zip(header, cells)}
-            if end > begin:
-                several[f"row {i} (line {begin})"] = cells
-    except csv.Error as error:
-        place = f"row {len(rows) + 1} (line {end + 1})"
+    records, rows, several = _records(text, where, **how), {}, {}
+    *_, header = next(records, [[]])
+    if twice := [c for c in header if c and header.count(c) > 1]:
+        raise ValueError(f"{where}: the header holds a name twice, {twice[0][:40]!r}")
+    for i, (begin, end, cells) in enumerate(records, 1):
+        if len(cells) != len(header):
+            raise ValueError(
+                f"{where}, row {i}: {len(cells)} cells, but the header has {len(header)}"
+            )
+        if cells == header:
+            raise ValueError(f"{where}, row {i}: is the header once more")
+        rows[i] = {column: cell or None for column, cell in zip(header, cells)}
+        if end > begin:
+            several[begin] = cells
+    delimiter = how.get("delimiter", ",")
+    line = _taken_in(several, [label, header], rows, delimiter)
+    if line and not _all_quoted(text, delimiter):
         raise ValueError(
-            f"{where}, {place}: a quote is not closed where its cell ends ({error}): {_QUOTES}"
-        ) from None
-    place = _taken_in(several, [label, header], rows, reader.dialect.delimiter)
-    if place and not _all_quoted(text, reader.dialect.delimiter):
-        raise ValueError(
-            f"{where}, {place}: the quote that opens a cell takes in rows: {_QUOTES}"
+            f"{where}, line {line}: the quote that opens a cell takes in rows: {_QUOTES}"
         )
     return rows
 
+# %% ../nbs/10_corpora.ipynb #5a0c17fb
+def _records(text: str, where: str, **how):
+    "The records of a CSV text, each with its first and its last line."
+    reader, begin = csv.reader(io.StringIO(text, newline=""), strict=True, **how), 1
+    try:
+        for cells in reader:
+            if cells:
+                yield begin, reader.line_num, cells
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        what = f"a quote is not closed where its cell ends ({error})"
+        raise ValueError(f"{where}, line {begin}: {what}: {_QUOTES}") from None
+
 # %% ../nbs/10_corpora.ipynb #5a0c17f4
-def _taken_in(several: dict, columns: list, rows: dict, delimiter: str) -> str | None:
-    "The first row of several lines half of which are rows themselves; columns: label, header."
+def _taken_in(several: dict, columns: list, rows: dict, delimiter: str) -> int | None:
+    "The first line of a record half of whose lines are rows; columns: label, header."
     if not several:
         return None
     label, header = columns
     if label not in header:
         label = _only(header, "label", LABELS) or header[-1]
     labels, at = {row[label] for row in rows.values()} - {None}, header.index(label)
-    for place, cells in several.items():
+    for begin, cells in several.items():
         inside = [_label_in(*line, at, delimiter) for line in _lines_of(cells, at)]
         again = {text for text, n in Counter(inside).items() if n > 1 and text == text.strip()}
         known = [text for text in inside if text and text in labels | again]
         if known and 2 * len(known) >= len(inside):
-            return place
+            return begin
 
 # %% ../nbs/10_corpora.ipynb #5a0c17f5
 def _lines_of(cells: list, at: int):
@@ -1203,7 +1206,7 @@ def _tsv_rows(text: str, where: str, label: str | None = None) -> dict:
         long = (
             i
             for i, row in quoted.items()
-            if any(re.search("[\r\n]", c or "") for c in row.values())
+            if re.search("[\r\n]", "".join(filter(None, row.values())))
         )
         raise ValueError(
             f"{where}, row {next(long)}: quotes make {len(quoted)} rows of {len(plain)} lines:"
@@ -1211,7 +1214,7 @@ def _tsv_rows(text: str, where: str, label: str | None = None) -> dict:
         )
     return quoted
 
-
+# %% ../nbs/10_corpora.ipynb #5a0c17fd
 def _quotes_are_text(text: str, where: str, fault: str) -> dict:
     "Rows of a text with tabs whose quotes cannot stand around cells, for this fault."
     try:
@@ -1381,11 +1384,7 @@ def _dataset_paths(folder: Path) -> dict:
         return {folder_name(folder): folder}
     inside = [p for p in sorted(folder.iterdir()) if p.name[0] not in "._"]
     paths = {p.name: p for p in inside if p.is_dir()}
-    files = [
-        p
-        for p in inside
-        if p.name not in paths and ending_of(p) and p.name != "families.csv" and _holds_rows(p)
-    ]
+    files = [p for p in inside if _holds_rows(p)]
     stems = {_stem(file) for file in files}
     for file in files:
         stem = _stem(file)
@@ -1413,7 +1412,9 @@ _ROWS = re.compile(
 
 def _holds_rows(path: Path) -> bool:
     "Whether a file of a folder is a dataset: of JSON, one that begins as rows do, or a split."
-    if not ending_of(path).startswith("json") or ending_of(path).startswith("jsonl"):
+    if not ending_of(path) or path.is_dir() or path.name == "families.csv":
+        return False
+    if ending_of(path) not in ("json", "json.gz"):
         return True
     if _SPLIT.fullmatch(_stem(path)) or _stem(path).lower() in _WORDS:
         return True
