@@ -803,11 +803,11 @@ def _without_base(self: Zoo, base: Checkpoint) -> Zoo:
     opened = self.checkpoints()
     reasons = pd.Series([_no_move(c, base) for c in opened], self.models.index)
     for copy, first in repeated(c for c, r in zip(opened, reasons) if not r).items():
-        at = self.models.model == copy
-        if self.base or read_manifest(self.models.path[at].item()):
+        paths = self.models.path[self.models.model.isin([copy, first])]
+        if self.base or any(map(read_manifest, paths)):
             warnings.warn(f"{self.name}: {copy} is a copy of {first}, and both count")
         else:
-            reasons[at] = f"a copy of {first}"
+            reasons[self.models.model == copy] = f"a copy of {first}"
     same = reasons != ""
     rows = _left_out(list(zip(self.models.model[same], reasons[same])))
     if same.all():
