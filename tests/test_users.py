@@ -388,7 +388,7 @@ def test_no_dataset_is_an_error_and_no_empty_table(here, tmp_path, monkeypatch, 
     code, out, err = run(here, monkeypatch, capsys, f"zoo base --data {tmp_path}/none --list")
     assert (code, out) == (2, "") and "there are no datasets" in err
     (tmp_path / "a.xlsx").write_bytes(b"x")
-    with pytest.raises(ValueError, match="does not end in jsonl, csv, tsv, parquet"):
+    with pytest.raises(ValueError, match="does not end in jsonl, json, csv, tsv, parquet"):
         read(tmp_path / "a.xlsx")
 
 
