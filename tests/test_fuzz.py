@@ -313,7 +313,7 @@ def root(tmp_path_factory):
     (root / "listed" / "models.csv").write_text(
         "model,dataset,family,seed\nfilms/seed-1,films,f,1\nmeals/seed-1,meals,f,2\n"
     )
-    for ending in ("jsonl", "csv", "parquet"):
+    for ending in ("jsonl", "json", "csv", "csv.gz", "parquet"):
         lamps(root / ending, ending)
     (root / "csv" / "families.csv").write_text("name,family\nlamps,general\n")
     models, base = (
@@ -354,7 +354,9 @@ def lamps(folder, ending):
         file = folder / "lamps" / f"{stem}.{ending}"
         if ending == "jsonl":
             file.write_text("".join(json.dumps(r) + "\n" for r in rows))
-        elif ending == "csv":
+        elif ending == "json":
+            file.write_text(json.dumps(rows))
+        elif ending.startswith("csv"):
             pd.DataFrame(rows).to_csv(file, index=False)
         else:
             pq.write_table(pa.Table.from_pylist(rows), file)
@@ -481,7 +483,9 @@ READERS = {
     "models.csv": ("listed", "models.csv", "bytes", whole_zoo, ""),
     "datasets.json": ("jsonl", "datasets.json", "json", load_corpora, ""),
     "rows in JSON lines": ("jsonl", "lamps/train.jsonl", "lines", load_corpora, "lamps"),
+    "rows in JSON": ("json", "lamps/train.json", "json", load_corpora, "lamps"),
     "rows in CSV": ("csv", "lamps/train.csv", "bytes", load_corpora, "lamps"),
+    "rows in packed CSV": ("csv.gz", "lamps/train.csv.gz", "bytes", load_corpora, "lamps"),
     "rows in Parquet": ("parquet", "lamps/train.parquet", "bytes", load_corpora, "lamps"),
     "families.csv": ("csv", "families.csv", "bytes", load_corpora, "families.csv"),
     "rows of a traversal": (
@@ -717,6 +721,7 @@ DEEP = [
     "zoo.json",
     "datasets.json",
     "rows in JSON lines",
+    "rows in JSON",
     "rows of a traversal",
     "measurements",
     "region.json",

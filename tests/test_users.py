@@ -360,8 +360,8 @@ def test_separators_and_quotes(tmp_path):
     (tmp_path / "plain.tsv").write_text("text\tlabel\n" + lines)
     whole["plain.tsv"] = next(iter(read(tmp_path / "plain.tsv")[0].values())).sha256
     assert len(set(whole.values())) == 1, whole
-    (tmp_path / "torn.tsv").write_text('text\tlabel\n"a\t1\nb"\t0\nc\t1\n')
-    with pytest.raises(ValueError, match="quotes make 2 rows of 3 lines"):
+    (tmp_path / "torn.tsv").write_text('text\tlabel\n"a\tx\nb"\t0\nc\t1\n')
+    with pytest.raises(ValueError, match="row 1: quotes make 2 rows of 3 lines"):
         read(tmp_path / "torn.tsv")
 
 
@@ -388,7 +388,7 @@ def test_no_dataset_is_an_error_and_no_empty_table(here, tmp_path, monkeypatch, 
     code, out, err = run(here, monkeypatch, capsys, f"zoo base --data {tmp_path}/none --list")
     assert (code, out) == (2, "") and "there are no datasets" in err
     (tmp_path / "a.xlsx").write_bytes(b"x")
-    with pytest.raises(ValueError, match="does not end in jsonl, csv, tsv, parquet"):
+    with pytest.raises(ValueError, match="does not end in jsonl, json, csv, tsv, parquet"):
         read(tmp_path / "a.xlsx")
 
 

@@ -6,18 +6,21 @@
 __all__ = ['SURROGATE', 'MOST_MEMORY', 'PER_ROW', 'READERS', 'TEXTS', 'LABELS', 'PAIRS', 'NUMBER', 'NO_LABEL', 'MOST_FRACTIONS',
            'SPLITS', 'SAME', 'HELD', 'SEP', 'HUB_ID', 'text_fault', 'label_fault', 'check_columns', 'check_split',
            'check_labels', 'draw', 'Corpus', 'check_corpus', 'at_most', 'digest', 'letters', 'texts', 'overlap',
-           'shared_rows', 'KeyTwice', 'read_jsonl', 'read_csv', 'parquet_header', 'read_parquet', 'to_frame', 'Columns',
-           'pick_columns', 'as_text', 'classes_of', 'places_of', 'encode', 'labelled', 'find_split', 'folder_name',
-           'is_saved', 'read_corpus', 'Draft', 'hold_out', 'read_list', 'read_families', 'in_folder', 'in_file',
-           'read_saved', 'of_splits', 'hub_rows', 'hub_split', 'hub_corpus', 'from_hub', 'builtin_corpus',
-           'from_hub_id', 'sources', 'check_distinct', 'load_corpora', 'describe', 'hub_entries', 'hub_table']
+           'shared_rows', 'KeyTwice', 'read_jsonl', 'read_json', 'read_csv', 'parquet_header', 'read_parquet',
+           'ending_of', 'to_frame', 'Columns', 'pick_columns', 'as_text', 'classes_of', 'places_of', 'encode',
+           'labelled', 'find_split', 'folder_name', 'is_saved', 'read_corpus', 'Draft', 'hold_out', 'read_list',
+           'read_families', 'in_folder', 'in_file', 'read_saved', 'of_splits', 'hub_rows', 'hub_split', 'hub_corpus',
+           'from_hub', 'builtin_corpus', 'from_hub_id', 'sources', 'check_distinct', 'load_corpora', 'describe',
+           'hub_entries', 'hub_table']
 
 # %% ../nbs/10_corpora.ipynb #0444b54a
-import csv, hashlib, io, json, math, re, unicodedata, warnings
+import csv, gzip, hashlib, io, json, math, re, unicodedata, warnings, zlib
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import cached_property, partial
+from itertools import islice
 from os.path import lexists
 from pathlib import Path
 
@@ -281,11 +284,6 @@ MOST_MEMORY = 2**32  # bytes that the rows of a file may take
 PER_ROW = 400  # bytes that a row takes beside its texts
 
 
-def _whole(path: Path) -> bytes:
-    "The bytes of a file of rows."
-    return read_bytes(path, MOST_MEMORY)
-
-
 class KeyTwice(ValueError):
     "A JSON object with one key twice."
 
@@ -298,6 +296,27 @@ def _each_key_once(pairs: list) -> dict:
         raise KeyTwice(f"the key {twice[:40]!r} is there twice")
     return dict(pairs)
 
+
+_JSON = json.JSONDecoder(object_pairs_hook=_each_key_once)
+
+# %% ../nbs/10_corpora.ipynb #5a0c17f1
+@contextmanager
+def _json_faults(where: str, what: str):
+    "One line for whatever is wrong with a text in JSON."
+    try:
+        yield
+    except KeyTwice as error:
+        raise ValueError(f"{where}: {error}") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{where}: not {what}") from None
+
+
+def _object(value, where: str) -> dict:
+    "A value of JSON that is an object."
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: a JSON {type(value).__name__}, not an object")
+    return value
+
 # %% ../nbs/10_corpora.ipynb #e479d6bb
 def read_jsonl(
     path: Path,  # file with one JSON object a line, UTF-8
@@ -305,34 +324,47 @@ def read_jsonl(
 ) -> dict:  # line number -> object
     "Rows of a JSON-lines file; blank lines are passed over."
     rows = {}
-    for i, line in enumerate(_whole(path).removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode(), object_pairs_hook=_each_key_once)
-        except KeyTwice as error:
-            raise ValueError(f"{where}, row {i}: {error}") from None
-        except (ValueError, RecursionError):
-            raise ValueError(f"{where}, row {i}: not a line of JSON in UTF-8") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}, row {i}: a JSON {type(row).__name__}, not an object")
-        rows[i] = row
+    for i, line in enumerate(_whole(path, where).removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if line.strip():
+            with _json_faults(f"{where}, row {i}", "a line of JSON in UTF-8"):
+                row = _JSON.decode(line.decode())
+            rows[i] = _object(row, f"{where}, row {i}")
     return rows
+
+# %% ../nbs/10_corpora.ipynb #5a0c17e2
+def read_json(
+    path: Path,  # file with an array of objects, or with one object a line, UTF-8
+    where: str,  # dataset and file, for the message
+) -> dict:  # number of the row -> object
+    "Rows of a JSON file."
+    text = _utf8(path, where)
+    if _OPENS.match(text):
+        return _array(text, where)
+    try:
+        value = _JSON.decode(text)
+    except KeyTwice as error:
+        raise ValueError(f"{where}: {error}") from None
+    except (ValueError, RecursionError):
+        return read_jsonl(path, where)
+    inside = [value[key] for key in ("data", "rows") if key in _object(value, where)]
+    if len(inside) != 1 or not isinstance(inside[0], list):
+        raise ValueError(
+            f"{where}: one JSON object, no rows: write an array of objects, or one a line"
+        )
+    return {i: _object(row, f"{where}, row {i}") for i, row in enumerate(inside[0], 1)}
 
 # %% ../nbs/10_corpora.ipynb #82c8ae03
 def read_csv(
     path: Path,  # file with a header, UTF-8; of .tsv cells are separated by tabs
     where: str,  # dataset and file, for the message
+    label: str | None = None,  # column of the labels; None: the obvious one, else the last
 ) -> dict:  # row number -> row; values are strings, an empty cell is None
     "Rows of a CSV file, whose cells may have any length."
-    try:
-        text = _whole(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 at byte {error.start}") from None
+    text = _utf8(path, where)
     with cells_of_any_length():
-        if path.suffix.lower() == ".tsv":
-            return _tsv_rows(text, where)
-        return _csv_rows(text, where, delimiter=_delimiter(text))
+        if ending_of(path).startswith("tsv"):
+            return _tsv_rows(text, where, label)
+        return _csv_rows(text, where, label, delimiter=_delimiter(text))
 
 # %% ../nbs/10_corpora.ipynb #aaa61ecd
 def parquet_header(
@@ -365,7 +397,26 @@ def read_parquet(
     return {i: dict(zip(read, row)) for i, row in enumerate(zip(*read.values()), 1)}
 
 # %% ../nbs/10_corpora.ipynb #0b1972f2
-READERS = {"jsonl": read_jsonl, "csv": read_csv, "tsv": read_csv, "parquet": read_parquet}
+READERS = {
+    "jsonl": read_jsonl,
+    "json": read_json,
+    "csv": read_csv,
+    "tsv": read_csv,
+    "parquet": read_parquet,
+}
+READERS |= {f"{e}.gz": READERS[e] for e in ("jsonl", "json", "csv", "tsv")}
+
+
+def ending_of(
+    path: Path,  # any file
+) -> str:  # a key of `READERS`; empty: none
+    "The ending that says how a file is read."
+    return next((e for e in READERS if path.name.lower().endswith(f".{e}")), "")
+
+
+def _stem(path: Path) -> str:
+    "The name of a file without this ending."
+    return path.name[: len(path.name) - len(ending_of(path)) - 1]
 
 # %% ../nbs/10_corpora.ipynb #cde8d3c9
 def to_frame(
@@ -483,6 +534,15 @@ def _is_decimal(label: str) -> bool:
 
 def _has_fraction(label: str) -> bool:
     return _is_decimal(label) and not float(label).is_integer()
+
+# %% ../nbs/10_corpora.ipynb #5a0c17f9
+def _say_alike(labels: tuple, where: str) -> None:
+    "Warn of labels that differ in case or quotes only."
+    known = {}
+    for label in labels:
+        if (other := known.setdefault(label.casefold().strip(" '\""), label)) != label:
+            what = f"{other!r} and {label!r} differ in case or quotes only"
+            warnings.warn(f"{where}: labels {what}, and are two classes", stacklevel=2)
 
 # %% ../nbs/10_corpora.ipynb #a96a17b1
 def places_of(
@@ -626,6 +686,8 @@ def of_frames(
         train, test, labels = encode(*(*frames, none)[:2], labels)
     except ValueError as error:
         raise ValueError(f"dataset {self.name}: {error}") from None
+    if self.labels is None:
+        _say_alike(labels, wheres[0])
     if len(frames) < 2:
         check_split(train, labels, wheres[0])
         train, test = hold_out(train, wheres[0])
@@ -683,13 +745,8 @@ def read_list(
 ) -> dict:  # name -> entry
     "The entries of datasets.json, each with a name of its own."
     content = read_bytes(path)
-    try:
-        text = content.decode("utf-8-sig")
-        entries = json.loads(text, object_pairs_hook=_each_key_once)
-    except KeyTwice as error:
-        raise ValueError(f"datasets.json: {error}") from None
-    except (ValueError, RecursionError):
-        raise ValueError("datasets.json: not JSON in UTF-8") from None
+    with _json_faults("datasets.json", "JSON in UTF-8"):
+        entries = _JSON.decode(content.decode("utf-8-sig"))
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError("datasets.json: not a list of objects")
     named = {}
@@ -744,14 +801,14 @@ def in_folder(
 
 # %% ../nbs/10_corpora.ipynb #0db6cd29
 def in_file(
-    path: Path,  # JSON lines, CSV, TSV or Parquet
+    path: Path,  # with one of the endings in `READERS`
     columns: Columns = Columns(),  # which ones hold texts and labels
 ) -> dict:  # name -> function without arguments that reads the dataset
     "The dataset of one file, named after the file, or after the folder of a `train` file."
-    if path.suffix[1:].lower() not in READERS:
+    if not ending_of(path):
         raise ValueError(f"{path}: its name does not end in {', '.join(READERS)}")
-    plain = path.stem not in ("train", *SPLITS)
-    name = path.stem if plain else path.resolve().parent.name
+    plain = _stem(path) not in ("train", *SPLITS)
+    name = _stem(path) if plain else path.resolve().parent.name
     source = f"file {path.name}"
     return {name: partial(_read, name, [path], "unknown", source, columns)}
 
@@ -1002,6 +1059,46 @@ def describe(
         ]
     )
 
+# %% ../nbs/10_corpora.ipynb #5a0c17e8
+def _whole(path: Path, where: str) -> bytes:
+    "The bytes of a file of rows, unpacked."
+    content, step = read_bytes(path, MOST_MEMORY), 2**20
+    if path.suffix.lower() != ".gz":
+        return content
+    try:
+        with gzip.open(io.BytesIO(content)) as f:
+            parts = islice(iter(partial(f.read, step), b""), MOST_MEMORY // step + 1)
+            if sum(map(len, parts)) > MOST_MEMORY:
+                raise ValueError(f"{where}: unpacks to more than {MOST_MEMORY:,} bytes")
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error):
+        raise ValueError(f"{where}: not a whole gzip file") from None
+
+
+def _utf8(path: Path, where: str) -> str:
+    "The text of a file of rows."
+    try:
+        return _whole(path, where).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 at byte {error.start}") from None
+
+# %% ../nbs/10_corpora.ipynb #5a0c17f2
+_OPENS = re.compile(r"[ \t\r\n]*\[[ \t\r\n]*(\][ \t\r\n]*\Z)?")
+_NEXT = re.compile(r"[ \t\r\n]*(?:,[ \t\r\n]*|(\][ \t\r\n]*\Z))")
+
+
+def _array(text: str, where: str) -> dict:
+    "The objects of a JSON array by their numbers."
+    rows, between = {}, _OPENS.match(text)
+    while not between[1]:
+        place = f"{where}, row {len(rows) + 1}"
+        with _json_faults(place, "JSON with a comma or the array's end behind it"):
+            row, end = _JSON.raw_decode(text, between.end())
+            if (between := _NEXT.match(text, end)) is None:
+                raise ValueError
+        rows[len(rows) + 1] = _object(row, place)
+    return rows
+
 # %% ../nbs/10_corpora.ipynb #49a43c01
 def _delimiter(text: str) -> str:
     "A semicolon or a tab, if the header has one and no comma."
@@ -1010,44 +1107,123 @@ def _delimiter(text: str) -> str:
     return others[0] if len(others) == 1 else ","
 
 # %% ../nbs/10_corpora.ipynb #2709af29
-def _csv_rows(text: str, where: str, **how) -> dict:
+_QUOTES = "close it, double the quotes within a text, or write the rows as JSON lines"
+
+
+def _csv_rows(text: str, where: str, label: str | None = None, **how) -> dict:
     "Rows of a CSV text; blank lines are passed over."
-    reader, rows = csv.reader(io.StringIO(text, newline=""), strict=True, **how), {}
-    try:
-        header = next(reader, [])
-        if twice := [c for c in header if c and header.count(c) > 1]:
-            raise ValueError(f"{where}: the header holds a name twice, {twice[0][:40]!r}")
-        for i, cells in enumerate(filter(None, reader), 1):
-            if len(cells) != len(header):
-                raise ValueError(
-                    f"{where}, row {i}: {len(cells)} cells, but the header has {len(header)}"
-                )
-            if cells == header:
-                raise ValueError(f"{where}, row {i}: repeats the header")
-            rows[i] = {column: cell or None for column, cell in zip(header, cells)}
-    except csv.Error as error:
-        raise ValueError(f"{where}, row {len(rows) + 1}: {error}") from None
+    records, rows, several = _records(text, where, **how), {}, {}
+    *_, header = next(records, [[]])
+    if twice := [c for c in header if c and header.count(c) > 1]:
+        raise ValueError(f"{where}: the header holds a name twice, {twice[0][:40]!r}")
+    for i, (begin, end, cells) in enumerate(records, 1):
+        if len(cells) != len(header):
+            raise ValueError(
+                f"{where}, row {i}: {len(cells)} cells, but the header has {len(header)}"
+            )
+        if cells == header:
+            raise ValueError(f"{where}, row {i}: repeats the header")
+        rows[i] = {column: cell or None for column, cell in zip(header, cells)}
+        if end > begin:
+            several[begin] = cells
+    delimiter = how.get("delimiter", ",")
+    line = _taken_in(several, [label, header], rows, delimiter)
+    if line and not _all_quoted(text, delimiter):
+        raise ValueError(
+            f"{where}, line {line}: the quote that opens a cell takes in rows: {_QUOTES}"
+        )
     return rows
 
+# %% ../nbs/10_corpora.ipynb #5a0c17fb
+def _records(text: str, where: str, **how):
+    "The records of a CSV text, each with its first and its last line."
+    reader, begin = csv.reader(io.StringIO(text, newline=""), strict=True, **how), 1
+    try:
+        for cells in reader:
+            if cells:
+                yield begin, reader.line_num, cells
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        what = f"a quote is not closed where its cell ends ({error})"
+        raise ValueError(f"{where}, line {begin}: {what}: {_QUOTES}") from None
+
+# %% ../nbs/10_corpora.ipynb #5a0c17f4
+def _taken_in(several: dict, columns: list, rows: dict, delimiter: str) -> int | None:
+    "The first line of a record half of whose lines are rows; columns: label, header."
+    if not several:
+        return None
+    label, header = columns
+    if label not in header:
+        label = _only(header, "label", LABELS) or header[-1]
+    labels, at = {row[label] for row in rows.values()} - {None}, header.index(label)
+    for begin, cells in several.items():
+        inside = [_label_in(*line, at, delimiter) for line in _lines_of(cells, at)]
+        again = {text for text, n in Counter(inside).items() if n > 1 and text == text.strip()}
+        known = [text for text in inside if text and text in labels | again]
+        if known and 2 * len(known) >= len(inside):
+            return begin
+
+# %% ../nbs/10_corpora.ipynb #5a0c17f5
+def _lines_of(cells: list, at: int):
+    "The lines of cells that have several: each with the places of its first cell and its end."
+    for j, cell in enumerate(cells):
+        first, *others = re.split(r"\r\n|\r|\n", cell)
+        lines = [(first, j, len(cells)), *((line, 0, len(cells)) for line in others[:-1])]
+        lines += [(line, 0, j + 1) for line in others[-1:]]
+        if others:
+            yield from (line for line in lines if line[0].strip() and line[1] <= at < line[2])
+
+
+def _label_in(line: str, begin: int, end: int, at: int, delimiter: str) -> str:
+    "The cell at the place of the label, if a line has as many cells as there are places."
+    cells = line.split(delimiter)
+    return cells[at - begin] if len(cells) == end - begin else ""
+
+
+def _all_quoted(text: str, delimiter: str) -> bool:
+    "Whether all cells of a CSV text stand in quotes, numbers aside."
+    how = {"quoting": csv.QUOTE_NONNUMERIC, "delimiter": delimiter}
+    try:
+        return all(True for _ in csv.reader(io.StringIO(text, newline=""), **how))
+    except ValueError:
+        return False
+
 # %% ../nbs/10_corpora.ipynb #0fcfeec1
-def _tsv_rows(text: str, where: str) -> dict:
+def _tsv_rows(text: str, where: str, label: str | None = None) -> dict:
     "Rows of a text with tabs, whose quotes stand around cells or are text."
     how = {"delimiter": "\t"}
     if '"' not in text:
-        return _csv_rows(text, where, **how)
+        return _csv_rows(text, where, label, **how)
     try:
-        quoted = _csv_rows(text, where, **how)
-    except ValueError:
-        return _csv_rows(text, where, quoting=csv.QUOTE_NONE, **how)
+        quoted = _csv_rows(text, where, label, **how)
+    except ValueError as fault:
+        return _quotes_are_text(text, where, str(fault).removesuffix(f": {_QUOTES}"))
     try:
         plain = _csv_rows(text, where, quoting=csv.QUOTE_NONE, **how)
     except ValueError:
         return quoted
     if len(plain) != len(quoted):
+        long = (
+            i
+            for i, row in quoted.items()
+            if re.search("[\r\n]", "".join(filter(None, row.values())))
+        )
         raise ValueError(
-            f"{where}: quotes make {len(quoted)} rows of {len(plain)} lines: write it as CSV"
+            f"{where}, row {next(long)}: quotes make {len(quoted)} rows of {len(plain)} lines:"
+            " write it as CSV"
         )
     return quoted
+
+# %% ../nbs/10_corpora.ipynb #5a0c17fd
+def _quotes_are_text(text: str, where: str, fault: str) -> dict:
+    "Rows of a text with tabs whose quotes cannot stand around cells, for this fault."
+    try:
+        rows = _csv_rows(text, where, quoting=csv.QUOTE_NONE, delimiter="\t")
+    except ValueError as error:
+        other = str(error).removeprefix(f"{where}, ")
+        raise ValueError(f"{fault}; with quotes as text, {other}") from None
+    warnings.warn(f"{fault}; quotes are text in all rows", stacklevel=2)
+    return rows
 
 # %% ../nbs/10_corpora.ipynb #62aee0d4
 def _memory(metadata, columns: list) -> int:
@@ -1134,11 +1310,13 @@ def _test_file(folder: Path, count) -> Path | None:
 # %% ../nbs/10_corpora.ipynb #22abf0a0
 def _frame(path: Path, where: str, columns: Columns, picked: dict | None) -> tuple:
     "The rows of one file in our columns, and which of its columns these are."
-    ending = path.suffix[1:].lower()
-    rows = {} if ending == "parquet" else READERS[ending](path, where)
+    ending = ending_of(path)
     if ending == "parquet":
-        header = parquet_header(path, where)
+        rows, header = {}, parquet_header(path, where)
     else:
+        label = picked["label"] if picked else columns.label
+        known = [label] if READERS[ending] is read_csv else []
+        rows = READERS[ending](path, where, *known)
         if not rows and ending != "jsonl" and path.stat().st_size:
             raise ValueError(f"{where}: there are no rows")
         header = dict.fromkeys(column for row in rows.values() for column in row)
@@ -1206,23 +1384,51 @@ def _dataset_paths(folder: Path) -> dict:
         return {folder_name(folder): folder}
     inside = [p for p in sorted(folder.iterdir()) if p.name[0] not in "._"]
     paths = {p.name: p for p in inside if p.is_dir()}
-    files = [p for p in inside if p.suffix[1:].lower() in READERS and p.name != "families.csv"]
-    stems = {file.stem for file in files}
+    files = [p for p in inside if _holds_rows(p)]
+    stems = {_stem(file) for file in files}
     for file in files:
-        if file.stem.lower() in _WORDS:
+        stem = _stem(file)
+        if stem.lower() in _WORDS:
             name = folder_name(folder)
             raise FileNotFoundError(f"dataset {name}: there is {file.name}, but no file train")
-        if re.fullmatch(r".*-[0-9]{5}-of-[0-9]{5}", file.stem):
+        if re.fullmatch(r".*-[0-9]{5}-of-[0-9]{5}", stem):
             raise ValueError(
                 f"{file}: is a part of a split; put the parts into one file, or read them with"
                 " `datasets` and give what its save_to_disk writes"
             )
-        name, split = _split_of(file.stem, stems)
+        name, split = _split_of(stem, stems)
         if not isinstance(paths.setdefault(name, {}), dict) or split in paths[name]:
             raise ValueError(f"{folder}: there are two datasets {name}: rename one of them")
         paths[name][split] = file
     files = {n: _two_files(n, p) for n, p in paths.items() if isinstance(p, dict)}
     return paths | files
+
+# %% ../nbs/10_corpora.ipynb #5a0c17f7
+_ROWS = re.compile(
+    rb"(\xef\xbb\xbf)?\s*(\[\s*\{|\{.*\}[ \t\r]*\n\s*\{"
+    rb"|\{[^[]*\"(data|rows)\"\s*:\s*\[\s*\{)"
+)
+
+
+def _holds_rows(path: Path) -> bool:
+    "Whether a file of a folder is a dataset: of JSON, one that begins as rows do, or a split."
+    if not ending_of(path) or path.is_dir() or path.name == "families.csv":
+        return False
+    if ending_of(path) not in ("json", "json.gz"):
+        return True
+    if _SPLIT.fullmatch(_stem(path)) or _stem(path).lower() in _WORDS:
+        return True
+    if not path.is_file():
+        return True  # to be refused by name
+    try:
+        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as f:
+            begin = f.read(2**20)
+    except (OSError, EOFError, zlib.error):
+        return True
+    if _ROWS.match(begin):
+        return True
+    warnings.warn(f"file {path.name}: does not begin as rows do, and is left out", stacklevel=2)
+    return False
 
 # %% ../nbs/10_corpora.ipynb #7d20a68d
 def _two_files(name: str, files: dict) -> list:
