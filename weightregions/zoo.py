@@ -799,15 +799,11 @@ def _warn_of_bases(zoo: Zoo, base: Checkpoint) -> None:
 # %% ../nbs/14_zoo.ipynb #105e6ae9
 @patch
 def _without_base(self: Zoo, base: Checkpoint) -> Zoo:
-    "The models that are neither the base nor copies of others, which are named with a warning."
+    "The models that are not the base; it is named with a warning."
     opened = self.checkpoints()
     reasons = pd.Series([_no_move(c, base) for c in opened], self.models.index)
     for copy, first in repeated(c for c, r in zip(opened, reasons) if not r).items():
-        paths = self.models.path[self.models.model.isin([copy, first])]
-        if self.base or any(map(read_manifest, paths)):
-            warnings.warn(f"{self.name}: {copy} is a copy of {first}, and both count")
-        else:
-            reasons[self.models.model == copy] = f"a copy of {first}"
+        warnings.warn(f"{self.name}: {copy} is a copy of {first}, and both count")
     same = reasons != ""
     rows = _left_out(list(zip(self.models.model[same], reasons[same])))
     if same.all():
