@@ -1112,6 +1112,18 @@ _QUOTES = "close it, double the quotes within a text, or write the rows as JSON 
 
 def _csv_rows(text: str, where: str, label: str | None = None, **how) -> dict:
     "Rows of a CSV text; blank lines are passed over."
+    header, rows, several = _table(text, where, **how)
+    delimiter = how.get("delimiter", ",")
+    line = _taken_in(several, [label, header], rows, delimiter)
+    if line and not _all_quoted(text, delimiter):
+        raise ValueError(
+            f"{where}, line {line}: the quote that opens a cell takes in rows: {_QUOTES}"
+        )
+    return rows
+
+# %% ../nbs/10_corpora.ipynb #5a0c1801
+def _table(text: str, where: str, **how) -> tuple:
+    "Header, rows by number, and the cells of rows of several lines by their first line."
     records, rows, several = _records(text, where, **how), {}, {}
     *_, header = next(records, [[]])
     if twice := [c for c in header if c and header.count(c) > 1]:
@@ -1126,13 +1138,7 @@ def _csv_rows(text: str, where: str, label: str | None = None, **how) -> dict:
         rows[i] = {column: cell or None for column, cell in zip(header, cells)}
         if end > begin:
             several[begin] = cells
-    delimiter = how.get("delimiter", ",")
-    line = _taken_in(several, [label, header], rows, delimiter)
-    if line and not _all_quoted(text, delimiter):
-        raise ValueError(
-            f"{where}, line {line}: the quote that opens a cell takes in rows: {_QUOTES}"
-        )
-    return rows
+    return header, rows, several
 
 # %% ../nbs/10_corpora.ipynb #5a0c17fb
 def _records(text: str, where: str, **how):
@@ -1195,35 +1201,31 @@ def _tsv_rows(text: str, where: str, label: str | None = None) -> dict:
     if '"' not in text:
         return _csv_rows(text, where, label, **how)
     try:
-        quoted = _csv_rows(text, where, label, **how)
-    except ValueError as fault:
-        return _quotes_are_text(text, where, str(fault).removesuffix(f": {_QUOTES}"))
-    try:
         plain = _csv_rows(text, where, quoting=csv.QUOTE_NONE, **how)
-    except ValueError:
-        return quoted
+    except ValueError as error:
+        return _quoted_rows(text, where, label, str(error))
+    try:
+        _, quoted, several = _table(text, where, **how)
+    except ValueError as error:
+        fault = str(error).removesuffix(f": {_QUOTES}")
+        warnings.warn(f"{fault}; quotes are text in all rows", stacklevel=2)
+        return plain
     if len(plain) != len(quoted):
-        long = (
-            i
-            for i, row in quoted.items()
-            if re.search("[\r\n]", "".join(filter(None, row.values())))
-        )
         raise ValueError(
-            f"{where}, row {next(long)}: quotes make {len(quoted)} rows of {len(plain)} lines:"
+            f"{where}, line {min(several)}: quotes make {len(quoted)} rows of {len(plain)} lines:"
             " write it as CSV"
         )
     return quoted
 
 # %% ../nbs/10_corpora.ipynb #5a0c17fd
-def _quotes_are_text(text: str, where: str, fault: str) -> dict:
-    "Rows of a text with tabs whose quotes cannot stand around cells, for this fault."
+def _quoted_rows(text: str, where: str, label: str | None, other: str) -> dict:
+    "Rows of a text with tabs whose quotes cannot be text, for this other fault."
     try:
-        rows = _csv_rows(text, where, quoting=csv.QUOTE_NONE, delimiter="\t")
+        return _csv_rows(text, where, label, delimiter="\t")
     except ValueError as error:
-        other = str(error).removeprefix(f"{where}, ")
+        fault = str(error).removesuffix(f": {_QUOTES}")
+        other = other.removeprefix(f"{where}, ")
         raise ValueError(f"{fault}; with quotes as text, {other}") from None
-    warnings.warn(f"{fault}; quotes are text in all rows", stacklevel=2)
-    return rows
 
 # %% ../nbs/10_corpora.ipynb #62aee0d4
 def _memory(metadata, columns: list) -> int:
