@@ -1212,8 +1212,8 @@ def _tsv_rows(text: str, where: str, label: str | None = None) -> dict:
         return plain
     if len(plain) != len(quoted):
         raise ValueError(
-            f"{where}, line {min(several)}: quotes make {len(quoted)} rows of {len(plain)} lines:"
-            " write it as CSV"
+            f"{where}, line {min(several)}: quotes make {len(quoted)} rows "
+            f"of {len(plain)} lines: write it as CSV"
         )
     return quoted
 
