@@ -201,3 +201,29 @@ def test_processes_that_share_a_fine_tuning_stop_together(tmp_path, base, reques
     )
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"steps-{rank}").read_text() for rank in (0, 1)] == ["100", "100"]
+
+
+@pytest.mark.parametrize(
+    ("amx", "instructions", "processor", "fast"),
+    [
+        (True, True, "GenuineIntel", True),
+        (False, True, "AuthenticAMD", True),
+        (False, True, "GenuineIntel", False),
+        (False, False, "AuthenticAMD", False),
+    ],
+)
+def test_bfloat16_is_taken_where_it_is_faster(monkeypatch, amx, instructions, processor, fast):
+    "Intel's instructions without AMX are slower than float32, and AMD's are faster."
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    monkeypatch.setattr(finetuning, "_is_amd", lambda: processor == "AuthenticAMD")
+    assert finetuning.fast_bfloat16() is fast
+
+
+def test_a_processor_is_known_by_the_file_that_describes_it(tmp_path):
+    file = tmp_path / "cpuinfo"
+    assert finetuning._is_amd(file) is False
+    file.write_text("vendor_id\t: GenuineIntel\n")
+    assert finetuning._is_amd(file) is False
+    file.write_text("vendor_id\t: AuthenticAMD\n")
+    assert finetuning._is_amd(file) is True

@@ -11,6 +11,7 @@ __all__ = ['LOOK', 'GAIN', 'CHOICES', 'ALIKE', 'Recipe', 'default_device', 'fast
 import contextlib, math, tempfile, unicodedata, warnings
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -143,7 +144,17 @@ def fast_bfloat16(
     "Whether bfloat16 is worth while on this machine."
     if device == "cuda":
         return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    if torch.cpu._is_amx_tile_supported():
+        return True
+    return torch.cpu._is_avx512_bf16_supported() and _is_amd()
+
+
+def _is_amd(
+    file="/proc/cpuinfo",  # where Linux describes the processor
+) -> bool:  # False too where the file is not there
+    "Whether the processor is one of AMD."
+    file = Path(file)
+    return file.exists() and "AuthenticAMD" in file.read_text()
 
 # %% ../nbs/12_finetuning.ipynb #47d0030d
 class Tokenized(torch.utils.data.Dataset):
