@@ -23,7 +23,7 @@ from weightregions.clustering import (
     score,
     spectral_clusters,
 )
-from .comparison import sharing
+from .comparison import comparison_table, sharing
 from .files import read_json, read_table, write_whole
 from .kept import why_not, write_note
 from .plots import alt_text
@@ -31,7 +31,8 @@ from .space import patch
 from .starting import gains
 from .verdicts import AUTHORS, CLAIM_COLUMNS, OURS, constant_loss
 from .verdicts import without_verdicts
-from .walks import TraversalBudget, of_pooling, read_paths
+from .walks import TraversalBudget, group_losses, groups_in, of_pooling
+from .walks import read_paths
 
 # %% ../nbs/46_results.ipynb #27bfc736
 ABOUT = dict(scale=str, data=str, base=dict, recipe=dict, seeds=int, datasets=dict)
@@ -306,9 +307,11 @@ def claims(
 @patch
 def trainings(
     self: Study,
+    inside: str = "",  # folder of the study in which to look
 ) -> dict:  # how long the training was, in two or three words -> Study, the shortest first
-    "This study and those in its folders `short` and `long`, of the same datasets."
-    folders = (self.folder / "short", self.folder, self.folder / "long")
+    "The study of a folder and those in its folders `short` and `long`, of the same datasets."
+    top = self.folder / inside
+    folders = (top / "short", top, top / "long")
     studies = [Study(folder) for folder in folders if (folder / "about.json").exists()]
     return {_length(study.about["recipe"]): study for study in studies}
 
@@ -382,6 +385,20 @@ def strength_of(
         "C3: by task": cluster_report(few, families, by=inside.dataset),
         "C3: by task, seeds levelled": cluster_report(levelled, families, by=inside.dataset),
     }
+
+# %% ../nbs/46_results.ipynb #5d0c7e11
+@patch
+def better(
+    self: Study,
+) -> pd.DataFrame:  # rows of `comparison_table` with a column region, such as "task nli"
+    "How often the points of one group have a lower loss than those of another."
+    models, paths, points, tables = self.models(), self.paths(), self.points(), []
+    for region, group in groups_in(paths, models).items():
+        rows = group_losses(points, paths, region)
+        rows["dataset"] = rows.point.map(models.dataset)
+        units = "dataset" if group.granularity == "task" else None
+        tables.append(comparison_table(rows, units=units).assign(region=region))
+    return pd.concat(tables, ignore_index=True)
 
 # %% ../nbs/46_results.ipynb #2a803d41
 @patch
