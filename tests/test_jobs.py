@@ -19,6 +19,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
+from filelock import FileLock
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from weightregions import jobs
@@ -609,3 +610,29 @@ def test_torchrun_trains_the_model_that_one_process_does(tmp_path, base):
         start = load_file(still / "model.safetensors")
         moved = max((one[k] - start[k]).abs().max().item() for k in one.keys() & start.keys())
         torch.testing.assert_close(two, one, rtol=0, atol=moved / 50)
+
+
+def test_a_long_wait_for_another_process_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "LONG", 0.05)
+    held, ended = threading.Event(), []
+
+    def other():
+        with FileLock(tmp_path / ".rows.csv.lock"):
+            held.set()
+            time.sleep(0.5)
+            ended.append(True)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    held.wait()
+    with pytest.warns(RuntimeWarning, match="rows.csv: another process is at work on it"):
+        with jobs.alone(tmp_path / "rows.csv"):
+            assert ended
+    thread.join()
+
+
+def test_a_lock_that_is_free_is_taken_without_a_word(tmp_path, recwarn):
+    for _ in range(2):
+        with jobs.alone(tmp_path / "new" / "rows.csv"):
+            pass
+    assert not recwarn.list

@@ -10,14 +10,12 @@ import json
 import os
 import shutil
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
 import scipy
 import torch
 import transformers
-from filelock import FileLock
 from tqdm.auto import tqdm
 
 from .bases import base_identity
@@ -30,7 +28,7 @@ from weightregions.files import (
 )
 from .finetuning import Recipe, quiet, train
 from .identity import weights_sha256
-from .jobs import agreed, ranks, run_jobs
+from .jobs import agreed, alone, ranks, run_jobs
 from .registry import published_of
 
 # %% ../nbs/15_building.ipynb #6a081c33
@@ -103,8 +101,7 @@ def _save_model(model, folder: Path, base: str) -> None:
 def _job(base, identity, corpus, recipe, seed, zoo):
     "Fine-tune one model of a zoo unless it is there; seconds it took, or None."
     out, first = zoo / corpus.name / f"seed-{seed}", not ranks()[0]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(out.parent / f".seed-{seed}.lock") if first else nullcontext():
+    with alone(out if first else None):
         if agreed((out / "manifest.json").exists()):
             return None
         for stale in out.parent.glob(f".seed-{seed}-*") if first else ():
