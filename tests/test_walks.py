@@ -7,6 +7,7 @@ import signal
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
 
 from weightregions.bases import tiny_base
 from weightregions.corpora import load_corpora
@@ -42,6 +43,7 @@ pytestmark = pytest.mark.xdist_group(
     "walks"
 )  # one process makes what all of these tests look at
 
+RECORDED = ROOT / "nbs" / "study" / "recorded"
 BUDGET = TraversalBudget(
     same=1,
     hull=2,
@@ -193,9 +195,7 @@ def test_the_design_is_read_as_it_was_written(tmp_path, seeds, twins):
 
 
 def test_the_recorded_design_is_the_one_that_was_measured():
-    from conftest import ROOT
-
-    study = Study(ROOT / "nbs" / "study" / "recorded")
+    study = Study(RECORDED)
     paths, points = study.paths(), study.points()
     measured = paths[~paths.kind.isin(["outside", "left out"])]
     assert set(measured.path) == set(points.walk) and measured.path.is_unique
@@ -377,3 +377,29 @@ def test_edges_are_judged_on_the_datasets_of_their_ends_whatever_the_loss():
     edges = design[design.kind == "edges"]
     assert (edges.groupby("group").size() >= 6).all()
     assert all(list(e.targets) == named[e.group] for e in edges.itertuples())
+
+
+def test_the_runs_on_strength_differ_in_their_training_alone():
+    short, long = Study(RECORDED).trainings("strength").values()
+    differ = {k for k in short.about if short.about[k] != long.about.get(k)}
+    assert differ == {"recipe"} and short.about.keys() == long.about.keys()
+    pd.testing.assert_frame_equal(short.paths(), long.paths())
+    for table in ("targets", "datasets", "shared_texts"):
+        pd.testing.assert_frame_equal(short.rows(table), long.rows(table))
+    key = ["kind", "walk", "target", "pooling"]
+    assert short.points().groupby(key).size().equals(long.points().groupby(key).size())
+
+
+def test_how_often_a_group_is_better_counted_pair_by_pair():
+    study = Study(RECORDED)
+    paths, points, shares = study.paths(), study.points(), study.better()
+    general = shares[(shares.region == "general") & (shares.comparison == "In' > Ex")]
+    counted = {}
+    for target in paths.set_index("path").targets["hull, general"]:
+        on = points[points.target == target]
+        hull = on[on.walk == "hull, general"].loss
+        others = on[on.walk == "perturbations"].loss
+        wins = [(a < b) + (a == b) / 2 for a in hull for b in others]
+        counted[target] = sum(wins) / len(wins)
+    counted["overall"] = sum(counted.values()) / len(counted)
+    assert dict(zip(general.target, general.value)) == pytest.approx(counted)
