@@ -384,7 +384,7 @@ def test_the_runs_on_strength_differ_in_their_training_alone():
     differ = {k for k in short.about if short.about[k] != long.about.get(k)}
     assert differ == {"recipe"} and short.about.keys() == long.about.keys()
     pd.testing.assert_frame_equal(short.paths(), long.paths())
-    for table in ("targets", "datasets", "shared_texts"):
+    for table in ("targets", "datasets"):
         pd.testing.assert_frame_equal(short.rows(table), long.rows(table))
     key = ["kind", "walk", "target", "pooling"]
     assert short.points().groupby(key).size().equals(long.points().groupby(key).size())
